@@ -1,0 +1,65 @@
+"""What every backend file provides: an Adapter per slug, in a dict called ADAPTERS."""
+import importlib.metadata
+
+import torch
+
+from .call import Limits, default_scale
+
+
+class Adapter:
+    """One way to compute attention.
+
+    Subclasses set `limits`, `distribution` (the pip name whose version is reported) and implement `run`. `available` and `unsupported`
+    answer in sentences; `attend` is what everybody calls.
+    """
+    limits = Limits()
+    distribution = "torch"
+
+    def version(self):
+        """"name version" of the library that computes."""
+        if self.distribution == "torch":
+            return f"PyTorch {torch.__version__}"
+        try:
+            return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.distribution} (version unknown)"
+
+    def kernel(self, q, k, v, mask=None):
+        """Name of the kernel that a call with these tensors runs, as far as it can be known; None when the library decides unseen."""
+        return None
+
+    def missing(self):
+        """Sentences about parts of the library that this backend needs and that are not there; empty means complete."""
+        return []
+
+    def unsupported(self, call):
+        """Every reason why `call` (AttentionCall) cannot run; empty means it can."""
+        return self.limits.reasons(call)
+
+    def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False):
+        """Attention.
+
+        q (B, Sq, H, D), k and v (B, Sk, Hkv, D), any strides with a contiguous last axis; mask as in call.py; scale defaults to D**-0.5.
+        Returns (out (B, Sq, H, D) in q's dtype, lse float32 (B, H, Sq) or None).
+        """
+        return self.run(q, k, v, mask, default_scale(q.shape[-1]) if scale is None else scale, need_lse)
+
+    def run(self, q, k, v, mask, scale, need_lse):
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+def lse_bhs(lse, q):
+    """Check that a kernel's log-sum-exp has the layout it promised, and crop padding: -> float32 (B, H, Sq).
+
+    Accepts (B, H, Sq or more) and (B, H, Sq or more, 1). Anything else is a changed library: RuntimeError, never a guess.
+    """
+    b, s, h = q.shape[:3]
+    flat = lse.squeeze(-1) if lse.ndim == 4 and lse.shape[-1] == 1 else lse
+    if flat.ndim != 3 or flat.shape[:2] != (b, h) or flat.shape[2] < s:
+        raise RuntimeError(f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}; expected (batch {b}, heads {h}, at least {s} queries).")
+    return flat[..., :s].float()
+
+
+def repeat_heads(t, heads):
+    """k or v (B, S, Hkv, D) with each head repeated to `heads` heads; a view's worth of work when they are equal."""
+    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)

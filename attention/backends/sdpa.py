@@ -1,0 +1,119 @@
+"""PyTorch's scaled_dot_product_attention: its own choice of kernel, and each of its kernels by name.
+
+The named ones call the aten operator of that kernel, which returns the log-sum-exp as well; with a mask they go through the public function
+restricted to that kernel, because the operators want masks padded and aligned in ways only it knows. PyTorch's layout is (B, H, S, D).
+"""
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import reference
+from ..adapter import Adapter, lse_bhs, repeat_heads
+from ..call import Limits
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF)
+KERNEL_NAMES = {int(SDPBackend.MATH.value): "math", int(SDPBackend.FLASH_ATTENTION.value): "flash",
+                int(SDPBackend.EFFICIENT_ATTENTION.value): "memory-efficient", int(SDPBackend.CUDNN_ATTENTION.value): "cuDNN"}
+
+
+def bhsd(*tensors):
+    return (t.transpose(1, 2) for t in tensors)
+
+
+def public(q, k, v, mask, scale):
+    """F.scaled_dot_product_attention on BSHD tensors."""
+    qt, kt, vt = bhsd(q, k, v)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+class Named(Adapter):
+    """One of PyTorch's kernels, by name."""
+
+    def __init__(self, backend, limits, operator):
+        self.backend, self.limits, self.operator = backend, limits, operator
+
+    def kernel(self, q, k, v, mask=None):
+        return f"PyTorch {KERNEL_NAMES[int(self.backend.value)]}"
+
+    def run(self, q, k, v, mask, scale, need_lse):
+        if mask is None:
+            out, lse = self.operator(*bhsd(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])), scale, need_lse)
+            return out.transpose(1, 2), lse_bhs(lse, q) if need_lse else None
+        with sdpa_kernel(self.backend):
+            return public(q, k, v, mask, scale), None
+
+    def unsupported(self, call):
+        reasons = super().unsupported(call)
+        if call.need_lse and call.mask != "none" and self.limits.lse:
+            reasons.append("It returns the log-sum-exp only for calls without a mask.")
+        return reasons
+
+
+def flash(q, k, v, scale, need_lse):
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+
+
+def efficient(q, k, v, scale, need_lse):
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, need_lse, scale=scale)[:2]
+
+
+def cudnn(q, k, v, scale, need_lse):
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, need_lse, scale=scale)[:2]
+
+
+class Math(Adapter):
+    """Two matrix products and a softmax, as the formula reads. Needs memory for the whole score matrix; the log-sum-exp is computed apart."""
+    limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)
+
+    def kernel(self, q, k, v, mask=None):
+        return "PyTorch math"
+
+    def run(self, q, k, v, mask, scale, need_lse):
+        with sdpa_kernel(SDPBackend.MATH):
+            out = public(q, k, v, mask, scale)
+        return out, reference.attend(q, k, v, mask=mask, scale=scale)[1] if need_lse else None
+
+
+class Chosen(Adapter):
+    """PyTorch's own choice for each call, as torch.nn.functional.scaled_dot_product_attention makes it."""
+    limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)
+
+    def choice(self, q, k, v, mask):
+        qt, kt, vt = bhsd(q, k, v)
+        return int(torch._fused_sdp_choice(qt, kt, vt, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]))
+
+    def kernel(self, q, k, v, mask=None):
+        return f"PyTorch {KERNEL_NAMES.get(self.choice(q, k, v, mask), 'unnamed')}"
+
+    def run(self, q, k, v, mask, scale, need_lse):
+        if not need_lse:
+            return public(q, k, v, mask, scale), None
+        named = BY_CHOICE.get(self.choice(q, k, v, mask)) if mask is None else None
+        return (named or ADAPTERS["sdpa-math"]).run(q, k, v, mask, scale, True)
+
+
+class Flash(Named):
+    """On a GPU half precision only; on a CPU float32 too, and there it takes masks."""
+
+    def unsupported(self, call):
+        on_cpu = call.device.platform == "cpu"
+        limits = Limits(dtypes=FLOATS if on_cpu else HALF, lse=True, mask=on_cpu, head_dim_max=None if on_cpu else 256,
+                        head_dim_multiple=1 if on_cpu else 8, max_offset=None)
+        lse_with_mask = ["It returns the log-sum-exp only for calls without a mask."] if call.need_lse and call.mask == "full" else []
+        return limits.reasons(call) + lse_with_mask
+
+
+ADAPTERS = {
+    "sdpa": Chosen(),
+    "sdpa-flash": Flash(SDPBackend.FLASH_ATTENTION, Limits(), flash),
+    "sdpa-cudnn": Named(SDPBackend.CUDNN_ATTENTION, Limits(mask=True, lse=True, head_dim_max=128, head_dim_multiple=8, max_offset=None), cudnn),
+    "sdpa-efficient": Named(SDPBackend.EFFICIENT_ATTENTION, Limits(dtypes=FLOATS, mask=True, lse=True, head_dim_multiple=8, max_offset=None), efficient),
+    "sdpa-math": Math(),
+}
+BY_CHOICE = {int(a.backend.value): a for a in ADAPTERS.values() if isinstance(a, Named)}

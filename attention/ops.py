@@ -1,0 +1,31 @@
+"""One custom operator around every backend, so that torch.compile sees a call and not a kernel library.
+
+The graph holds the number of a Selection; which backend computes is decided when the graph runs, so `auto`, schedules and reports work in
+compiled models, and another backend needs no new graph. Outside a graph this operator is not used.
+"""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("flux2_attention::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, need_lse: bool, full_precision: bool, selection: int) -> tuple[Tensor, Tensor]:
+    from .selection import by_number
+    chosen = by_number(selection)
+    result = chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision)
+    # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the log says so
+    out, lse = result if result is not None else chosen.exact(q, k, v, mask, scale)
+    # the fake promises a contiguous output: most kernels return one, and the others are made so
+    return out.contiguous(), q.new_empty(0) if lse is None else lse
+
+
+@_attend.register_fake
+def _(q, k, v, mask, scale, need_lse, full_precision, selection):
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if need_lse else q.new_empty(0)
+
+
+def attend(q, k, v, mask, scale, need_lse, full_precision, selection):
+    """Selection number `selection` on BSHD tensors, as one graph node. Returns (out, lse); lse is an empty tensor unless asked for."""
+    return _attend(q, k, v, mask, scale, need_lse, full_precision, selection)

@@ -1,0 +1,144 @@
+"""Every backend by its slug: what it is, where it can run, whether it can here, and why not.
+
+A slug in a saved workflow is a contract: rows are added, never renamed. Backend files are imported here, on first use, and nowhere else;
+whatever an import raises becomes a sentence. A new backend is one file under backends/ and one row below.
+"""
+from dataclasses import dataclass
+import importlib
+import threading
+
+import torch
+
+from . import reference
+from .call import AttentionRefused, Hardware, call_of, dtype_name
+from .device import describe
+
+ANY = Hardware({"nvidia": (), "amd": (), "cpu": (), "apple": (), "intel": ()})
+GPU = Hardware({"nvidia": (), "amd": ()})
+NVIDIA = Hardware({"nvidia": ()})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend: file under backends/, library, hardware, exact or quantised, how to install, what it is."""
+    module: str
+    library: str
+    hardware: Hardware
+    exact: bool
+    install: str
+    summary: str
+
+
+BUILT_IN = "It is part of PyTorch; nothing has to be installed."
+AITER_INSTALL = ("Install AITER for your ROCm version from AMD's wheel index or from source (github.com/ROCm/aiter); "
+                 "the wheel on PyPI (pip install amd-aiter) is old and has the bf16 and Triton paths only.")
+ROWS = {
+    "sdpa": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
+    "sdpa-flash": Row("sdpa", "PyTorch", Hardware({"nvidia": (), "amd": (), "cpu": ()}), True, BUILT_IN, "PyTorch's FlashAttention kernel (on a CPU: its blocked kernel)"),
+    "sdpa-cudnn": Row("sdpa", "PyTorch", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}), True, BUILT_IN, "cuDNN's fused kernel through PyTorch; fast on Hopper and Blackwell"),
+    "sdpa-efficient": Row("sdpa", "PyTorch", GPU, True, BUILT_IN, "PyTorch's memory-efficient kernel, float32 included"),
+    "sdpa-math": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "matrix products and a softmax; slow, for comparison"),
+    "flash2": Row("flash2", "FlashAttention-2", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), True,
+                  "Install it with: pip install flash-attn --no-build-isolation", "Dao-AILab FlashAttention-2; on AMD its Composable Kernel or Triton build"),
+    "flash3": Row("flash3", "FlashAttention-3", Hardware({"nvidia": ("sm8x", "sm9x")}), True,
+                  "Install FlashAttention-3 from source (github.com/Dao-AILab/flash-attention, folder hopper).", "Dao-AILab FlashAttention-3 for Hopper"),
+    "flash4": Row("flash4", "FlashAttention-4", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}), True,
+                  "Install it with: pip install --pre flash-attn-4", "Dao-AILab FlashAttention-4 (CuTe DSL) for Hopper and Blackwell"),
+    "aiter": Row("aiter", "AITER", Hardware({"amd": ("gfx90a", "gfx942", "gfx950")}), True, AITER_INSTALL, "AMD's assembly and Composable Kernel attention for Instinct"),
+    "aiter-triton": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), True, AITER_INSTALL, "AITER's Triton kernel, Instinct and Radeon"),
+    "aiter-fp8": Row("aiter", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER with fp8 inputs, one scale per tensor"),
+    "aiter-sage": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER's SageAttention: int8 query-key, fp8 values"),
+    "aiter-sage-mxfp4": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx950",)}), False, AITER_INSTALL, "AITER's SageAttention with MXFP4 query-key"),
+    "sage1": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), False,
+                 "Install it with: pip install sageattention==1.0.6", "SageAttention 1 (Triton): int8 query-key"),
+    "sage2": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm12x")}), False,
+                 "Install SageAttention 2 from source (github.com/thu-ml/SageAttention).", "SageAttention 2 (CUDA): int8 query-key, fp8 values"),
+    "sage3": Row("sage3", "SageAttention", Hardware({"nvidia": ("sm100", "sm103", "sm120", "sm121")}), False,
+                 "Install sageattn3 from source (github.com/thu-ml/SageAttention, folder sageattention3_blackwell).", "SageAttention 3 (FP4) for Blackwell"),
+    "comfy-int8": Row("comfy_int8", "comfy-kitchen", Hardware({"nvidia": ("sm75", "sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx11xx", "gfx12xx")}), False,
+                      "Install a newer comfy-kitchen: pip install -U comfy-kitchen", "the INT8 kernel of ComfyUI's own library"),
+    "xformers": Row("xformers", "xFormers", GPU, True, "Install it with: pip install xformers", "xFormers memory-efficient attention"),
+}
+AUTO = "auto"
+SLUGS = [AUTO, *ROWS]
+# Tried in this order where nothing can be timed, and reported in it. PyTorch's own choice comes first: it runs everywhere.
+AUTO_ORDER = ["sdpa", "aiter", "sdpa-cudnn", "flash4", "flash3", "aiter-triton", "flash2", "sdpa-flash", "xformers", "sdpa-efficient"]
+
+_lock = threading.Lock()
+_modules = {}     # module name -> (module or None, error sentence)
+_probes = {}      # (slug, device, dtype, head size) -> list of sentences
+
+
+def row(slug):
+    """The Row of a slug. ValueError with the valid slugs for an unknown one."""
+    if slug not in ROWS:
+        raise ValueError(f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.")
+    return ROWS[slug]
+
+
+def _module(name):
+    with _lock:
+        if name not in _modules:
+            try:
+                _modules[name] = importlib.import_module(f".backends.{name}", __package__), None
+            except Exception as error:  # AITER without ROCm raises RuntimeError, broken wheels OSError: all of it is a reason, none a crash
+                _modules[name] = None, f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        return _modules[name]
+
+
+def unavailable(slug, device):
+    """Every reason, as sentences, why this backend cannot run on `device` (attention.device.Device); empty means it can be tried."""
+    entry = row(slug)
+    reasons = entry.hardware.reasons(device)
+    module, error = _module(entry.module)
+    if error:
+        return reasons + [f"{entry.library} cannot be imported ({error})."]
+    return reasons + module.ADAPTERS[slug].missing()
+
+
+def adapter(slug, device):
+    """The Adapter of a slug that can run on `device`. AttentionRefused with every reason and the install hint otherwise."""
+    reasons = unavailable(slug, device)
+    if reasons:
+        raise AttentionRefused(slug, reasons, row(slug).install)
+    return _module(row(slug).module)[0].ADAPTERS[slug]
+
+
+def unsupported(slug, call):
+    """Every reason why this backend cannot compute this AttentionCall; availability included."""
+    reasons = unavailable(slug, call.device)
+    module, _ = _module(row(slug).module)
+    return reasons + (module.ADAPTERS[slug].unsupported(call) if module else [])
+
+
+def probe(slug, device, dtype, head_dim):
+    """Run a backend once on a small problem on the real device and compare with float32.
+
+    device: torch.device. Returns reasons why it cannot be used for this dtype and head size; empty means it ran and was right. Remembered.
+    """
+    key = (slug, str(device), dtype, head_dim)
+    if key not in _probes:
+        _probes[key] = _probe(slug, torch.device(device), dtype, head_dim)
+    return _probes[key]
+
+
+PROBE_TOKENS = 256  # longer than any kernel's special case for short sequences, such as AITER's assembly (more than 128)
+PROBE_ERROR = 0.2   # quantised kernels stay under 0.1 on gaussian data; a wrong layout or scale is above 0.5
+
+
+def _probe(slug, device, dtype, head_dim):
+    reasons = unavailable(slug, describe(device))
+    if reasons:
+        return reasons
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    q, k, v = (torch.randn(1, PROBE_TOKENS, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    chosen = adapter(slug, describe(device))
+    refused = chosen.unsupported(call_of(q, k, v))
+    if refused:
+        return refused
+    try:
+        out, _ = chosen.attend(q, k, v)
+        error = reference.relative_error(out, reference.attend(q, k, v)[0])
+    except Exception as failure:  # a kernel that does not launch here is a reason to refuse, whatever it raises
+        return [f"A test call on {describe(device)} with {dtype_name(dtype)} and head size {head_dim} failed: {type(failure).__name__}: {failure}"]
+    return [] if error < PROBE_ERROR else [f"A test call on {describe(device)} gave a wrong result (relative error {error:.2g})."]

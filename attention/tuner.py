@@ -1,0 +1,179 @@
+"""auto, measured: the fastest exact backend on the model's own tensors, checked against float32 first.
+
+The first call of each shape bucket times every exact backend that accepts it; the answer is remembered for the process and, when a file is
+given, across processes. Where nothing can be timed (a CPU, a stream under capture) the registry's order decides.
+"""
+from dataclasses import dataclass
+import json
+import os
+from pathlib import Path
+import statistics
+import tempfile
+import threading
+
+import torch
+
+from . import reference, registry
+from .call import dtype_name
+from .masks import attend_kept
+
+WARM_UP, TIMED = 2, 5
+ERROR_FACTOR = 2.0     # a candidate may be twice as far from float32 as PyTorch's own kernel (flash-attention's tests use the same factor)
+ERROR_FLOOR = 1e-6     # below this both are rounding noise of float32
+SAMPLE_ROWS, SAMPLE_HEADS = 128, 2
+
+
+@dataclass
+class Candidate:
+    """One row of the table: milliseconds (median) and relative error, or the reasons why it has none."""
+    backend: str
+    ms: float | None = None
+    error: float | None = None
+    reason: str = ""
+
+    def as_text(self):
+        figures = f"{self.ms:8.3f} ms  relative error {self.error:.1e}" if self.ms is not None else "not timed"
+        return f"    {self.backend:<16}{figures}  {self.reason}".rstrip()
+
+
+@dataclass
+class Table:
+    """What auto measured for one call, and what it chose."""
+    call: str
+    device: str
+    chosen: str
+    why: str
+    candidates: list
+
+    def as_data(self):
+        return {"call": self.call, "device": self.device, "chosen": self.chosen, "why": self.why, "candidates": [vars(c) for c in self.candidates]}
+
+    def as_text(self):
+        lines = [f"auto on {self.device}, {self.call}: {self.chosen} ({self.why})"]
+        lines += [c.as_text() for c in sorted(self.candidates, key=lambda c: (c.ms is None, c.ms or 0))]
+        return "\n".join(lines)
+
+
+def bucket(length):
+    """Lengths that share a measurement: rounded up to an eighth of the power of two below, so at most 12.5 % apart."""
+    step = max(1, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def bucket_key(call):
+    """What the best kernel depends on, as a string that is stable between processes."""
+    versions = ",".join(f"{slug}={registry.adapter(slug, call.device).version()}" for slug in candidates(call.device))
+    return "|".join(map(str, (call.device.name, call.device.arch, dtype_name(call.dtype), call.batch, bucket(call.q_len), bucket(call.kv_len),
+                              call.heads, call.kv_heads, call.head_dim, call.mask, call.need_lse, versions)))
+
+
+def candidates(device):
+    """Exact backends that are available on a device, in the registry's order."""
+    return [slug for slug in registry.AUTO_ORDER if not registry.unavailable(slug, device)]
+
+
+def can_time(device_type):
+    return device_type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+class Tuner:
+    """Chooses for `auto`. file: where choices are kept between processes, or None."""
+
+    def __init__(self, file=None):
+        self.file = Path(file) if file else None
+        self._known = self._read()
+        self._tables = {}
+        self._lock = threading.Lock()
+
+    def choose(self, call, q, k, v, mask=None, kept=None, scale=None):
+        """(slug, Table) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
+        key = bucket_key(call)
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = self._remembered(key, call) or self._decide(key, call, q, k, v, mask, kept, scale)
+            return self._tables[key].chosen, self._tables[key]
+
+    def _decide(self, key, call, q, k, v, mask, kept, scale):
+        rows = [Candidate(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)]
+        accepted = [c for c in rows if not c.reason]
+        if not can_time(q.device.type):
+            return Table(str(call), str(call.device), accepted[0].backend, "nothing can be timed here, so the fixed order decides", rows)
+        sdpa_error = None
+        for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
+            measure(candidate, call, q, k, v, mask, kept, scale)
+            sdpa_error = candidate.error if candidate.backend == "sdpa" else sdpa_error
+            if candidate.error is not None and candidate.error > max(ERROR_FACTOR * (sdpa_error or 0), ERROR_FLOOR):
+                candidate.reason = f"rejected: error above {ERROR_FACTOR:g} times PyTorch's own {sdpa_error:.1e}"
+        best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
+        table = Table(str(call), str(call.device), best.backend, f"fastest of {len(accepted)} exact backends, measured on this call", rows)
+        self._remember(key, table)
+        return table
+
+    def _remembered(self, key, call):
+        entry = self._known.get(key)
+        if entry and entry["chosen"] in registry.ROWS and not registry.unsupported(entry["chosen"], call):
+            return Table(str(call), str(call.device), entry["chosen"], "measured earlier on this machine", [Candidate(**c) for c in entry["candidates"]])
+        return None
+
+    def _read(self):
+        try:
+            known = json.loads(self.file.read_text()) if self.file else {}
+            return {k: e for k, e in known.items() if isinstance(e, dict) and {"chosen", "candidates"} <= e.keys()}
+        except (OSError, ValueError, AttributeError):  # no file yet, or one that somebody edited: measure again
+            return {}
+
+    def _remember(self, key, table):
+        if not self.file:
+            return
+        self._known = {**self._read(), key: {"chosen": table.chosen, "candidates": [vars(c) for c in table.candidates]}}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as handle:
+            json.dump(self._known, handle, indent=1)
+        os.replace(handle.name, self.file)  # another process reads the old file or the new one, never half of it
+
+
+def measure(candidate, call, q, k, v, mask, kept, scale):
+    """Fill in a Candidate's ms and error by running it on the tensors, or its reason when it fails."""
+    adapter = registry.adapter(candidate.backend, call.device)
+    try:
+        run = bound(adapter, q, k, v, mask, kept, scale)
+        out = run()
+        candidate.error = sample_error(out, q, k, v, mask, scale)
+        candidate.ms = median_ms(run)
+    except Exception as error:  # out of memory, a kernel that does not launch: this candidate is out, the picture goes on
+        candidate.ms = candidate.error = None
+        candidate.reason = f"{type(error).__name__}: {error}"
+
+
+def bound(adapter, q, k, v, mask, kept, scale):
+    """A function without arguments that makes this call once and returns its output."""
+    if kept is not None and not adapter.limits.mask:
+        return lambda: attend_kept(adapter.attend, q, k, v, kept, scale=scale, need_lse=False)[0]
+    return lambda: adapter.attend(q, k, v, mask=mask, scale=scale)[0]
+
+
+def sample_error(out, q, k, v, mask, scale):
+    """Relative error against float32 on the first and last rows of the first heads: all keys take part, and it stays cheap."""
+    heads = slice(0, SAMPLE_HEADS if k.shape[2] == q.shape[2] else q.shape[2] // k.shape[2])
+    kv = slice(0, SAMPLE_HEADS if k.shape[2] == q.shape[2] else 1)
+    errors = []
+    for rows in (slice(0, SAMPLE_ROWS), slice(max(0, q.shape[1] - SAMPLE_ROWS), q.shape[1])):
+        part = mask[:, heads if mask.shape[1] != 1 else slice(None), rows if mask.shape[2] != 1 else slice(None)] if mask is not None else None
+        exact, _ = reference.attend(q[:, rows, heads], k[:, :, kv], v[:, :, kv], mask=part, scale=scale)
+        errors.append(reference.relative_error(out[:, rows, heads], exact))
+    return max(errors)
+
+
+def median_ms(run):
+    """Median milliseconds of `run` on the current CUDA or HIP stream."""
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(TIMED):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,15 @@
+"""The nodes of the pack, one file per family. ComfyUI calls comfy_entrypoint."""
+from comfy_api.latest import ComfyExtension
+
+from . import attention, loaders
+
+
+class Flux2Attention(ComfyExtension):
+    """Everything the pack adds to ComfyUI."""
+
+    async def get_node_list(self):
+        return [*loaders.NODES, *attention.NODES]
+
+
+async def comfy_entrypoint():
+    return Flux2Attention()

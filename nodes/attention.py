@@ -1,0 +1,123 @@
+"""Choose the attention kernel of a MODEL, and report which one ran."""
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..attention import registry, selection
+from ..attention.call import AttentionRefused
+from ..attention.override import AttentionOverride
+from ..attention.runlog import fingerprint
+from ..flux2 import patch
+
+CATEGORY = "Flux 2"
+NO_SECOND = "none"
+ROUNDINGS = ["nearest away", "nearest even", "toward zero"]
+
+
+def backend_tooltip():
+    """One line per backend, from the registry's rows."""
+    lines = ["Which kernel computes attention. A chosen backend runs or refuses with the reason; nothing falls back in silence.",
+             "auto: the fastest exact one, measured on this model's first step."]
+    return "\n".join(lines + [f"{slug}: {row.summary}{'' if row.exact else ' (quantised)'}" for slug, row in registry.ROWS.items()])
+
+
+def tuner():
+    """auto's memory, in ComfyUI's user folder. Made when first needed: the folder is not known at import."""
+    file = os.path.join(folder_paths.get_user_directory(), "flux2_attention", "auto.json")
+    if selection.default_tuner().file is None or str(selection.default_tuner().file) != file:
+        selection.set_default_tuner(file)
+    return selection.default_tuner()
+
+
+def check(model, slug):
+    """Refuse now, before anything is sampled, a backend that cannot run this model here. Raises AttentionRefused."""
+    if slug in (registry.AUTO, NO_SECOND):
+        return
+    device, dtype, head_dim = patch.attention_facts(model)
+    reasons = registry.probe(slug, device, dtype, head_dim or 128)
+    if reasons:
+        raise AttentionRefused(slug, reasons, registry.row(slug).install)
+
+
+class Flux2SelectAttention(io.ComfyNode):
+    """MODEL in, MODEL out, with an attention backend of your choice."""
+
+    @classmethod
+    def define_schema(cls):
+        counts = {"default": 0, "min": 0, "max": 1000, "optional": True, "advanced": True}
+        return io.Schema(
+            node_id="Flux2SelectAttention", display_name="Select Attention (FLUX.2)", category=CATEGORY,
+            description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on AMD, PyTorch. "
+                        "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
+            search_aliases=["flash attention", "aiter", "rocm", "sage attention", "cudnn", "sdpa", "attention backend", "xformers"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention."),
+                io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
+                io.Combo.Input("unsupported_calls", options=[selection.REFUSE, selection.USE_SDPA], default=selection.REFUSE, optional=True,
+                               tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop with the reason, "
+                                       "or let PyTorch compute that call and say so in the report."),
+                io.Combo.Input("edge_backend", options=[NO_SECOND, *registry.SLUGS], default=NO_SECOND, optional=True, advanced=True,
+                               tooltip="A second backend for the first and last steps or blocks chosen below. Typical use: a quantised backend above "
+                                       "for speed, an exact one here, where errors show most."),
+                io.Int.Input("first_steps", **counts, tooltip="How many steps at the beginning use the second backend."),
+                io.Int.Input("last_steps", **counts, tooltip="How many steps at the end use the second backend."),
+                io.Int.Input("first_blocks", **counts, tooltip="How many transformer blocks at the input side use the second backend, in every step."),
+                io.Int.Input("last_blocks", **counts, tooltip="How many transformer blocks at the output side use the second backend, in every step."),
+                io.Combo.Input("aiter_rounding", options=ROUNDINGS, default=ROUNDINGS[0], optional=True, advanced=True,
+                               tooltip="How AITER's bf16 assembly kernel rounds on MI300: nearest away is AITER's default, toward zero is fastest "
+                                       "and least exact. Other backends ignore it."),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model with the chosen attention.")])
+
+    @classmethod
+    def execute(cls, model, backend, unsupported_calls=selection.REFUSE, edge_backend=NO_SECOND, first_steps=0, last_steps=0,
+                first_blocks=0, last_blocks=0, aiter_rounding=ROUNDINGS[0]) -> io.NodeOutput:
+        for slug in (backend, edge_backend):
+            check(model, slug)
+        schedule = None
+        if edge_backend != NO_SECOND:
+            schedule = selection.Schedule(edge_backend, first_steps, last_steps, first_blocks, last_blocks, patch.block_kinds(model))
+        chosen = selection.Selection(backend, unsupported=unsupported_calls, schedule=schedule, tuner=tuner(), options={"aiter_rounding": aiter_rounding})
+        patched = model.clone()
+        patch.install(patched, AttentionOverride(chosen, patch.occupant(patched)))
+        return io.NodeOutput(patched)
+
+
+class Flux2AttentionReport(io.ComfyNode):
+    """Which kernel ran, for how many calls, and why."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2AttentionReport", display_name="Attention Report (FLUX.2)", category=CATEGORY, is_output_node=True, not_idempotent=True,
+            description="Shows which attention kernel really ran during the last sampling with this model: backend, library and version, "
+                        "kernel, number of calls, shapes, and calls that were not handled and why. Put it between the sampler and the VAE.",
+            search_aliases=["attention backend", "which attention", "is flash attention on", "benchmark"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that went into the sampler (after Select Attention)."),
+                io.Latent.Input("latent", tooltip="What the sampler produced. It is passed on unchanged and tells which sampling to report."),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latent, unchanged."), io.String.Output(display_name="report", tooltip="The report as text.")])
+
+    @classmethod
+    def execute(cls, model, latent) -> io.NodeOutput:
+        text, data = report(model, latent["samples"])
+        return io.NodeOutput(latent, text, ui={**ui.PreviewText(text).as_dict(), "flux2_attention": [data]})
+
+
+def report(model, samples):
+    """(text, data) for the sampling that produced `samples`, or for the newest one of this model."""
+    override = patch.occupant(model)
+    chosen = getattr(override, "selection", None)
+    if chosen is None:
+        text = "No Select Attention (FLUX.2) node is on this model: ComfyUI's own attention runs, and it keeps no record."
+        return text + (f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""), {"backend": None, "calls": 0}
+    run, by_latent = chosen.log.find(None if samples.is_nested else fingerprint(samples))
+    if run is None:
+        return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {"backend": chosen.backend, "calls": 0}
+    note = "" if by_latent else "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
+    return run.as_text() + note, run.as_data()
+
+
+NODES = [Flux2SelectAttention, Flux2AttentionReport]

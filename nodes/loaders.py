@@ -1,0 +1,127 @@
+"""The loader nodes: FLUX.2 diffusion model, text encoder and VAE from ComfyUI's model folders, as plain MODEL, CLIP and VAE.
+
+A choice is a file, or the folder of a diffusers or Hugging Face model. What is wrong with a choice is said in a sentence, before anything is
+loaded.
+"""
+import folder_paths
+from comfy_api.latest import io
+
+from ..flux2 import load
+from ..flux2.checkpoint import CheckpointError
+from ..flux2.folders import choices, locate
+
+CATEGORY = "Flux 2"
+
+
+def _names(folder):
+    return choices(folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder))
+
+
+def _path(folder, name):
+    return str(locate(name, folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder), folder))
+
+
+def _validate(folder, name):
+    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that the value is not in a list."""
+    try:
+        return bool(_path(folder, name))
+    except CheckpointError as error:
+        return str(error)
+
+
+class Flux2LoadModel(io.ComfyNode):
+    """MODEL from the folder diffusion_models."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2LoadModel",
+            display_name="Load FLUX.2 Model",
+            category=CATEGORY,
+            description="Loads a FLUX.2 diffusion model, the part that draws: dev, klein 4B or klein 9B. Takes the original file, ComfyUI's bf16 and "
+                        "fp8 files, and diffusers folders. A file of another kind is refused with what it is and where it belongs.",
+            search_aliases=["flux2 unet", "flux 2 diffusion model", "load unet", "load diffusers transformer", "klein"],
+            inputs=[
+                io.Combo.Input("model_name", options=_names("diffusion_models"),
+                               tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models."),
+                io.Combo.Input("weight_dtype", options=list(load.WEIGHT_DTYPES), default="as stored",
+                               tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). 'bf16': 2 bytes a weight. "
+                                       "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of quality; "
+                                       "a file made as fp8 or mixed precision is better."),
+            ],
+            outputs=[io.Model.Output(tooltip="The diffusion model. An ordinary MODEL: LoRA and all other model nodes work on it.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name):
+        return _validate("diffusion_models", model_name)
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+        return io.NodeOutput(load.load_model(_path("diffusion_models", model_name), weight_dtype))
+
+
+class Flux2LoadTextEncoder(io.ComfyNode):
+    """CLIP from the folder text_encoders."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2LoadTextEncoder",
+            display_name="Load FLUX.2 Text Encoder",
+            category=CATEGORY,
+            description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for klein. Takes ComfyUI's files and "
+                        "Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
+            search_aliases=["flux2 clip", "load clip", "mistral", "qwen3", "flux 2 text encoder"],
+            inputs=[
+                io.Combo.Input("text_encoder_name", options=_names("text_encoders"),
+                               tooltip="A file, or the folder of a Hugging Face model, in ComfyUI's folder text_encoders. FLUX.2 dev needs Mistral 3, "
+                                       "klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B."),
+                io.Combo.Input("device", options=list(load.DEVICES), default="default",
+                               tooltip="Where the prompt is read. 'default': ComfyUI decides, normally the GPU. 'cpu': leaves GPU memory free, but slow."),
+            ],
+            outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder_name):
+        return _validate("text_encoders", text_encoder_name)
+
+    @classmethod
+    def execute(cls, text_encoder_name, device) -> io.NodeOutput:
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(load.load_text_encoder(_path("text_encoders", text_encoder_name), device, embeddings))
+
+
+class Flux2LoadVAE(io.ComfyNode):
+    """VAE from the folder vae."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2LoadVAE",
+            display_name="Load FLUX.2 VAE",
+            category=CATEGORY,
+            description="Loads the FLUX.2 autoencoder, which turns pictures into latents and back. Takes the original file, the file with the small "
+                        "decoder, and diffusers folders.",
+            search_aliases=["flux2 vae", "load vae", "flux 2 autoencoder"],
+            inputs=[
+                io.Combo.Input("vae_name", options=_names("vae"),
+                               tooltip="A file, or the folder of a diffusers VAE, in ComfyUI's folder vae."),
+                io.Combo.Input("precision", options=list(load.PRECISIONS), default="auto",
+                               tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device (recommended). 'fp32': exact, "
+                                       "twice the memory. 'fp16': can overflow to black pictures."),
+            ],
+            outputs=[io.Vae.Output(tooltip="The autoencoder. An ordinary VAE: connect it to VAE Decode and VAE Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae_name):
+        return _validate("vae", vae_name)
+
+    @classmethod
+    def execute(cls, vae_name, precision) -> io.NodeOutput:
+        return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision))
+
+
+NODES = [Flux2LoadModel, Flux2LoadTextEncoder, Flux2LoadVAE]

@@ -1,0 +1,42 @@
+"""Fixtures: the pack as flux2_pack, ComfyUI on the CPU, the small models, a running server."""
+import os
+from pathlib import Path
+import sys
+
+import pytest
+
+import pack  # noqa: F401
+
+pytest_plugins = ["server_fixture"]
+
+
+def comfyui_path():
+    path = os.environ.get("COMFYUI_PATH")
+    if not path or not (Path(path) / "comfy" / "sd.py").is_file():
+        pytest.fail("COMFYUI_PATH must name a ComfyUI checkout. scripts/test.sh sets it.")
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """ComfyUI's modules, importable, on the CPU. Returns its folder."""
+    path = comfyui_path()
+    sys.path.insert(0, path)
+    argv, sys.argv = sys.argv, sys.argv[:1]  # ComfyUI reads the command line at import
+    import comfy.options
+    comfy.options.enable_args_parsing(False)
+    import torch
+    from comfy.cli_args import args
+    args.cpu = not torch.cuda.is_available()
+    sys.argv = argv
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_models():
+    """Paths of the small FLUX.2 models: {"root", "model", "text_encoder", "vae"}; made once per machine."""
+    import small_models as maker
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flux2-attention" / "small-models"
+    maker.ensure(root)
+    return {"root": root, "model": root / "diffusion_models" / "flux2-small.safetensors",
+            "text_encoder": root / "text_encoders" / "mistral3-flux2-small.safetensors", "vae": root / "vae" / "flux2-vae-small.safetensors"}

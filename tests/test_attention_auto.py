@@ -1,0 +1,109 @@
+"""auto: what it measures, rejects, remembers, and does where nothing can be timed. Timings are given by the test, never asserted."""
+import json
+
+import pytest
+import torch
+
+from flux2_pack.attention import registry, tuner
+from flux2_pack.attention.call import call_of
+from flux2_pack.attention.device import describe
+from flux2_pack.attention.selection import Selection
+from flux2_pack.attention.tuner import Tuner, bucket
+
+QKV = [torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Pretend that this machine can time, with these milliseconds per backend. Returns the dict and a list of what was timed."""
+    speeds, asked = {"sdpa": 3.0, "sdpa-flash": 2.0, "sdpa-math": 1.0}, []
+    monkeypatch.setattr(registry, "AUTO_ORDER", ["sdpa", "sdpa-flash", "sdpa-math"])
+    monkeypatch.setattr(tuner, "can_time", lambda device: True)
+    original = tuner.bound
+
+    def bound(adapter, *rest):
+        run = original(adapter, *rest)
+        run.slug = next(s for s, a in registry._module("sdpa")[0].ADAPTERS.items() if a is adapter)
+        return run
+
+    def median(run):
+        asked.append(run.slug)
+        return speeds[run.slug]
+    monkeypatch.setattr(tuner, "bound", bound)
+    monkeypatch.setattr(tuner, "median_ms", median)
+    return speeds, asked
+
+
+def test_the_fastest_exact_backend_wins_and_is_asked_once(timed):
+    selection = Selection("auto", tuner=Tuner())
+    for _ in range(3):
+        selection.attend(*QKV)
+    entry, = selection.log.current.as_data()["entries"]
+    assert entry["backend"] == "sdpa-math" and entry["calls"] == 3 and "fastest of 3" in entry["why"]
+    assert timed[1] == ["sdpa", "sdpa-flash", "sdpa-math"]
+    table = selection.log.current.as_text()
+    assert "2.000 ms" in table and "relative error" in table
+
+
+def test_a_fast_but_wrong_backend_is_rejected_with_its_error(timed, monkeypatch):
+    math = type(registry._module("sdpa")[0].ADAPTERS["sdpa-math"])
+    monkeypatch.setattr(math, "run", lambda self, q, k, v, mask, scale, need_lse: (v * 1.01, None))
+    slug, table = Tuner().choose(call_of(*QKV), *QKV)
+    rejected = next(c for c in table.candidates if c.backend == "sdpa-math")
+    assert slug == "sdpa-flash" and "rejected: error above" in rejected.reason
+
+
+def test_a_backend_that_fails_is_a_row_with_its_reason(timed, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(type(registry._module("sdpa")[0].ADAPTERS["sdpa-math"]), "run", out_of_memory)
+    slug, table = Tuner().choose(call_of(*QKV), *QKV)
+    failed = next(c for c in table.candidates if c.backend == "sdpa-math")
+    assert slug == "sdpa-flash" and failed.ms is None and "out of memory" in failed.reason
+
+
+def test_measurements_are_kept_between_processes_and_survive_a_broken_file(timed, tmp_path):
+    file = tmp_path / "folder" / "auto.json"
+    assert Tuner(file).choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
+    timed[1].clear()
+    slug, table = Tuner(file).choose(call_of(*QKV), *QKV)
+    assert slug == "sdpa-math" and timed[1] == [] and "earlier" in table.why
+    for content in ("{not json", "[1, 2]", json.dumps({"x": 3, "y": {"chosen": "sdpa"}})):
+        file.write_text(content)
+        assert Tuner(file).choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
+    assert json.loads(file.read_text())
+
+
+def test_another_length_dtype_or_head_count_is_another_measurement(timed):
+    chooser = Tuner()
+    chooser.choose(call_of(*QKV), *QKV)
+    for changed in ([t[:, :100] for t in QKV], [t.to(torch.bfloat16) for t in QKV], [t[:, :, :1] for t in QKV]):
+        timed[1].clear()
+        chooser.choose(call_of(*changed), *changed)
+        assert timed[1]
+
+
+def test_neighbouring_lengths_share_one(timed):
+    assert bucket(4608) == bucket(4600) != bucket(8704)
+    assert all(bucket(n) >= n and bucket(n) <= n * 1.125 + 1 for n in range(1, 20000, 37))
+    chooser = Tuner()
+    chooser.choose(call_of(*QKV), *QKV)
+    timed[1].clear()
+    shorter = [t[:, :299] for t in QKV]
+    chooser.choose(call_of(*shorter), *shorter)
+    assert timed[1] == []
+
+
+def test_where_nothing_can_be_timed_the_order_decides():
+    slug, table = Tuner().choose(call_of(*QKV), *QKV)
+    assert slug == "sdpa" and "fixed order" in table.why
+    assert [c.backend for c in table.candidates] == tuner.candidates(describe("cpu"))
+
+
+def test_masks_take_part(timed):
+    mask = torch.ones(1, 1, 1, 300, dtype=torch.bool)
+    mask[..., :9] = False
+    selection = Selection("auto", tuner=Tuner())
+    out, _ = selection.attend(*QKV, mask=mask)
+    expected, _ = Selection("sdpa").attend(*QKV, mask=mask)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
