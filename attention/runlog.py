@@ -73,7 +73,7 @@ class Run:
         if self.error:
             lines.append(f"The sampling stopped with an error: {self.error}")
         if not self.entries:
-            lines.append("No attention call has been seen yet. The report node must come after the sampler, on the same MODEL.")
+            lines.append("No attention call has been seen yet. The report must come after the work it reports.")
         for entry in self.kinds():
             lines.append(f"{entry.calls} calls: {entry.backend} | {entry.library} | kernel {entry.kernel or 'not named by the library'} | {entry.call}")
             lines.append(f"    {entry.why}")

@@ -21,10 +21,8 @@ def install(model, override):
 
     override.selection receives begin_run, begin_forward and log.end. Hooks of an earlier selection are removed: selecting twice replaces.
     """
-    if hasattr(model, "set_model_optimized_attention"):  # core's own setter, in versions after 0.30
-        model.set_model_optimized_attention(override)
-    else:
-        model.model_options.setdefault("transformer_options", {})[SLOT] = override
+    # not through set_model_optimized_attention, which cores after 0.30 have: it drops the function that an override hands calls back to
+    model.model_options.setdefault("transformer_options", {})[SLOT] = override
     selection = override.selection
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, during_sampling(selection)), (WrappersMP.APPLY_MODEL, during_forward(selection))):
         model.remove_wrappers_with_key(kind, KEY)

@@ -8,11 +8,13 @@ from ..attention import registry, selection
 from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
 from ..attention.runlog import fingerprint
-from ..flux2 import patch
+from ..flux2 import encoder_attention, patch
 
 CATEGORY = "Flux 2"
 NO_SECOND = "none"
 ROUNDINGS = ["nearest away", "nearest even", "toward zero"]
+# a text encoder's attention is float32 with a causal mask: no other exact kernel takes that
+ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-math"]
 
 
 def backend_tooltip():
@@ -38,6 +40,15 @@ def check(model, slug):
     reasons = registry.probe(slug, device, dtype, head_dim or 128)
     if reasons:
         raise AttentionRefused(slug, reasons, registry.row(slug).install)
+
+
+def choose_encoder_attention(clip, backend):
+    """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run on its device."""
+    if backend != ENCODER_BACKENDS[0]:
+        if backend != registry.AUTO:
+            registry.adapter(backend, registry.describe(clip.patcher.load_device))
+        encoder_attention.install(clip, AttentionOverride(selection.Selection(backend, tuner=tuner())))
+    return clip
 
 
 class Flux2SelectAttention(io.ComfyNode):
@@ -97,12 +108,15 @@ class Flux2AttentionReport(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that went into the sampler (after Select Attention)."),
                 io.Latent.Input("latent", tooltip="What the sampler produced. It is passed on unchanged and tells which sampling to report."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to report its attention too. Says something only when its loader was told which kernel to use."),
             ],
             outputs=[io.Latent.Output(tooltip="The latent, unchanged."), io.String.Output(display_name="report", tooltip="The report as text.")])
 
     @classmethod
-    def execute(cls, model, latent) -> io.NodeOutput:
+    def execute(cls, model, latent, clip=None) -> io.NodeOutput:
         text, data = report(model, latent["samples"])
+        if clip is not None:
+            text += "\n\n" + encoder_report(clip)
         return io.NodeOutput(latent, text, ui={**ui.PreviewText(text).as_dict(), "flux2_attention": [data]})
 
 
@@ -118,6 +132,14 @@ def report(model, samples):
         return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {"backend": chosen.backend, "calls": 0}
     note = "" if by_latent else "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
     return run.as_text() + note, run.as_data()
+
+
+def encoder_report(clip):
+    """What computed the attention of the last prompt that this CLIP encoded."""
+    chosen = encoder_attention.selection_of(clip)
+    if chosen is None:
+        return "Text encoder: ComfyUI's own attention, which keeps no record."
+    return "Text encoder. " + (chosen.log.current.as_text() if chosen.log.current else f"Attention backend chosen: {chosen.backend}. No prompt has been encoded yet.")
 
 
 NODES = [Flux2SelectAttention, Flux2AttentionReport]

@@ -197,6 +197,34 @@ def test_another_packs_override_before_and_after_ours(tools, flux2):
     assert len(seen) == STEPS * 6 and "No Select Attention" in report(tools, after, out)[0] and "attention_override" in report(tools, after, out)[0]
 
 
+def newer_core_setter(model, function):
+    """What set_model_optimized_attention of cores after 0.30 writes into the slot, from its behaviour: the first argument is dropped."""
+    def optimized_attention_override(_, *args, **kwargs):
+        return function(*args, **kwargs)
+    return with_override(model, optimized_attention_override)
+
+
+def test_the_attention_node_of_newer_cores_before_and_after_ours(tools, flux2):
+    from comfy.ldm.modules.attention import attention_pytorch
+    positive, seen = conditioning(flux2_context()), []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return attention_pytorch.__wrapped__(*args, **kwargs)
+    expected = sample(tools, flux2, positive)
+    before = select(tools, newer_core_setter(flux2, counted), "sdpa-math")
+    assert_same(sample(tools, before, positive), expected)
+    assert not seen, "ours was chosen later and computes"
+    out = sample(tools, newer_core_setter(before, counted), positive)
+    assert_same(out, expected)
+    assert len(seen) == STEPS * 6, "theirs was chosen later and computes"
+
+
+def test_newer_cores_unwrap_their_containers_for_an_override_without_a_container_function(tools, flux2):
+    override = select(tools, flux2, "sdpa").model_options["transformer_options"]["optimized_attention_override"]
+    assert callable(override) and not hasattr(override, "container_function")
+
+
 def test_lora_and_attention_patches(tools, flux2):
     positive = conditioning(flux2_context())
     key = "diffusion_model.single_blocks.1.linear1.weight"
