@@ -44,6 +44,10 @@ class Adapter:
         """
         return self.run(q, k, v, mask, default_scale(q.shape[-1]) if scale is None else scale, need_lse)
 
+    # set by backends whose library's own layout is (B, H, S, D), as ComfyUI's is: attend without turning the tensors twice.
+    # (q, k, v (B, H, S, D), mask, scale) -> out (B, H, Sq, D)
+    attend_heads_first = None
+
     def run(self, q, k, v, mask, scale, need_lse):
         raise NotImplementedError(f"{type(self).__name__}.run")
 

@@ -24,21 +24,21 @@ class AttentionOverride:
 
     def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
         qs, ks, vs = to_bshd(q, k, v, heads, skip_reshape)
-        result = self._attend(qs, ks, vs, mask, kwargs)
+        result = self._attend(qs, ks, vs, mask, kwargs, (q, k, v) if skip_reshape else None)
         if result is None:
             rest = dict(kwargs, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
             return self.previous(func, q, k, v, heads, **rest) if self.previous else func(q, k, v, heads, **rest)
         out = result[0]
         return out.transpose(1, 2) if skip_output_reshape else out.reshape(out.shape[0], out.shape[1], -1)
 
-    def _attend(self, q, k, v, mask, kwargs):
+    def _attend(self, q, k, v, mask, kwargs, heads_first):
         scale, full_precision = kwargs.get("scale"), kwargs.get("low_precision_attention", True) is False
         if torch.compiler.is_compiling():
             scale = default_scale(q.shape[-1]) if scale is None else scale
             return ops.attend(q, k, v, mask, scale, False, full_precision, self.selection.number)
         options = kwargs.get("transformer_options") or {}
         block = (options["block_type"], options["block_index"]) if "block_type" in options and "block_index" in options else None
-        return self.selection.attend(q, k, v, mask=mask, scale=scale, block=block, full_precision=full_precision)
+        return self.selection.attend(q, k, v, mask=mask, scale=scale, block=block, full_precision=full_precision, heads_first=heads_first)
 
 
 def to_bshd(q, k, v, heads, skip_reshape):

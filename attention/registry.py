@@ -49,6 +49,10 @@ ROWS = {
     "aiter-fp8": Row("aiter", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER with fp8 inputs, one scale per tensor"),
     "aiter-sage": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER's SageAttention: int8 query-key, fp8 values"),
     "aiter-sage-mxfp4": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx950",)}), False, AITER_INSTALL, "AITER's SageAttention with MXFP4 query-key"),
+    **{f"aiter-v4-{name}": Row("aiter_v4", "AITER", Hardware({"amd": archs}), False, AITER_INSTALL, f"AITER MHA v4: {formats}") for name, archs, formats in (
+        ("i8fp8", ("gfx942", "gfx950"), "int8 query-key, fp8 values"), ("fp8", ("gfx950",), "fp8"), ("mxfp8", ("gfx950",), "MXFP8 query-key, fp8 values"),
+        ("f8f6", ("gfx950",), "fp8 query-key, MXFP6 values"), ("mxfp6", ("gfx950",), "MXFP6 query-key, fp8 values"),
+        ("f6f4", ("gfx950",), "MXFP6 query-key, MXFP4 values"), ("mxfp4", ("gfx950",), "MXFP4 query-key, fp8 values"), ("f4f4", ("gfx950",), "MXFP4"))},
     "sage1": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), False,
                  "Install it with: pip install sageattention==1.0.6", "SageAttention 1 (Triton): int8 query-key"),
     "sage2": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm12x")}), False,

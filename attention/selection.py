@@ -113,8 +113,10 @@ class Selection:
 
     # --- one call
 
-    def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False, block=None, full_precision=False):
+    def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False, block=None, full_precision=False, heads_first=None):
         """Compute one call of BSHD tensors as selected, and count it.
+
+        heads_first: the same q, k, v as (B, H, S, D), if the caller has them so: some libraries want that.
 
         block: (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised kernel here.
         Returns (out, lse), or None when the call is handed back. AttentionRefused when the backend cannot and the policy is REFUSE.
@@ -127,7 +129,10 @@ class Selection:
         scale = default_scale(q.shape[-1]) if scale is None else scale
         if kept is not None and not decision.adapter.limits.mask:
             return attend_kept(decision.adapter.attend, q, k, v, kept, scale=scale, need_lse=need_lse)
-        return decision.adapter.attend(q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale, need_lse=need_lse)
+        mask = None if mask is None else normalise(mask, q.shape[1])
+        if heads_first and decision.adapter.attend_heads_first and not need_lse:
+            return decision.adapter.attend_heads_first(*heads_first, mask, scale).transpose(1, 2), None
+        return decision.adapter.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse)
 
     def exact(self, q, k, v, mask, scale):
         """PyTorch's own kernel, for a call that was handed back where there is nobody to take it."""

@@ -17,7 +17,8 @@ from . import reference, registry
 from .call import dtype_name
 from .masks import attend_kept
 
-WARM_UP, TIMED = 2, 5
+WARM_UP, ROUNDS = 2, 9
+OUT_OF_THE_RACE = 1.5  # a candidate this many times slower than the best after the first round is not timed again
 ERROR_FACTOR = 2.0     # a candidate may be twice as far from float32 as PyTorch's own kernel (flash-attention's tests use the same factor)
 ERROR_FLOOR = 1e-6     # below this both are rounding noise of float32
 SAMPLE_ROWS, SAMPLE_HEADS = 128, 2
@@ -99,11 +100,16 @@ class Tuner:
         if not can_time(q.device.type):
             return Table(str(call), str(call.device), accepted[0].backend, "nothing can be timed here, so the fixed order decides", rows)
         sdpa_error = None
+        runners = {}
         for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
-            measure(candidate, call, q, k, v, mask, kept, scale)
+            run = check(candidate, call, q, k, v, mask, kept, scale)
             sdpa_error = candidate.error if candidate.backend == "sdpa" else sdpa_error
             if candidate.error is not None and candidate.error > max(ERROR_FACTOR * (sdpa_error or 0), ERROR_FLOOR):
                 candidate.reason = f"rejected: error above {ERROR_FACTOR:g} times PyTorch's own {sdpa_error:.1e}"
+            elif run is not None:
+                runners[candidate.backend] = run
+        for candidate, ms in zip(accepted, map(race(runners).get, (c.backend for c in accepted))):
+            candidate.ms = ms
         best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
         table = Table(str(call), str(call.device), best.backend, f"fastest of {len(accepted)} exact backends, measured on this call", rows)
         self._remember(key, table)
@@ -132,17 +138,30 @@ class Tuner:
         os.replace(handle.name, self.file)  # another process reads the old file or the new one, never half of it
 
 
-def measure(candidate, call, q, k, v, mask, kept, scale):
-    """Fill in a Candidate's ms and error by running it on the tensors, or its reason when it fails."""
+def check(candidate, call, q, k, v, mask, kept, scale):
+    """Run a Candidate once on the tensors and fill in its error, or its reason when it fails. Returns the function that runs it, or None."""
     adapter = registry.adapter(candidate.backend, call.device)
     try:
         run = bound(adapter, q, k, v, mask, kept, scale)
-        out = run()
-        candidate.error = sample_error(out, q, k, v, mask, scale)
-        candidate.ms = median_ms(run)
+        candidate.error = sample_error(run(), q, k, v, mask, scale)
+        return run
     except Exception as error:  # out of memory, a kernel that does not launch: this candidate is out, the picture goes on
-        candidate.ms = candidate.error = None
         candidate.reason = f"{type(error).__name__}: {error}"
+        return None
+
+
+def race(runners):
+    """Median milliseconds of each of {name: function}. Rounds go around all of them, so that a drift of the clocks is everybody's."""
+    times = {name: [] for name in runners}
+    for name, run in runners.items():
+        for _ in range(WARM_UP):
+            run()
+    for _ in range(ROUNDS):
+        best = min((min(t) for t in times.values() if t), default=float("inf"))
+        for name, run in runners.items():
+            if not times[name] or min(times[name]) < OUT_OF_THE_RACE * best:
+                times[name].append(elapsed_ms(run))
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def bound(adapter, q, k, v, mask, kept, scale):
@@ -164,16 +183,11 @@ def sample_error(out, q, k, v, mask, scale):
     return max(errors)
 
 
-def median_ms(run):
-    """Median milliseconds of `run` on the current CUDA or HIP stream."""
-    for _ in range(WARM_UP):
-        run()
-    times = []
-    for _ in range(TIMED):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def elapsed_ms(run):
+    """Milliseconds of one run on the current CUDA or HIP stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

@@ -18,10 +18,19 @@ ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-ma
 
 
 def backend_tooltip():
-    """One line per backend, from the registry's rows."""
-    lines = ["Which kernel computes attention. A chosen backend runs or refuses with the reason; nothing falls back in silence.",
-             "auto: the fastest exact one, measured on this model's first step."]
-    return "\n".join(lines + [f"{slug}: {row.summary}{'' if row.exact else ' (quantised)'}" for slug, row in registry.ROWS.items()])
+    """What the choices mean, short enough for a tooltip; the README's table has a line for each."""
+    exact, quantised = (", ".join(slug for slug, row in registry.ROWS.items() if row.exact == kind) for kind in (True, False))
+    return ("Which kernel computes attention. It runs or the graph stops with the reason; nothing falls back in silence.\n"
+            "auto: the fastest exact one, measured on this model's first step.\n"
+            f"Exact: {exact}.\nQuantised, faster and less exact: {quantised}.")
+
+
+def known_slugs(*slugs):
+    """What validate_inputs returns: True, or the sentence that lists the backends. None stands for an input that is linked."""
+    for slug in slugs:
+        if slug not in (None, NO_SECOND, registry.AUTO, *registry.ROWS):
+            return f"There is no attention backend '{slug}'. The backends are: {', '.join(registry.SLUGS)}."
+    return True
 
 
 def tuner():
@@ -65,7 +74,7 @@ class Flux2SelectAttention(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention."),
                 io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
-                io.Combo.Input("unsupported_calls", options=[selection.REFUSE, selection.USE_SDPA], default=selection.REFUSE, optional=True,
+                io.Combo.Input("unsupported_calls", options=[selection.REFUSE, selection.USE_SDPA], default=selection.REFUSE, optional=True, advanced=True,
                                tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop with the reason, "
                                        "or let PyTorch compute that call and say so in the report."),
                 io.Combo.Input("edge_backend", options=[NO_SECOND, *registry.SLUGS], default=NO_SECOND, optional=True, advanced=True,
@@ -80,6 +89,10 @@ class Flux2SelectAttention(io.ComfyNode):
                                        "and least exact. Other backends ignore it."),
             ],
             outputs=[io.Model.Output(tooltip="The same model with the chosen attention.")])
+
+    @classmethod
+    def validate_inputs(cls, backend=None, edge_backend=None):
+        return known_slugs(backend, edge_backend)
 
     @classmethod
     def execute(cls, model, backend, unsupported_calls=selection.REFUSE, edge_backend=NO_SECOND, first_steps=0, last_steps=0,

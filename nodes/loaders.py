@@ -4,26 +4,37 @@ A choice is a file, or the folder of a diffusers or Hugging Face model. What is 
 loaded.
 """
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flux2 import load
 from ..flux2.checkpoint import CheckpointError
-from ..flux2.folders import choices, locate
+from ..flux2.folders import choices, locate, pipeline_parts
+from .attention import ENCODER_BACKENDS, choose_encoder_attention
 
 CATEGORY = "Flux 2"
+PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}  # of pipelines in ComfyUI's folder diffusers
+INFO_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")  # where files that belong elsewhere are found too
 
 
 def _names(folder):
-    return choices(folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder))
+    names = choices(folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder))
+    return names + pipeline_parts(folder_paths.get_folder_paths("diffusers"), PIPELINE_PARTS[folder]) if folder in PIPELINE_PARTS else names
+
+
+def _all_names():
+    return [f"{folder}/{name}" for folder in INFO_FOLDERS for name in _names(folder)]
 
 
 def _path(folder, name):
-    return str(locate(name, folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder), folder))
+    roots = folder_paths.get_folder_paths(folder) + folder_paths.get_folder_paths("diffusers") * (folder in PIPELINE_PARTS)
+    return str(locate(name, _names(folder), roots, folder))
 
 
 def _validate(folder, name):
     """What validate_inputs returns: True, or a sentence where ComfyUI would only say that the value is not in a list."""
     try:
+        if folder not in INFO_FOLDERS:
+            return f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the name of a file."
         return bool(_path(folder, name))
     except CheckpointError as error:
         return str(error)
@@ -43,7 +54,8 @@ class Flux2LoadModel(io.ComfyNode):
             search_aliases=["flux2 unet", "flux 2 diffusion model", "load unet", "load diffusers transformer", "klein"],
             inputs=[
                 io.Combo.Input("model_name", options=_names("diffusion_models"),
-                               tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models."),
+                               tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models, or in a whole "
+                                       "diffusers pipeline in the folder diffusers."),
                 io.Combo.Input("weight_dtype", options=list(load.WEIGHT_DTYPES), default="as stored",
                                tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). 'bf16': 2 bytes a weight. "
                                        "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of quality; "
@@ -79,6 +91,12 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                                        "klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B."),
                 io.Combo.Input("device", options=list(load.DEVICES), default="default",
                                tooltip="Where the prompt is read. 'default': ComfyUI decides, normally the GPU. 'cpu': leaves GPU memory free, but slow."),
+                io.Combo.Input("padding", options=list(load.PADDINGS), default="zeros", optional=True, advanced=True,
+                               tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does. 'reference': as diffusers and "
+                                       "the official code do, encoded padding tokens; choose it to reproduce their pictures. No effect on klein."),
+                io.Combo.Input("attention", options=ENCODER_BACKENDS, default=ENCODER_BACKENDS[0], optional=True, advanced=True,
+                               tooltip="Which kernel computes this encoder's attention; the diffusion model's choice does not reach it. 'default': ComfyUI's own. "
+                                       "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt takes milliseconds either way."),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
         )
@@ -88,9 +106,10 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         return _validate("text_encoders", text_encoder_name)
 
     @classmethod
-    def execute(cls, text_encoder_name, device) -> io.NodeOutput:
+    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0]) -> io.NodeOutput:
         embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(load.load_text_encoder(_path("text_encoders", text_encoder_name), device, embeddings))
+        clip = load.load_text_encoder(_path("text_encoders", text_encoder_name), device, padding, embeddings)
+        return io.NodeOutput(choose_encoder_attention(clip, attention))
 
 
 class Flux2LoadVAE(io.ComfyNode):
@@ -124,4 +143,34 @@ class Flux2LoadVAE(io.ComfyNode):
         return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision))
 
 
-NODES = [Flux2LoadModel, Flux2LoadTextEncoder, Flux2LoadVAE]
+class Flux2ModelInfo(io.ComfyNode):
+    """What a file is, as text, without loading it."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2ModelInfo",
+            display_name="FLUX.2 Model Info",
+            category=CATEGORY,
+            description="Says what a model file is without loading it: kind, variant, layers, number format, size, which node it belongs in, and what "
+                        "will happen on this machine. For a damaged or wrong file it says what is wrong.",
+            search_aliases=["inspect model", "identify checkpoint", "what is this file"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input("file_name", options=_all_names(),
+                               tooltip="A file or model folder of any of ComfyUI's model folders, with the folder's name in front."),
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="The description, several lines.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file_name):
+        return _validate(*file_name.partition("/")[::2])
+
+    @classmethod
+    def execute(cls, file_name) -> io.NodeOutput:
+        text = load.describe_path(_path(*file_name.partition("/")[::2]))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+NODES = [Flux2LoadModel, Flux2LoadTextEncoder, Flux2LoadVAE, Flux2ModelInfo]

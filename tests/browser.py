@@ -2,11 +2,11 @@
 
   with browser.Page(server.url) as page:
       page.load(workflow)                  # the JSON of a GUI workflow
-      prompt_id = page.queue()
+      prompt_id = page.run()
       page.screenshot(path)
 
 Needs Debian's chromium and chromium-driver and the package selenium; missing() says what is absent. Everything goes through the page's own
-objects (window.app, window.graph), so what passes here is what the user's browser does. Not covered: clicks and typing, other browsers.
+objects (window.app), so what passes here is what the user's browser does. Not covered: dragging and typing, other browsers.
 """
 import contextlib
 import json
@@ -16,13 +16,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-SECONDS_TO_OPEN, SECONDS_TO_ANSWER, SECONDS_TO_SETTLE = 60, 30, 10
+SECONDS_TO_OPEN, SECONDS_TO_ANSWER = 60, 30
 PROGRAMS = ("chromium", "chromedriver")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb",
          "--proxy-bypass-list=127.0.0.1;localhost", "--lang=en-US")
 SETTINGS = {"Comfy.TutorialCompleted": True,  # no template dialog over the canvas at the first start
-            "Comfy.Workflow.Persist": False, "Comfy.Locale": "en"}
+            "Comfy.Workflow.Persist": False, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False}
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback addresses
 
 
@@ -45,14 +45,13 @@ def store_settings(url, values):
         pass
 
 
-def start_driver(profile, width, height, scale):
+def start_driver(profile):
     """Chromium with a user data directory of its own."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which(PROGRAMS[0])
-    size = (f"--window-size={width},{height}", f"--force-device-scale-factor={scale}")
-    for flag in (*FLAGS, *size, f"--user-data-dir={profile}"):
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which(PROGRAMS[1])))
@@ -72,15 +71,21 @@ class Page:
         with contextlib.ExitStack() as stack:
             profile = stack.enter_context(tempfile.TemporaryDirectory(prefix="flux2-chromium-", ignore_cleanup_errors=True))
             store_settings(self.url, self.settings)
-            self.driver = start_driver(profile, *self.shape)
+            self.driver = start_driver(profile)
             stack.callback(self.driver.quit)
+            self.resize(*self.shape)
             self.driver.get(self.url)
-            self.wait_for("window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.['SaveImage']", SECONDS_TO_OPEN)
+            self.wait_for("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types", SECONDS_TO_OPEN)
             self.resources = stack.pop_all()
         return self
 
     def __exit__(self, *_):
         self.resources.close()
+
+    def resize(self, width, height, scale=1):
+        """What the page can show, in CSS pixels, and how many pixels of a screenshot make one of them."""
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                    {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False})
 
     def js(self, body, *arguments):
         """Run the body of an async JavaScript function in the page; its `args` are the arguments. Returns what it returns."""
@@ -91,11 +96,102 @@ class Page:
             raise RuntimeError(f"the page raised: {outcome['error']}")
         return outcome.get("value")
 
-    def wait_for(self, condition, seconds=SECONDS_TO_ANSWER):
-        """Wait until a JavaScript expression is truthy and return its value."""
+    def wait_for(self, condition, seconds=SECONDS_TO_ANSWER, arguments=()):
+        """Wait until a JavaScript expression (of `args`) is truthy and return its value."""
         deadline = time.monotonic() + seconds
-        while not (value := self.js(f"return {condition}")):
+        while not (value := self.js(f"return {condition}", *arguments)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {seconds} seconds the page still had no {condition}")
             time.sleep(0.1)
         return value
+
+    # --- the graph ---------------------------------------------------------------------------------------------------
+
+    def load(self, workflow, name="test"):
+        """Open the JSON of a GUI workflow, as the menu does."""
+        self.js("await app.loadGraphData(args[0], true, true, args[1])", workflow, name)
+
+    def set_widget(self, node_type, name, value):
+        """Set a widget of the only node of that type, as the user does: the widget's own callback runs."""
+        self.js("""
+            const node = app.graph.nodes.find(node => node.type === args[0]);
+            const widget = node.widgets.find(widget => widget.name === args[1]);
+            const before = widget.value;
+            widget.value = args[2];
+            widget.callback?.(args[2], app.canvas, node);
+            node.onWidgetChanged?.(args[1], args[2], before, widget);""", node_type, name, value)
+
+    def run(self):
+        """Press Run and wait for the end; returns the prompt id. What the server refuses or fails with is raised."""
+        return self.js("""
+            const ended = new Promise((resolve, reject) => {
+              app.api.addEventListener('execution_success', event => resolve(event.detail.prompt_id), {once: true});
+              app.api.addEventListener('execution_error', event => reject(new Error(event.detail.exception_message)), {once: true});
+            });
+            if (!await app.queuePrompt(0, 1)) throw new Error('refused: ' + JSON.stringify(app.lastNodeErrors));
+            return await ended;""")
+
+    def nodes(self):
+        """[{id, type, title, registered, pos, size, widgets: [{name, value}]}] of everything on the canvas; widgets are those that are saved."""
+        return self.js("""
+            return app.graph.nodes.map(node => ({
+              id: Number(node.id), type: node.type, title: node.title, pos: [...node.pos], size: [...node.size],
+              registered: node.type in LiteGraph.registered_node_types,
+              widgets: (node.widgets ?? []).filter(widget => widget.serialize !== false).map(({name, value}) => ({name, value}))}));""")
+
+    def prompt(self):
+        """The API workflow that Run would send."""
+        return self.js("return (await app.graphToPrompt()).output")
+
+    def text_boxes(self):
+        """The texts in the visible text boxes of nodes."""
+        return self.js("return [...document.querySelectorAll('textarea')].filter(box => box.offsetParent).map(box => box.value)")
+
+    def tooltip(self, node_type, name):
+        """Rest the mouse on a widget; returns the tooltip that appears."""
+        from selenium.webdriver.common.action_chains import ActionChains
+        x, y = self.js("""
+            const node = app.graph.nodes.find(node => node.type === args[0]), {scale, offset} = app.canvas.ds;
+            const {y} = node.widgets.find(widget => widget.name === args[1]);
+            return [(node.pos[0] + 80 + offset[0]) * scale, (node.pos[1] + y + 10 + offset[1]) * scale].map(Math.round);""", node_type, name)
+        mouse = ActionChains(self.driver)
+        mouse.w3c_actions.pointer_action.move_to_location(x - 10, y)
+        mouse.w3c_actions.pointer_action.move_to_location(x, y)
+        mouse.perform()
+        return self.wait_for("document.querySelector('.node-tooltip')?.innerText")
+
+    def click(self, label):
+        """Click the button with that text, once it is there."""
+        found = "[...document.querySelectorAll('button')].find(button => button.innerText.trim() === args[0])"
+        self.wait_for(f"!!{found}", arguments=[label])
+        self.js(f"{found}.click()", label)
+
+    def text(self):
+        """What can be read on the page outside the canvas: menus, dialogs, messages."""
+        return self.js("return document.body.innerText")
+
+    def clear_view(self):
+        """Hide everything that is not the graph, and fit the graph into the window."""
+        self.js("app.extensionManager.focusMode || await app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        self.fit()
+
+    def fit(self, margin=40):
+        """Show the whole graph. Returns the (left, top, right, bottom) that it covers on a screenshot, that many pixels around it included."""
+        box = self.js("""
+            const boxes = [...app.graph.nodes, ...app.graph.groups].map(item => item.boundingRect ?? [...item.pos, ...item.size]);
+            const [left, top] = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])));
+            const [right, bottom] = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])));
+            const {clientWidth, clientHeight} = app.canvas.canvas;
+            const scale = Math.min((clientWidth - 2 * args[0]) / (right - left), (clientHeight - 2 * args[0]) / (bottom - top), 1.5);
+            app.canvas.ds.scale = scale;
+            app.canvas.ds.offset = [(clientWidth / scale - left - right) / 2, (clientHeight / scale - top - bottom) / 2];
+            app.canvas.setDirty(true, true);
+            const place = (value, axis) => (value + app.canvas.ds.offset[axis]) * scale;
+            return [place(left, 0) - args[0], place(top, 1) - args[0], place(right, 0) + args[0], place(bottom, 1) + args[0]];""", margin)
+        return tuple(round(edge * self.shape[2]) for edge in box)
+
+    def screenshot(self, path):
+        """A PNG of the window, after two more frames were drawn."""
+        self.js("for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame)")
+        time.sleep(0.3)  # elements over the canvas, such as text boxes, follow it with a delay
+        Path(path).write_bytes(self.driver.get_screenshot_as_png())

@@ -33,10 +33,7 @@ def comfy():
 
 
 @pytest.fixture(scope="session")
-def small_models():
+def small_models(model_files):
     """Paths of the small FLUX.2 models: {"root", "model", "text_encoder", "vae"}; made once per machine."""
-    import small_models as maker
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flux2-attention" / "small-models"
-    maker.ensure(root)
-    return {"root": root, "model": root / "diffusion_models" / "flux2-small.safetensors",
-            "text_encoder": root / "text_encoders" / "mistral3-flux2-small.safetensors", "vae": root / "vae" / "flux2-vae-small.safetensors"}
+    found = {name: model_files[folder][0] for name, folder in (("model", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae"))}
+    return {"root": found["vae"].parent.parent, **found}

@@ -44,8 +44,10 @@ def allowed(q, k, v, **options):
 def test_output_against_float32(slug, dtype, views):
     q, k, v = tensors(dtype=dtype, views=views)
     adapter = adapter_for(slug, q, k, v)
+    before = [t.clone() for t in (q, k, v)]
     out, lse = adapter.attend(q, k, v)
     assert out.shape == q.shape and out.dtype == dtype and lse is None
+    assert all(torch.equal(t, b) for t, b in zip((q, k, v), before)), "a kernel must not write to its inputs"
     tolerance = allowed(q, k, v) if registry.row(slug).exact else 0.2
     assert reference.relative_error(out, reference.attend(q, k, v)[0]) <= tolerance
 
@@ -207,6 +209,19 @@ def test_adapters_of_absent_libraries_pass_layout_and_scale_and_read_results(nam
         assert reference.relative_error(out, exact) < 2e-3
 
 
+def test_sage_1_does_not_get_to_write_to_the_callers_keys(monkeypatch):
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True):
+        if smooth_k:
+            k -= k.mean(dim=1, keepdim=True)  # as version 1.0.6 does
+        return reference.attend(q, k, v, scale=sm_scale)[0].to(q.dtype)
+    fake(monkeypatch, sageattention={"sageattn": sageattn})
+    q, k, v = tensors(dtype=torch.float16)
+    k += 3
+    before = k.clone()
+    out, _ = load("sage", monkeypatch).ADAPTERS["sage1"].attend(q, k, v)
+    assert torch.equal(k, before) and reference.relative_error(out, reference.attend(q, k, v)[0]) < 5e-3
+
+
 def test_sage_versions_are_told_apart(monkeypatch):
     fake(monkeypatch, sageattention={"sageattn": fake_sage([])})
     adapters = load("sage", monkeypatch).ADAPTERS
@@ -228,8 +243,10 @@ def test_flash_attn_on_rocm_says_when_it_is_aiter_under_another_name(monkeypatch
 # --- the registry
 
 def test_slugs_are_a_contract():
-    assert registry.SLUGS[:15] == ["auto", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash2", "flash3", "flash4", "aiter", "aiter-triton",
-                                   "aiter-fp8", "aiter-sage", "aiter-sage-mxfp4", "sage1"]
+    """Saved workflows hold them: add at will, never rename or remove."""
+    assert {"auto", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash2", "flash3", "flash4", "aiter", "aiter-triton", "aiter-fp8",
+            "aiter-v4-i8fp8", "aiter-v4-fp8", "aiter-v4-mxfp8", "aiter-v4-f8f6", "aiter-v4-mxfp6", "aiter-v4-f6f4", "aiter-v4-mxfp4", "aiter-v4-f4f4",
+            "aiter-sage", "aiter-sage-mxfp4", "sage1", "sage2", "sage3", "comfy-int8", "xformers"} <= set(registry.SLUGS)
     assert set(registry.AUTO_ORDER) == {slug for slug, row in registry.ROWS.items() if row.exact} - {"sdpa-math"}
 
 

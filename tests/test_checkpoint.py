@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+from pathlib import Path
 
 import pack  # noqa: F401
 import pytest
@@ -166,6 +167,8 @@ def test_choices_show_a_model_folder_in_place_of_its_shards(tmp_path):
     files = ["a.safetensors", "dev/transformer/model-00001-of-00002.safetensors", "dev/transformer/model-00002-of-00002.safetensors", "sub/b.safetensors"]
     assert folders.choices(files, [tmp_path / "elsewhere", tmp_path]) == ["a.safetensors", "dev/transformer", "sub/b.safetensors"]
     assert folders.locate("dev/transformer", files, [tmp_path], "vae") == tmp_path / "dev" / "transformer"
+    (tmp_path / "dev" / "model_index.json").write_text("{}")
+    assert folders.pipeline_parts([tmp_path], "transformer") == ["dev/transformer"] and folders.pipeline_parts([tmp_path], "vae") == []
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "c:\\x", "", "none.safetensors"])
@@ -182,7 +185,6 @@ def test_names_that_are_not_there_or_lead_outside_are_refused(tmp_path, name):
 def known(shapes, metadata=None, config=None):
     """A checkpoint that exists as names and shapes alone: {name: shape}."""
     tensors = {name: Tensor(shape, "BF16", 2, None) for name, shape in shapes.items()}
-    from pathlib import Path
     return Checkpoint(Path("some.safetensors"), tensors, metadata or {}, config or {})
 
 
@@ -195,11 +197,10 @@ def published(variant):
 def test_published_models_are_recognised(variant, prefix):
     original = identify.identify(known({prefix + name: shape for name, shape in keys.model_shapes(variant).items()}))
     assert (original.kind, original.variant, original.layout, original.prefix) == (identify.MODEL, variant, "original", prefix)
-    names = {part: (shape[0] // len(source.names), *shape[1:]) for name, source in keys.model_sources(variant).items()
-             for part in source.names for shape in [keys.model_shapes(variant)[name]]}
-    diffusers = identify.identify(known(names))
+    names = known(keys.diffusers_shapes(variant))
+    diffusers = identify.identify(names)
     assert (diffusers.variant, diffusers.layout) == (variant, "diffusers")
-    facts.check_model(known(names), diffusers, "bf16")
+    facts.check_model(names, diffusers, "bf16")
     facts.check_model(published(variant), identify.identify(published(variant)), "fp8")
 
 
@@ -213,6 +214,7 @@ OTHERS = {
     "a T5 text encoder": {"encoder.block.0.layer.0.SelfAttention.k.weight": (4096, 4096)},
     "a language model of the Llama kind": {"model.embed_tokens.weight": (128256, 4096), "model.layers.0.self_attn.q_proj.weight": (4096, 4096)},
     "a language model in Mistral's own key format": {"tok_embeddings.weight": (131072, 5120), "layers.0.attention.wq.weight": (4096, 5120)},
+    "a diffusion model of another": {"double_blocks.0.img_attn.qkv.weight": (1,), "distilled_guidance_layer.norms.0.scale": (1,)},
     "a diffusion model of another family": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
     "something that this pack does not know": {"a": (1,)},
     "Mistral 3 (2 layers, 5120 wide)": {f"model.{name}": shape for name, shape in MISTRAL.items()},
@@ -242,6 +244,19 @@ def test_mistral_key_prefixes(prefix):
     assert (found.kind, found.prefix, found.width) == ("mistral3", prefix, 5120)
     mapped = [keys.encoder_name(name, found.prefix, 30) for name in names]
     assert mapped == ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", None, None, None]
+
+
+@pytest.mark.parametrize("ending, message", [("weight.absmax", "by bitsandbytes"), ("qweight", "by GPTQ"), ("weight_scale", "no ComfyUI metadata describes")])
+def test_weights_quantised_by_other_libraries_are_refused(ending, message):
+    shapes = keys.model_shapes(variants.VARIANTS[1]) | {f"single_blocks.0.linear1.{ending}": (1,)}
+    with pytest.raises(CheckpointError, match=f"FLUX.2 klein 4B diffusion model, quantised .*{message}"):
+        identify.expect(known(shapes), identify.MODEL)
+
+
+def test_a_shard_is_not_a_model():
+    shard = Checkpoint(Path("model-00001-of-00003.safetensors"), published(variants.VARIANTS[0]).tensors)
+    with pytest.raises(CheckpointError, match="one of 3 shards of a model. Choose the folder"):
+        identify.expect(shard, identify.MODEL)
 
 
 FORMATS = {
@@ -290,7 +305,7 @@ def test_wrong_model_in_a_slot(load, small_models, slot, given):
 def test_incomplete_models_are_said(load, tmp_path):
     weights = maker.diffusion_model()
     del weights["single_blocks.2.linear2.weight"]
-    with pytest.raises(CheckpointError, match="incomplete a FLUX.2|incomplete FLUX.2|1 of .* weights are missing, such as single_blocks.2.linear2.weight"):
+    with pytest.raises(CheckpointError, match="model.safetensors is incomplete: it is a FLUX.2 .* 1 of .* missing, such as single_blocks.2.linear2.weight"):
         load.load_model(maker.write(tmp_path / "model.safetensors", weights))
     weights = maker.text_encoder()
     del weights["model.layers.3.mlp.up_proj.weight"]
@@ -322,7 +337,7 @@ def test_sizes_that_do_not_fit_together_are_said(load, tmp_path):
         load.load_model(maker.write(tmp_path / "model.safetensors", weights))
     weights = maker.text_encoder()
     weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.3.mlp.up_proj.weight"][:100]
-    with pytest.raises(CheckpointError, match="sizes do not fit together"):
+    with pytest.raises(CheckpointError, match=r"stores model.layers.3.mlp.up_proj.weight as BF16 of shape \[100, 64\]"):
         load.load_text_encoder(maker.write(tmp_path / "text.safetensors", weights))
     weights = maker.vae()
     weights["decoder.conv_out.weight"] = weights["decoder.conv_out.weight"][:, :3]

@@ -33,11 +33,6 @@ def has_tiles(arch):
     return any((folder / f"{name}-MHA-DEFAULT.json").is_file() for name in (arch, OLD_FILE_NAMES.get(arch)))
 
 
-def implementation(arch):
-    """"dao_ai" on an architecture that only that one is tuned for, else "default"."""
-    return "dao_ai" if arch in DAO_ARCHS and not has_tiles(arch) else "default"
-
-
 class TritonMha(Adapter):
     """bf16 and fp16, exact; takes strides as they are."""
     limits = Limits(head_dim_max=256, lse=True, max_offset=None)  # strides are 64-bit in the kernel (USE_INT64_STRIDES) ...
@@ -57,13 +52,18 @@ class TritonMha(Adapter):
         return self.dao_limits.reasons(call)
 
     def kernel(self, q, k, v, mask=None):
-        return f"AITER Triton mha ({implementation(describe(q.device).arch)})"
+        return f"AITER Triton mha ({self.implementation(q.device)})"
+
+    def implementation(self, device):
+        """"dao_ai" on an architecture that only that one is tuned for, else "default"."""
+        arch = describe(device).arch
+        return "dao_ai" if arch in DAO_ARCHS and not has_tiles(arch) else "default"
 
     def arguments(self, scale, need_lse):
         return {"dropout_p": 0.0, "softmax_scale": scale, "causal": False, "return_lse": need_lse}
 
     def run(self, q, k, v, mask, scale, need_lse):
-        with chosen(implementation(describe(q.device).arch)):
+        with chosen(self.implementation(q.device)):
             result = MHA.flash_attn_func(q, k, v, **self.arguments(scale, need_lse))
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)
 

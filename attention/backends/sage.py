@@ -32,6 +32,9 @@ class Sage(Adapter):
 
     def run(self, q, k, v, mask, scale, need_lse):
         asked = {"return_lse": True} if need_lse else {}
+        if self.major == 1:
+            # its own smoothing subtracts the mean from the caller's k in place (sageattention 1.0.6, core.py), which others still need
+            k, asked = k - k.mean(dim=1, keepdim=True), {"smooth_k": False}
         result = sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, **asked)
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)
 

@@ -23,11 +23,10 @@ def bhsd(*tensors):
 
 
 def public(q, k, v, mask, scale):
-    """F.scaled_dot_product_attention on BSHD tensors."""
-    qt, kt, vt = bhsd(q, k, v)
+    """F.scaled_dot_product_attention on (B, H, S, D) tensors."""
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Named(Adapter):
@@ -40,11 +39,17 @@ class Named(Adapter):
         return f"PyTorch {KERNEL_NAMES[int(self.backend.value)]}"
 
     def run(self, q, k, v, mask, scale, need_lse):
-        if mask is None:
-            out, lse = self.operator(*bhsd(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])), scale, need_lse)
-            return out.transpose(1, 2), lse_bhs(lse, q) if need_lse else None
+        k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
+        if not need_lse:
+            return self.attend_heads_first(*bhsd(q, k, v), mask, scale).transpose(1, 2), None
+        out, lse = self.operator(*bhsd(q, k, v), scale, True)
+        return out.transpose(1, 2), lse_bhs(lse, q)
+
+    def attend_heads_first(self, q, k, v, mask, scale):
+        if mask is None and q.shape[1] == k.shape[1]:
+            return self.operator(q, k, v, scale, False)[0]
         with sdpa_kernel(self.backend):
-            return public(q, k, v, mask, scale), None
+            return public(q, k, v, mask, scale)
 
     def unsupported(self, call):
         reasons = super().unsupported(call)
@@ -75,9 +80,13 @@ class Math(Adapter):
         return "PyTorch math"
 
     def run(self, q, k, v, mask, scale, need_lse):
-        with sdpa_kernel(SDPBackend.MATH):
-            out = public(q, k, v, mask, scale)
+        out = self.attend_heads_first(*bhsd(q, k, v), mask, scale).transpose(1, 2)
         return out, reference.attend(q, k, v, mask=mask, scale=scale)[1] if need_lse else None
+
+
+    def attend_heads_first(self, q, k, v, mask, scale):
+        with sdpa_kernel(SDPBackend.MATH):
+            return public(q, k, v, mask, scale)
 
 
 class Chosen(Adapter):
@@ -93,9 +102,11 @@ class Chosen(Adapter):
 
     def run(self, q, k, v, mask, scale, need_lse):
         if not need_lse:
-            return public(q, k, v, mask, scale), None
+            return public(*bhsd(q, k, v), mask, scale).transpose(1, 2), None
         named = BY_CHOICE.get(self.choice(q, k, v, mask)) if mask is None else None
         return (named or ADAPTERS["sdpa-math"]).run(q, k, v, mask, scale, True)
+
+    attend_heads_first = staticmethod(public)
 
 
 class Flash(Named):

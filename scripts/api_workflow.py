@@ -1,0 +1,130 @@
+"""The workflows of example_workflows/api/, filled with what one picture needs.
+
+  workflow = fill(PictureSettings(prompt="a cat", width=512, height=512))
+
+Without reference images it is the text-to-image graph, with them the edit graph: its four nodes per reference (load, scale, encode, use) are
+repeated and chained. Settings are checked when made. Standard library alone; knows nothing of servers. Not covered: graphs of other people.
+"""
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "example_workflows" / "api"
+TEXT_TO_IMAGE, IMAGE_EDIT = "flux2_text_to_image.json", "flux2_image_edit.json"
+LARGEST_SIDE, PATCH = 16384, 16  # limits of EmptyFlux2LatentImage: one latent token is 16 x 16 pixels
+# which input of which loader holds each model file
+LOADERS = {
+    "diffusion_models": ("Flux2LoadModel", "model_name"),
+    "text_encoders": ("Flux2LoadTextEncoder", "text_encoder_name"),
+    "vae": ("Flux2LoadVAE", "vae_name"),
+}
+
+
+class BadSettings(ValueError):
+    """A setting that no server would take; the text names it, what it was and what it may be."""
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What to draw. References are names on the server. Width or height None: 1024, or with references that of the first one.
+
+    models: {folder under models/: name}; a folder left out keeps the name in the workflow file.
+    """
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    steps: int = 20
+    guidance: float = 4.0
+    seed: int = 42
+    backend: str = "auto"
+    references: tuple = ()
+    reference_megapixels: float = 1.0
+    models: dict | None = None
+
+    def __post_init__(self):
+        check_side("width", self.width)
+        check_side("height", self.height)
+        check_range("number of steps", self.steps, 1, 4096)
+        check_range("guidance scale", self.guidance, 0, 100)
+        check_range("seed", self.seed, 0, 2**64 - 1)
+        check_range("reference size in megapixels", self.reference_megapixels, 0.01, 16)
+
+
+def check_side(name, value):
+    if value is None or (PATCH <= value <= LARGEST_SIDE and value % PATCH == 0):
+        return
+    near = min(max(round(value / PATCH), 1) * PATCH, LARGEST_SIDE)
+    raise BadSettings(f"The {name} must be a multiple of {PATCH} from {PATCH} to {LARGEST_SIDE}, not {value}; the nearest is {near}.")
+
+
+def check_range(name, value, low, high):
+    if not low <= value <= high:
+        raise BadSettings(f"The {name} must lie between {low} and {high}, not {value}.")
+
+
+def load(name):
+    return json.loads((FOLDER / name).read_text())
+
+
+def nodes_of(workflow, class_type):
+    return [node for node in workflow.values() if node["class_type"] == class_type]
+
+
+def default_models():
+    """{folder: the official file name that the workflows ask for}."""
+    workflow = load(TEXT_TO_IMAGE)
+    return {folder: nodes_of(workflow, loader)[0]["inputs"][key] for folder, (loader, key) in LOADERS.items()}
+
+
+def put(workflow, class_type, **inputs):
+    """Set inputs on every node of a class."""
+    for node in nodes_of(workflow, class_type):
+        node["inputs"].update(inputs)
+
+
+def fill(settings):
+    """Returns the API workflow for these settings."""
+    workflow = load(IMAGE_EDIT if settings.references else TEXT_TO_IMAGE)
+    put(workflow, "CLIPTextEncode", text=settings.prompt)
+    put(workflow, "FluxGuidance", guidance=settings.guidance)
+    put(workflow, "RandomNoise", noise_seed=settings.seed)
+    put(workflow, "Flux2Scheduler", steps=settings.steps)
+    put(workflow, "Flux2SelectAttention", backend=settings.backend)
+    for side in ("width", "height"):
+        if getattr(settings, side) is not None:
+            put(workflow, "Flux2Scheduler", **{side: getattr(settings, side)})
+            put(workflow, "EmptyFlux2LatentImage", **{side: getattr(settings, side)})
+    for folder, name in (settings.models or {}).items():
+        loader, key = LOADERS[folder]
+        put(workflow, loader, **{key: name})
+    if settings.references:
+        add_references(workflow, settings)
+    return workflow
+
+
+def add_references(workflow, settings):
+    """The first reference goes into the graph's own nodes; each further one gets copies of them behind the one before."""
+    put(workflow, "ImageScaleToTotalPixels", megapixels=settings.reference_megapixels)
+    put(workflow, "LoadImage", image=settings.references[0])
+    kinds = ("LoadImage", "ImageScaleToTotalPixels", "VAEEncode", "ReferenceLatent")
+    chain = [next(key for key, node in workflow.items() if node["class_type"] == kind) for kind in kinds]
+    last = chain[-1]
+    for number, image in enumerate(settings.references[1:], 2):
+        last = copy_reference(workflow, chain, number, image, last)
+    put(workflow, "BasicGuider", conditioning=[last, 0])
+
+
+def copy_reference(workflow, chain, number, image, previous):
+    """Copies the nodes named in chain, rewired among themselves; returns the id of the new ReferenceLatent."""
+    names = {old: f"{old}_{number}" for old in chain}
+    for old, new in names.items():
+        node = workflow[new] = copy.deepcopy(workflow[old])
+        node["_meta"]["title"] += f" {number}"
+        for key, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in names:
+                node["inputs"][key] = [names[value[0]], value[1]]
+    load_image, *_, use = names.values()
+    workflow[load_image]["inputs"]["image"] = image
+    workflow[use]["inputs"]["conditioning"] = [previous, 0]
+    return use

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Draw one FLUX.2 picture through ComfyUI, from the command line.
+
+  .venv/bin/python scripts/generate.py --prompt "A red fox" --server http://127.0.0.1:8188
+  .venv/bin/python scripts/generate.py --prompt "Add a cool hat to the cat" --image-path cat.png \
+      --model-path flux2-dev.safetensors --text-encoder mistral.safetensors --vae flux2-vae.safetensors
+
+With --server the picture comes from that ComfyUI, which needs this pack and the model files. Without it a headless one is started for this
+picture and stopped afterwards; model files are then paths, or names in the models folder of COMFYUI_PATH.
+Prints the attention report, and as the last line one JSON object. Progress and errors go to stderr; on an error the status is not zero.
+Not covered: batches, negative prompts and guiders other than FLUX.2's own.
+"""
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import environment
+
+try:
+    from PIL import Image
+    from comfy_client import ComfyClient, ComfyError
+    from picture import draw_all
+except ImportError as error:
+    raise SystemExit(f"generate: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use .venv/bin/python, "
+                     "or install aiohttp, tqdm and Pillow.") from None
+from api_workflow import BadSettings, PictureSettings, default_models
+from comfy_server import ComfyServer, ServerFailed
+
+OLD_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}  # ComfyUI still reads these
+FLAGS = {"diffusion_models": "--model-path", "text_encoders": "--text-encoder", "vae": "--vae"}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(prog="generate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--prompt", required=True)
+    add("--width", type=int, help="multiple of 16 (default 1024, or the width of the first --image-path)")
+    add("--height", type=int, help="multiple of 16 (default 1024, or the height of the first --image-path)")
+    add("--num-inference-steps", type=int, default=20)
+    add("--guidance-scale", type=float, default=4.0)
+    add("--seed", type=int, default=42)
+    add("--image-path", action="append", default=[], help="a reference image to edit or combine; give it again for more")
+    add("--reference-megapixels", type=float, default=1.0, help="size to which each reference image is scaled (default 1)")
+    add("--attention-backend", default="auto", help="as in the node Select Attention (default auto)")
+    add("--output-path", type=Path, default=Path("output"), help="a picture file (.png .jpg .webp) or a folder (default output)")
+    add("--model-path", help="FLUX.2 model file")
+    add("--text-encoder", help="Mistral 3 text encoder file")
+    add("--vae", help="FLUX.2 VAE file")
+    add("--server", help="URL of a running ComfyUI; without it one is started")
+    return parser.parse_args(arguments)
+
+
+def settings_from(args):
+    return PictureSettings(
+        prompt=args.prompt, width=args.width, height=args.height, steps=args.num_inference_steps, guidance=args.guidance_scale,
+        seed=args.seed, backend=args.attention_backend, reference_megapixels=args.reference_megapixels)
+
+
+def check_images(paths):
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except FileNotFoundError:
+            raise BadSettings(f"There is no reference image {path}.") from None
+        except Exception as error:  # Pillow raises many kinds, from OSError to SyntaxError
+            raise BadSettings(f"The reference image {path} cannot be read as a picture ({str(error) or type(error).__name__}).") from None
+
+
+def output_file(path, seed):
+    """The file to write, with its folder made, so that a bad place is found before the picture is drawn."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        path = path / f"flux2-{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise BadSettings(f"The picture cannot be written to {path}: {error.strerror}.") from None
+    return path
+
+
+def write_picture(path, data):
+    """The server sends PNG; any other format is converted."""
+    path.write_bytes(data)
+    if path.suffix.lower() != ".png":
+        with Image.open(path) as image:
+            image.convert("RGB").save(path)
+
+
+def wanted_models(args):
+    return dict(zip(FLAGS, (args.model_path, args.text_encoder, args.vae)))
+
+
+def is_model(path):
+    """A file, or a folder as diffusers and transformers write it; the loaders take both."""
+    return path.is_file() or (path / "config.json").is_file()
+
+
+def local_models(comfyui, wanted):
+    """The models for a server of our own: {folder: [file or model folder]}. Names are looked up in ComfyUI's models folder."""
+    found = {}
+    for folder, default in default_models().items():
+        name = wanted.get(folder) or default
+        places = [Path(name), *(comfyui / "models" / kind / name for kind in (folder, OLD_FOLDERS.get(folder, folder)))]
+        file = next((place for place in places if is_model(place)), None)
+        if file is None:
+            raise BadSettings(f"There is no model file {name}, neither as a path nor in models/{folder} of {comfyui}. Give it with {FLAGS[folder]}.")
+        found[folder] = [file]
+    return found
+
+
+@contextlib.contextmanager
+def server_for(args):
+    """The URL of the ComfyUI to use, running as long as the block."""
+    if args.server:
+        yield args.server
+        return
+    comfyui = environment.comfyui(environment.cache_folder())
+    models = local_models(comfyui, wanted_models(args))
+    print("Starting ComfyUI ...", file=sys.stderr, flush=True)
+    with ComfyServer(comfyui, models=models) as server:
+        yield server.url
+
+
+def summary(args, path, drawn):
+    return {"image": str(path), "backend": drawn.backend, "calls": drawn.calls, "seconds": round(drawn.seconds, 3),
+            "seconds_per_step": drawn.seconds_per_step and round(drawn.seconds_per_step, 4), "seed": args.seed,
+            "steps": args.num_inference_steps}
+
+
+def generate(args):
+    """Draw, save and print; raises the errors that main turns into sentences."""
+    settings = settings_from(args)
+    check_images(args.image_path)
+    path = output_file(args.output_path, args.seed)
+    try:
+        with server_for(args) as url:
+            drawn, = draw_all(lambda: ComfyClient(url), [(settings, wanted_models(args), args.image_path)])
+    except BaseException:
+        if path.stat().st_size == 0:
+            path.unlink()
+        raise
+    write_picture(path, drawn.data)
+    print(drawn.text)
+    if drawn.seconds_per_step:
+        print(f"{drawn.seconds_per_step:.3f} seconds per step")
+    print(json.dumps(summary(args, path, drawn)))
+
+
+def stop_on_terminate():
+    """SIGTERM ends the program through its `with` blocks, so that the server is stopped and its folder removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def main():
+    stop_on_terminate()
+    try:
+        generate(parse())
+    except (BadSettings, ComfyError, ServerFailed) as error:
+        raise SystemExit(f"generate: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("generate: cancelled.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The small FLUX.2 that draws (benchmarks/small): its training code computes what ComfyUI computes, its pictures, captions and judge are right.
+
+Models here have random weights unless a test says "shipped".
+"""
+import json
+import sys
+
+import pytest
+import torch
+
+import pack
+
+sys.path.insert(0, str(pack.ROOT / "benchmarks"))
+from small import captions, encoder, files, sampling, scenes, tokens, train_autoencoder, train_flow, transformer  # noqa: E402
+from small.autoencoder import Autoencoder  # noqa: E402
+
+SIZES = transformer.Sizes(hidden=256, double=1, single=2)
+
+
+def relative_error(value, reference):
+    return ((value.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def generator(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def shaken(model, scale=0.02):
+    """A fresh model with nothing left at zero, rounded to bf16 as the files are."""
+    with torch.no_grad():
+        for number, value in enumerate(model.parameters()):
+            value.add_(torch.randn(value.shape, generator=generator(number)) * scale)
+            value.copy_(value.bfloat16())
+        for name, value in model.named_buffers():
+            if value.dtype == torch.float32:
+                value.copy_((value + torch.rand(value.shape, generator=generator(7)) * 0.5).bfloat16())
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """(folder, {kind: model}) of small models with the same random weights in both."""
+    torch.manual_seed(3)
+    models = {"transformer": transformer.Transformer(SIZES), "text_encoder": encoder.TextEncoder(encoder.Sizes(tokens.size())), "autoencoder": Autoencoder()}
+    models = {kind: shaken(model.eval()) for kind, model in models.items()}
+    folder = tmp_path_factory.mktemp("weights")
+    files.save(folder, models, {"recipe": "random"})
+    return folder, models
+
+
+@pytest.fixture(scope="module")
+def load(comfy):
+    from flux2_pack.flux2 import load
+    return load
+
+
+# --- the training code against ComfyUI -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("references", [0, 1])
+@torch.inference_mode()
+def test_transformer_computes_what_comfyui_computes(load, weights, references):
+    folder, models = weights
+    theirs = load.load_model(folder / files.NAMES["transformer"]).model.diffusion_model.to(device="cpu", dtype=torch.float32)
+    latent, reference = (torch.randn(2, 128, 6, 6, generator=generator(seed)) for seed in (1, 2))
+    text = torch.randn(2, 512, 192, generator=generator(3))
+    text[:, :480] = 0
+    time, guidance = torch.tensor([0.9, 0.3]), torch.tensor([4.0, 1.0])
+    expected = theirs(latent, time, context=text, guidance=guidance, ref_latents=[reference] * references)
+    image = torch.cat([transformer.tokens(latent)] + [transformer.tokens(reference)] * references, dim=1)
+    found = models["transformer"](image, text, time, guidance, transformer.positions(512, 6, 6, references))
+    assert relative_error(transformer.picture(found[:, :36], 6), expected) < 1e-5
+
+
+@torch.inference_mode()
+def test_text_encoder_and_tokenizer_give_what_comfyui_gives(load, weights):
+    folder, models = weights
+    clip = load.load_text_encoder(folder / files.NAMES["text_encoder"])
+    phrases, _ = captions.describe(scenes.sample(3, generator()), generator())
+    ids, lengths = captions.Ids("cpu")(phrases)
+    ours = encoder.left_padded(models["text_encoder"](ids), lengths, 96)
+    for row, phrase in enumerate(phrases.tolist()):
+        found = clip.tokenize(captions.text(phrase))
+        assert [entry[0] for entry in found["mistral3_24b"][0]] == ids[row, :lengths[row]].tolist()
+        theirs = clip.encode_from_tokens(found)[0]
+        assert relative_error(ours[row, 96 - lengths[row]:], theirs) < 1e-5
+        assert not ours[row, :96 - lengths[row]].any()
+
+
+@torch.inference_mode()
+def test_autoencoder_computes_what_comfyui_computes(load, weights):
+    folder, models = weights
+    vae = load.load_vae(folder / files.NAMES["autoencoder"], "fp32")
+    pixels = scenes.draw(scenes.sample(1, generator()), 64, 96)
+    latent = models["autoencoder"].encode(pixels)
+    assert latent.shape == (1, 128, 4, 6)
+    assert relative_error(vae.encode((pixels.movedim(1, -1) + 1) / 2), latent) < 1e-4
+    drawn = ((models["autoencoder"].decode(latent) + 1) / 2).clamp(0, 1).movedim(1, -1)
+    assert (vae.decode(latent) - drawn).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_noise_levels_of_sampling_are_those_of_comfyui(comfy):
+    from comfy_extras.nodes_flux import get_schedule
+    for steps, count in ((20, 256), (8, 1024)):
+        assert torch.allclose(sampling.noise_schedule(steps, count), torch.as_tensor(get_schedule(steps, count)), atol=1e-6)
+
+
+@torch.inference_mode()
+def test_sampling_draws_what_comfyui_draws(load, weights):
+    """Whole path, tokenizer to pixels, with a reference picture and guidance, three steps of Euler's method."""
+    import comfy.sample
+    import comfy.samplers
+    import node_helpers
+    folder, models = weights
+    model, clip, vae = (getattr(load, f"load_{kind}")(folder / files.NAMES[name]) for kind, name in
+                        (("model", "transformer"), ("text_encoder", "text_encoder"), ("vae", "autoencoder")))
+    model.model.diffusion_model.to(torch.float32)
+    table = scenes.sample(1, generator(), for_edits=True)
+    edited, *how = scenes.edit(table, generator())
+    phrases = captions.instruct(table, *how, generator())
+    reference, noise = models["autoencoder"].encode(scenes.draw(table, 64, 64)), torch.randn(1, 128, 4, 4, generator=generator())
+    ours = sampling.draw(models, captions.Ids("cpu")(phrases), transformer.tokens(reference), transformer.tokens(noise), steps=3)
+    prompt = clip.encode_from_tokens_scheduled(clip.tokenize(captions.text(phrases[0].tolist())))
+    prompt = node_helpers.conditioning_set_values(prompt, {"guidance": sampling.GUIDANCE, "reference_latents": [reference]})
+    sampled = comfy.sample.sample_custom(model, noise, 1.0, comfy.samplers.sampler_object("euler"), sampling.noise_schedule(3, 16), prompt, prompt,
+                                         torch.zeros_like(noise), disable_pbar=True, seed=1)
+    assert relative_error((vae.decode(sampled) * 2 - 1).movedim(-1, 1), ours) < 0.02  # ComfyUI may compute in bf16 where ours is float32
+
+
+# --- pictures and captions -----------------------------------------------------------------------------------------------
+
+def test_the_same_seed_draws_the_same_scenes_and_held_out_ones_never_come():
+    first, second = (scenes.sample(400, generator(5)) for _ in range(2))
+    assert torch.equal(first.kind, second.kind) and torch.equal(scenes.draw(first[:2], 64, 64), scenes.draw(second[:2], 64, 64))
+    assert not scenes.is_held_out(first).any() and scenes.is_held_out(scenes.sample(50, generator(), held_out=True)).all()
+
+
+def test_held_out_depends_on_the_set_of_objects_alone():
+    table = scenes.sample(200, generator(), held_out=True, counts=(0, 0, 1))
+    turned = table[torch.arange(200)]
+    turned.kind, turned.colour, turned.cell = table.kind.flip(1), table.colour.flip(1), (table.cell + 1) % 9
+    assert scenes.is_held_out(turned).all()
+
+
+def test_an_edit_leaves_the_rest_of_the_picture_alone():
+    table = scenes.sample(60, generator(), for_edits=True)
+    edited, task, target, _ = scenes.edit(table, generator())
+    changed = (scenes.draw(table) - scenes.draw(edited)).abs().amax(1) > 0  # (B, 256, 256)
+    assert changed.flatten(1).any(1).all() and {0, 1, 2} == set(task.tolist())
+    column = scenes.centres(table)[torch.arange(60), target, 0]
+    x = torch.arange(256) + 0.5
+    far = (x - column[:, None]).abs() > 45
+    assert not (changed.any(1) & far).any()
+
+
+def test_relations_and_places_in_captions_hold():
+    table = scenes.sample(300, generator())
+    phrases, relation = captions.describe(table, generator(), full=True)
+    centre = scenes.centres(table)
+    for row in range(300):
+        text = captions.text(phrases[row].tolist())
+        assert all(f"{list(scenes.COLOURS)[table.colour[row, n]]} {scenes.KINDS[table.kind[row, n]]}" in text for n in range(table.count[row]))
+        if table.count[row] > 1:
+            words = captions.RELATIONS[relation[row]]
+            assert any(word in text for word in words)
+            axis, sign = [(1, 1), (1, -1), (0, 1), (0, -1)][relation[row]]
+            assert sign * (centre[row, 1, axis] - centre[row, 0, axis]) > 60
+
+
+def test_no_prompt_is_longer_than_the_rows_that_training_starts_with():
+    ids = captions.Ids("cpu")
+    lengths = [ids(phrases)[1].max() for phrases in (
+        captions.describe(scenes.sample(4000, generator()), generator(), full=True)[0],
+        captions.describe(scenes.sample(4000, generator()), generator())[0])]
+    assert max(lengths) <= captions.LONGEST
+
+
+def test_any_text_can_be_tokenised_and_read_back():
+    from flux2_pack.flux2 import tokenizer
+    ready = tokenizer.build(tokens.tekken(), "the small tokenizer")
+    text = "Naïve café: 42 zebras, \u732b & a red circle?!\n"
+    assert ready.decode(ready.encode(text).ids) == text
+    assert ready.get_vocab_size() == tokens.size()
