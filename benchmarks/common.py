@@ -66,9 +66,15 @@ def summary(values):
     return {"ms": round(statistics.median(values), 3), "min_ms": round(min(values), 3), "max_ms": round(max(values), 3)}
 
 
+def command():
+    """The command line to repeat this, without the path that its result was written to."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    return "python " + " ".join("FILE" if i and words[i - 1] == "--json" else word for i, word in enumerate(words))
+
+
 def write(result, path):
     """Write a result as JSON when a path is given, and print it as the last line."""
-    result = {"machine": machine(), "versions": versions(), "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]), **result}
+    result = {"machine": machine(), "versions": versions(), "command": command(), **result}
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")

@@ -67,8 +67,10 @@ def main():
     options = parser.parse_args()
     with torch.inference_mode():
         patcher = build()
-        found = [case(patcher, name, options.backends) for name in options.cases]
-    write({"model": "FLUX.2-dev, random weights", "cases": found}, options.json)
+        found = []
+        for name in options.cases:
+            found.append(case(patcher, name, options.backends))
+            write({"model": "FLUX.2-dev, random weights", "cases": found}, options.json)  # after every case: a run that is cut keeps what it has
 
 
 if __name__ == "__main__":
