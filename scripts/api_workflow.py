@@ -29,7 +29,7 @@ class BadSettings(ValueError):
 class PictureSettings:
     """What to draw. References are names on the server. Width or height None: 1024, or with references that of the first one.
 
-    models: {folder under models/: name}; a folder left out keeps the name in the workflow file.
+    models: {folder under models/: name}; a folder left out keeps the name in the workflow file. memory: {the same folders: memory mode}.
     """
     prompt: str
     width: int | None = None
@@ -41,6 +41,8 @@ class PictureSettings:
     references: tuple = ()
     reference_megapixels: float = 1.0
     models: dict | None = None
+    memory: dict | None = None
+    vae_precision: str = "auto"
 
     def __post_init__(self):
         check_side("width", self.width)
@@ -98,6 +100,9 @@ def fill(settings):
     for folder, name in (settings.models or {}).items():
         loader, key = LOADERS[folder]
         put(workflow, loader, **{key: name})
+    for folder, mode in (settings.memory or {}).items():
+        put(workflow, LOADERS[folder][0], memory=mode)
+    put(workflow, LOADERS["vae"][0], precision=settings.vae_precision)
     if settings.references:
         add_references(workflow, settings)
     return workflow

@@ -137,9 +137,9 @@ def create_venv(venv):
     if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True).returncode:
         package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         if os.geteuid() != 0 or not shutil.which("apt-get"):
-            raise SystemExit(f"environment: this Python has no ensurepip. Install it first: sudo apt-get install {package} python3-pip")
+            raise SystemExit(f"environment: this Python has no ensurepip. Install it first: sudo apt-get install {package}")
         run(["apt-get", "update", "-q"], "apt-get update")
-        run(["apt-get", "install", "-y", "-q", package, "python3-pip"], f"installing {package}")
+        run(["apt-get", "install", "-y", "-q", "--no-install-recommends", package], f"installing {package}")
     run([sys.executable, "-m", "venv", venv], "creating the virtual environment")
 
 

@@ -33,6 +33,7 @@ from comfy_server import ComfyServer, ServerFailed
 OLD_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}  # ComfyUI still reads these
 FLAGS = {"diffusion_models": "--model-path", "text_encoders": "--text-encoder", "vae": "--vae"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IDLE = {True: "CPU when idle", False: "keep on GPU"}  # values of an offload flag -> the input `memory` of a loader node
 
 
 def parse(arguments=None):
@@ -51,14 +52,44 @@ def parse(arguments=None):
     add("--model-path", help="FLUX.2 model file")
     add("--text-encoder", help="Mistral 3 text encoder file")
     add("--vae", help="FLUX.2 VAE file")
+    add_memory_flags(parser)
     add("--server", help="URL of a running ComfyUI; without it one is started")
     return parser.parse_args(arguments)
+
+
+def add_memory_flags(parser):
+    """Those of sglang. Each takes True or False; alone it means True, and left out ComfyUI decides."""
+    for name, what in {
+        "dit-cpu-offload": "True: the diffusion model leaves the GPU after each picture. False: it stays there",
+        "dit-layerwise-offload": "True: each layer of the diffusion model comes to the GPU when its turn comes; goes before --dit-cpu-offload",
+        "text-encoder-cpu-offload": "True: the text encoder leaves the GPU after each prompt. False: it stays there",
+        "image-encoder-cpu-offload": "FLUX.2 encodes reference images with its VAE and has no other image encoder: the same as --vae-cpu-offload, "
+                                     "which goes before it",
+        "vae-cpu-offload": "True: the VAE leaves the GPU after each use. False: it stays there",
+    }.items():
+        parser.add_argument(f"--{name}", type=truth, nargs="?", const=True, metavar="True|False", help=f"{what} (default: ComfyUI decides)")
+    parser.add_argument("--vae-precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="number format of the VAE (default auto)")
+
+
+def truth(text):
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def memory_modes(args):
+    """{folder under models/: memory mode} for the components that a flag speaks of."""
+    vae = args.image_encoder_cpu_offload if args.vae_cpu_offload is None else args.vae_cpu_offload
+    modes = {"diffusion_models": "layer by layer" if args.dit_layerwise_offload else IDLE.get(args.dit_cpu_offload),
+             "text_encoders": IDLE.get(args.text_encoder_cpu_offload), "vae": IDLE.get(vae)}
+    return {folder: mode for folder, mode in modes.items() if mode}
 
 
 def settings_from(args):
     return PictureSettings(
         prompt=args.prompt, width=args.width, height=args.height, steps=args.num_inference_steps, guidance=args.guidance_scale,
-        seed=args.seed, backend=args.attention_backend, reference_megapixels=args.reference_megapixels)
+        seed=args.seed, backend=args.attention_backend, reference_megapixels=args.reference_megapixels,
+        memory=memory_modes(args), vae_precision=args.vae_precision)
 
 
 def check_images(paths):

@@ -240,7 +240,8 @@ def test_two_models_of_one_name_are_refused(comfyui, tmp_path):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all below it, starts with SIGINT ignored
 sys.path.insert(0, sys.argv[1])
 from comfy_server import ComfyServer
 with ComfyServer(sys.argv[2], arguments=["--cpu"], base=sys.argv[3]) as server:
