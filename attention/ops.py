@@ -1,7 +1,7 @@
 """One custom operator around every backend, so that torch.compile sees a call and not a kernel library.
 
-The graph holds the number of a Selection; which backend computes is decided when the graph runs, so `auto`, schedules and reports work in
-compiled models, and another backend needs no new graph. Outside a graph this operator is not used.
+Which selection and backend compute is decided when the graph runs, so `auto`, schedules and reports work in compiled models, and another
+backend needs no new graph; the graph's own argument is the number of the selection it was traced with. Outside a graph this is not used.
 """
 from typing import Optional
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @torch.library.custom_op("flux2_attention::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, need_lse: bool, full_precision: bool, selection: int) -> tuple[Tensor, Tensor]:
-    from .selection import by_number
-    chosen = by_number(selection)
-    result = chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision)
+    from .selection import in_graph, plain
+    chosen = in_graph(selection)
+    result = chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision) if chosen else None
     # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the log says so
-    out, lse = result if result is not None else chosen.exact(q, k, v, mask, scale)
+    out, lse = result if result is not None else plain(q, k, v, mask, scale, need_lse)
     # the fake promises a contiguous output: most kernels return one, and the others are made so
     return out.contiguous(), q.new_empty(0) if lse is None else lse
 

@@ -1,9 +1,12 @@
 """What really ran: one RunLog per selection, one Run per sampling, one Entry per kind of call."""
 from collections import deque
 from dataclasses import dataclass, field
+import logging
 import time
 
 RUNS_KEPT = 8
+NOT_ASKED = ("This backend computed nothing: the model never asked it. A model that was compiled and sampled before Select Attention keeps its own attention "
+             "in the compiled code: put the compile node after Select Attention. Otherwise this model does not take its attention from ComfyUI.")
 
 
 @dataclass
@@ -72,7 +75,9 @@ class Run:
             lines.append(f"{self.steps} steps in {self.seconds:.2f} s: {self.seconds / self.steps:.3f} s per step (first step included; {self.loading_seconds:.1f} s before it for loading)")
         if self.error:
             lines.append(f"The sampling stopped with an error: {self.error}")
-        if not self.entries:
+        if not self.entries and self.seconds is not None:
+            lines.append(NOT_ASKED)
+        elif not self.entries:
             lines.append("No attention call has been seen yet. The report must come after the work it reports.")
         for entry in self.kinds():
             lines.append(f"{entry.calls} calls: {entry.backend} | {entry.library} | kernel {entry.kernel or 'not named by the library'} | {entry.call}")
@@ -104,6 +109,8 @@ class RunLog:
         now = time.perf_counter()
         begun = run.first_forward or now
         run.seconds, run.loading_seconds, run.error = now - begun, begun - run.started, error
+        if not run.entries and not error:
+            logging.getLogger(__name__).warning("Select Attention (FLUX.2), %s: %s", run.chosen, NOT_ASKED)
         run.latent = fingerprint(output) if output is not None else None
 
     def find(self, latent):

@@ -1,4 +1,5 @@
 """What one "Select Attention" node decided for a model, and the decisions that follow from it call by call."""
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 import threading
@@ -69,6 +70,12 @@ class _Progress(threading.local):
     calls = 0
 
 
+class _Current(threading.local):
+    """The selection whose model the current thread is running, set around each forward pass."""
+    selection = None
+
+
+_current = _Current()
 _numbers = count(1)
 _by_number = weakref.WeakValueDictionary()  # compiled graphs hold a number, not an object
 
@@ -89,6 +96,7 @@ class Selection:
         self.backend, self.unsupported, self.schedule, self.tuner, self.options = backend, unsupported, schedule, tuner, options or {}
         self.log = RunLog()
         self.previous_name = None
+        self.hooked = False  # True once a sampler's hook has told it of a forward pass
         self.number = next(_numbers)
         _by_number[self.number] = self
         self._decisions, self._masks, self._progress = {}, MaskMemory(), _Progress()
@@ -98,11 +106,18 @@ class Selection:
     def begin_run(self, steps):
         return self.log.begin(self.describe(), self.previous_name, steps)
 
-    def begin_forward(self, step, steps):
-        """Called once per forward pass of the model."""
+    @contextmanager
+    def forward(self, step, steps):
+        """Around one forward pass of the model, at a step (from 0, or None outside a sampling) of `steps`."""
+        self.hooked = True
         self.log.forward()
         self._masks.forget()
         self._progress.step, self._progress.steps, self._progress.calls = step, steps, 0
+        before, _current.selection = _current.selection, self
+        try:
+            yield
+        finally:
+            _current.selection = before
 
     def describe(self):
         if not self.schedule:
@@ -133,11 +148,6 @@ class Selection:
         if heads_first and decision.adapter.attend_heads_first and not need_lse:
             return decision.adapter.attend_heads_first(*heads_first, mask, scale).transpose(1, 2), None
         return decision.adapter.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse)
-
-    def exact(self, q, k, v, mask, scale):
-        """PyTorch's own kernel, for a call that was handed back where there is nobody to take it."""
-        adapter = registry.adapter("sdpa", call_of(q, k, v).device)
-        return adapter.attend(q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale)
 
     def _slug(self, block):
         if self.schedule is None:
@@ -190,9 +200,20 @@ def hint_for(slug, call):
     return f"Choose another backend (auto finds one), or set unsupported calls to '{USE_SDPA}'."
 
 
-def by_number(number):
-    """The Selection that a compiled graph refers to."""
-    return _by_number[number]
+def plain(q, k, v, mask, scale, need_lse=False):
+    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no selection computes, or that one hands back."""
+    adapter = registry.adapter("sdpa", call_of(q, k, v).device)
+    return adapter.attend(q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale, need_lse=need_lse)
+
+
+def in_graph(number):
+    """The Selection that computes a call of a compiled graph, or None for PyTorch's own.
+
+    The selection of the running model, not the one that the graph was traced with: core's compile node drops the guards that would tell two
+    selections apart, so a graph outlives the selection whose number it holds. That number counts only where nobody hooks forward passes.
+    """
+    traced = _by_number.get(number)
+    return _current.selection or (traced if traced is not None and not traced.hooked else None)
 
 
 _default_tuner = None

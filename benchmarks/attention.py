@@ -3,7 +3,7 @@
   python benchmarks/attention.py [--seq 4608 8704 16896] [--heads 48] [--json FILE]
 
 S = 4608 is a 1024 x 1024 picture with 512 text tokens, 8704 the same with one reference, 16896 is 2048 x 2048. Gaussian q, k, v in bf16, passed as
-ComfyUI passes them (views of (B, H, S, D)). Error: the first two heads, all rows, against float32. `auto` is timed through the selector, with the table
+ComfyUI passes them (views of (B, H, S, D)), all backends in rounds, medians. Error: the first two heads, all rows, against float32. `auto` is timed through the selector, with the table
 of its first call. Overhead: microseconds of CPU time per call through the override, above the library's own function on the same tensors (64 tokens, so
 that the host is what is measured). Not covered: masks, other models' shapes.
 """
@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import import_pack, summary, times_ms, write
+from common import import_pack, summary, times_in_rounds, write
 
 import_pack()
 from flux2_pack.attention import reference, registry  # noqa: E402
@@ -25,7 +25,7 @@ from flux2_pack.attention.tuner import Tuner  # noqa: E402
 
 DEVICE = torch.device("cuda")
 HEAD_DIM = 128
-ERROR_HEADS = 2
+ERROR_HEADS, ROUNDS = 2, 20
 
 
 def tensors(seq, heads):
@@ -38,45 +38,48 @@ def error_of(out, exact):
     return reference.relative_error(out[:, :, :ERROR_HEADS], exact)
 
 
-def case(slug, seq, qkv, exact, sdpa_error):
-    """One row: a backend at one length, or the reasons why it has no figures."""
-    call = call_of(*qkv)
-    reasons = registry.probe(slug, DEVICE, torch.bfloat16, HEAD_DIM) or registry.unsupported(slug, call)
-    if reasons:
-        return {"backend": slug, "seq": seq, "reasons": reasons}
+def refused(slug, seq, qkv):
+    """The row of a backend that cannot run this, with the reasons; None when it can."""
+    reasons = registry.probe(slug, DEVICE, torch.bfloat16, HEAD_DIM) or registry.unsupported(slug, call_of(*qkv))
+    return {"backend": slug, "seq": seq, "reasons": reasons} if reasons else None
+
+
+def direct(slug, qkv):
+    """(function that makes the call, what is known of it) of a backend by itself."""
     adapter = registry.adapter(slug, describe(DEVICE))
-    return {"backend": slug, "seq": seq, "kernel": adapter.kernel(*qkv), "library": adapter.version(), **timed(lambda: adapter.attend(*qkv)[0], call),
-            "rel_error": error_of(adapter.attend(*qkv)[0], exact), "sdpa_rel_error": sdpa_error, "exact": registry.row(slug).exact}
+    return lambda: adapter.attend(*qkv)[0], {"kernel": adapter.kernel(*qkv), "library": adapter.version(), "exact": registry.row(slug).exact}
 
 
-def timed(work, call):
-    found = summary(times_ms(work, 20, warm_up=3))
-    return {**found, "tflops": round(call.flops / found["ms"] / 1e9, 1)}
-
-
-def auto_case(seq, qkv, exact, sdpa_error, tuner):
-    """The row of `auto`: the whole path of the override, after its first call has measured."""
-    selection = Selection("auto", tuner=tuner)
-    override, heads = AttentionOverride(selection), qkv[0].shape[2]
-    inputs = [t.transpose(1, 2) for t in qkv]
+def through_auto(qkv, tuner):
+    """The same for `auto`: the whole path of the override, after its first call has measured. Prints what it measured."""
+    selection, heads = Selection("auto", tuner=tuner), qkv[0].shape[2]
+    override, inputs = AttentionOverride(selection), [t.transpose(1, 2) for t in qkv]
 
     def work():
         return override(None, *inputs, heads, skip_reshape=True).unflatten(-1, (heads, HEAD_DIM))
-    out = work()
-    entry = selection.log.current.as_data()["entries"][0]
+    work()
+    data = selection.log.current.as_data()
     print(selection.log.current.as_text(), flush=True)
-    return {"backend": "auto", "seq": seq, "kernel": f"{entry['backend']}: {entry['kernel']}", "library": entry["library"], **timed(work, call_of(*qkv)),
-            "rel_error": error_of(out, exact), "sdpa_rel_error": sdpa_error, "exact": True, "table": selection.log.current.as_data()["auto"]}
+    entry = data["entries"][0]
+    return work, {"kernel": f"{entry['backend']}: {entry['kernel']}", "library": entry["library"], "exact": True, "table": data["auto"]}
 
 
 def cases(seq, heads, tuner):
+    """One row per backend at one length. All of them are timed in the same rounds."""
     qkv = tensors(seq, heads)
     exact, _ = reference.attend(*(t[:, :, :ERROR_HEADS] for t in qkv))
-    sdpa_error = error_of(registry.adapter("sdpa", describe(DEVICE)).attend(*qkv)[0], exact)
-    for slug in registry.ROWS:
-        if slug != "sdpa-math" or seq <= 4608:  # its score matrix would fill the card
-            yield case(slug, seq, qkv, exact, sdpa_error)
-    yield auto_case(seq, qkv, exact, sdpa_error, tuner)
+    listed = [slug for slug in registry.ROWS if slug != "sdpa-math" or seq <= 4608]  # its score matrix would fill the card
+    rows = {slug: refused(slug, seq, qkv) for slug in listed}
+    works = {slug: direct(slug, qkv) for slug, row in rows.items() if row is None} | {"auto": through_auto(qkv, tuner)}
+    times = times_in_rounds({slug: work for slug, (work, _) in works.items()}, ROUNDS)
+    sdpa_error = error_of(works["sdpa"][0](), exact)
+    for slug in [*listed, "auto"]:
+        yield rows.get(slug) or measured(slug, seq, *works[slug], times[slug], exact, sdpa_error, call_of(*qkv))
+
+
+def measured(slug, seq, work, known, times, exact, sdpa_error, call):
+    figures = summary(times)
+    return {"backend": slug, "seq": seq, **known, **figures, "tflops": round(call.flops / figures["ms"] / 1e9, 1), "rel_error": error_of(work(), exact), "sdpa_rel_error": sdpa_error}
 
 
 # --- what our path costs on the host

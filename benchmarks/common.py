@@ -61,6 +61,18 @@ def times_ms(work, repeat, warm_up=2):
     return found
 
 
+def times_in_rounds(runners, repeat, warm_up=2):
+    """{name: milliseconds of each run} of several works. Rounds go around all of them, so that a drift of the clocks is everybody's."""
+    for work in runners.values():
+        for _ in range(warm_up):
+            work()
+    found = {name: [] for name in runners}
+    for _ in range(repeat):
+        for name, work in runners.items():
+            found[name] += times_ms(work, 1, warm_up=0)
+    return found
+
+
 def summary(values):
     """{"ms": median, "min_ms", "max_ms"}, rounded to a microsecond."""
     return {"ms": round(statistics.median(values), 3), "min_ms": round(min(values), 3), "max_ms": round(max(values), 3)}

@@ -1,1 +1,3 @@
-"""What FLUX.2 is: its variants, its files and how they become ComfyUI's MODEL, CLIP and VAE. Only load.py imports ComfyUI."""
+"""What FLUX.2 is: its variants, its files, how they become ComfyUI's MODEL, CLIP and VAE, and how prompts are read and written.
+
+Only load.py, lazy.py, memory.py, prompts.py and upsample.py import ComfyUI."""

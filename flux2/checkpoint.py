@@ -31,11 +31,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of a safetensors header: shape, dtype name as in the header ("BF16"), size in bytes and the file that holds it."""
+    """One entry of a safetensors header: shape, dtype name as in the header ("BF16"), size in bytes, the file that holds it, and where in its data."""
     shape: tuple
     dtype: str
     bytes: int
     file: Path
+    start: int = 0  # bytes of data before it, counted from the end of the header
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _tensor(path, name, entry):
                               f"Known are {', '.join(ITEM_BITS)}.")
     if math.prod(shape) * ITEM_BITS[dtype] != 8 * (span[1] - span[0]):
         raise _damaged(path, f"the tensor {name[:80]!r} of shape {shape} and type {dtype} cannot take {span[1] - span[0]} bytes")
-    return Tensor(tuple(shape), dtype, span[1] - span[0], path)
+    return Tensor(tuple(shape), dtype, span[1] - span[0], path, span[0])
 
 
 def _naturals(value):

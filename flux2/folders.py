@@ -23,6 +23,9 @@ def pipeline_parts(roots, part):
 def locate(name, there, roots, folder):
     """The path behind a name. Raises CheckpointError naming the file, the folder (ComfyUI's name) that it was looked for in, and what is `there`."""
     path = _find(name, roots, lambda path: path.is_file() or path.is_dir()) if _is_inside(name) else None
+    if path is None and _is_inside(name) and _find(name, roots, Path.is_symlink):
+        raise CheckpointError(f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or deleted. "
+                              f"Put the file there, or remove the link.")
     if path is None:
         offered = f"There are: {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}." if there else "There is nothing in it yet."
         raise CheckpointError(f"There is no {name!r} in the model folder {folder}. {offered} Choose one of these, or put the file there and refresh.")

@@ -89,15 +89,26 @@ def diffusers_shapes(variant):
 
 
 def convert_model(weights, variant):
-    """A state dict in ComfyUI's keys from one in diffusers' keys, taking the tensors out of `weights` as it goes. Only joined weights are copied."""
-    return {name: _combine([weights.pop(part) for part in source.names], source.how) for name, source in model_sources(variant).items()}
+    """A state dict in diffusers' keys -> (state dict in ComfyUI's keys, name -> parts of the weights that are stacked). Empties `weights`.
+
+    Nothing is copied: in the state dict, a stacked weight has a stand-in of its shape and type that takes no memory.
+    """
+    converted, stacked = {}, {}
+    for name, source in model_sources(variant).items():
+        parts = _parts([weights.pop(part) for part in source.names], source.how)
+        if len(parts) > 1:
+            stacked[name] = parts
+        converted[name] = _stand_in(parts) if len(parts) > 1 else parts[0]
+    return converted, stacked
 
 
-def _combine(parts, how):
-    import torch
-    if how == JOIN:
-        return torch.cat(parts)  # (3h, h)
-    return torch.cat(parts[0].chunk(2)[::-1]) if how == SWAP_HALVES else parts[0]
+def _parts(tensors, how):
+    """The tensors whose rows follow one another in ComfyUI's weight."""
+    return tensors[0].chunk(2)[::-1] if how == SWAP_HALVES else tensors
+
+
+def _stand_in(parts):
+    return parts[0].new_zeros(()).expand(sum(map(len, parts)), *parts[0].shape[1:])
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------

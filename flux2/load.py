@@ -20,7 +20,7 @@ import comfy.text_encoders.flux
 import comfy.utils
 import torch
 
-from . import identify, keys, tokenizer, variants
+from . import identify, keys, memory, padding as prompt_padding, tokenizer, variants
 from .checkpoint import CheckpointError, open_checkpoint
 from .encoders import FAMILIES, dimensions
 from .facts import check_config, check_floats, check_model, check_present, gigabytes, summary, used_bytes
@@ -29,7 +29,6 @@ WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEVICES = ("default", "cpu")
 PADDINGS = ("zeros", "reference")
-PADDED_LENGTH = 512  # tokens; ComfyUI's FLUX.2 model pads shorter prompts to this length with zeros
 log = logging.getLogger(__name__)
 
 
@@ -99,22 +98,49 @@ def _built(checkpoint, build):
 
 # --- diffusion model -------------------------------------------------------------------------------------------------
 
-def load_model(path, weight_dtype="as stored", disable_dynamic=False):
-    """MODEL from a FLUX.2 diffusion model: a file, or a diffusers folder. `weight_dtype` is a key of WEIGHT_DTYPES."""
+def load_model(path, weight_dtype="as stored", memory_mode="auto", disable_dynamic=False):
+    """MODEL from a FLUX.2 diffusion model: a file, or a diffusers folder. `weight_dtype` is a key of WEIGHT_DTYPES.
+
+    `memory_mode` is one of memory.MODEL_MODES.
+    """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.MODEL)
     check_model(checkpoint, found, weight_dtype)
     log.info("%s", describe(checkpoint, found))
-    weights = read(checkpoint)
+    weights, joined = read(checkpoint), {}
     if found.layout == "diffusers":
-        weights = keys.convert_model({name.removeprefix(found.prefix): value for name, value in weights.items()}, found.variant)
-    options = {} if WEIGHT_DTYPES[weight_dtype] is None else {"dtype": WEIGHT_DTYPES[weight_dtype]}
-    patcher = _built(checkpoint, lambda: comfy.sd.load_diffusion_model_state_dict(weights, options, dict(checkpoint.metadata), disable_dynamic))
-    if patcher is None:
-        raise CheckpointError(f"ComfyUI does not recognise {checkpoint.name}, although it looks like {found.title}. Update ComfyUI.")
-    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype))
+        weights, joined = keys.convert_model({name.removeprefix(found.prefix): value for name, value in weights.items()}, found.variant)
+    patcher = _built(checkpoint, lambda: _model(weights, checkpoint, weight_dtype, disable_dynamic or memory.needs_plain_patcher(memory_mode)))
+    _join(patcher, joined)
+    patcher = memory.manage(patcher, memory_mode)
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, memory_mode))
     _check_text_width(patcher, found.variant, checkpoint.name)
     return patcher
+
+
+def _model(weights, checkpoint, weight_dtype, disable_dynamic):
+    """ComfyUI's MODEL from a state dict in its keys."""
+    options = {} if WEIGHT_DTYPES[weight_dtype] is None else {"dtype": WEIGHT_DTYPES[weight_dtype]}
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, dict(checkpoint.metadata), disable_dynamic)
+    if patcher is None:
+        raise CheckpointError(f"ComfyUI does not recognise {checkpoint.name}, although it looks like a FLUX.2 model. Update ComfyUI.")
+    return patcher
+
+
+@torch.no_grad()
+def _join(patcher, joined):
+    """Put weights that are stacked from several tensors (name -> parts) into a loaded model, one after another, without a copy beside the model's.
+
+    A dynamic patcher's model holds the mapped tensors themselves: there the stack takes the place of the stand-in.
+    """
+    network = patcher.model.diffusion_model
+    for name, parts in joined.items():
+        if patcher.is_dynamic():
+            comfy.utils.set_attr_param(network, name, torch.cat(parts))
+        else:
+            rows = comfy.utils.get_attr(network, name).split([len(part) for part in parts])
+            for target, part in zip(rows, parts):
+                target.copy_(part)
 
 
 def _check_text_width(patcher, variant, name):
@@ -140,11 +166,12 @@ class Target:
         self.clip, self.tokenizer, self.params = clip, tokenizer, {}
 
 
-def load_text_encoder(path, device="default", padding="zeros", embedding_directory=None, disable_dynamic=False):
+def load_text_encoder(path, device="default", padding="zeros", embedding_directory=None, memory_mode="auto", disable_dynamic=False):
     """CLIP from Mistral 3 (FLUX.2 dev) or Qwen3 (klein): a file, or a Hugging Face folder. Layers above the last one used are not loaded.
 
     `device` is "default" (where ComfyUI keeps text encoders) or "cpu". `padding` says what fills short prompts up to 512 tokens: "zeros" as
-    ComfyUI does, or what the "reference" (diffusers) has there. `embedding_directory` is where prompts find embeddings.
+    ComfyUI does, or what the "reference" (diffusers) has there, which also cuts longer ones. `embedding_directory` is where prompts find
+    embeddings. `memory_mode` is one of memory.MODES.
     """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
@@ -153,52 +180,35 @@ def load_text_encoder(path, device="default", padding="zeros", embedding_directo
     weights = read(checkpoint)
     tokenizer_data = _tokenizer_data(checkpoint, family, weights, found.width)
     weights = _language_weights(weights, dict(checkpoint.metadata), found.prefix, family)
-    options = {f"{family.name}_model_config": sizes}
-    if device == "cpu":
-        options["load_device"] = options["offload_device"] = torch.device("cpu")
-    text_model = family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights]))
-    if padding == "reference" and family.pad_token:
-        text_model = _with_reference_padding(text_model, family)
-    target = Target(text_model, family.tokenizer(comfy.text_encoders.flux))
+    options = {f"{family.name}_model_config": sizes, **_text_devices(device, memory_mode)}
+    target = Target(_text_model(family, weights, padding, memory_mode), family.tokenizer(comfy.text_encoders.flux))
     log.info("%s", describe(checkpoint, found))
     clip = _built(checkpoint, lambda: comfy.sd.CLIP(
         target, embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, parameters=comfy.utils.calculate_parameters(weights),
-        state_dict=[weights], model_options=options, disable_dynamic=disable_dynamic))
-    clip.patcher.cached_patcher_init = (_text_encoder_patcher, (str(path), device, padding, embedding_directory))
+        state_dict=[weights], model_options=options, disable_dynamic=disable_dynamic or memory.needs_plain_patcher(memory_mode)))
+    clip.patcher = memory.manage(clip.patcher, memory_mode)
+    clip.patcher.cached_patcher_init = (_text_encoder_patcher, (str(path), device, padding, embedding_directory, memory_mode))
     return clip
 
 
-def _text_encoder_patcher(path, device, padding, embedding_directory, disable_dynamic=False):
-    return load_text_encoder(path, device, padding, embedding_directory, disable_dynamic).patcher
+def _text_devices(device, memory_mode):
+    """ComfyUI's options for where a text encoder is run and kept. Left alone, it loads a large one to the GPU at once."""
+    cpu = torch.device("cpu")
+    if device == "cpu":
+        return {"load_device": cpu, "offload_device": cpu}
+    return {"initial_device": cpu} if memory_mode == memory.IDLE_ON_CPU else {}
 
 
-def _with_reference_padding(text_model, family):
-    """The encoder class with encoded <pad> tokens on the left of short prompts, as transformers encodes them behind its attention mask.
+def _text_model(family, weights, padding, memory_mode):
+    """The class of ComfyUI's text encoder, with what `padding` and the memory mode change."""
+    text_model = family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights]))
+    if padding == "reference":
+        text_model = prompt_padding.like_the_reference(text_model, family)
+    return memory.idle_text_model(text_model, memory_mode)
 
-    A padding token attends to nothing there, and nothing attends to it: attention gives it zero, so its hidden states are the embedding of
-    <pad> followed by the feed-forward layers alone, the same at every position. They are made once per prompt, without any padded sequence.
-    """
-    class ReferencePadding(text_model):
-        def encode_token_weights(self, token_weight_pairs):
-            out, pooled, extra = super().encode_token_weights(token_weight_pairs)
-            missing = PADDED_LENGTH - out.shape[1]
-            if missing > 0:
-                out = torch.cat([self.pad_state().to(out).expand(out.shape[0], missing, -1), out], dim=1)  # (B, 512, 3h)
-                extra["attention_mask"] = torch.nn.functional.pad(extra["attention_mask"], (missing, 0))
-            return out, pooled, extra
 
-        def pad_state(self):
-            encoder = getattr(self, family.name)
-            layers = encoder.transformer.model.layers
-            embedding = encoder.transformer.get_input_embeddings()
-            token = torch.tensor([[family.pad_token]], device=encoder.execution_device or embedding.weight.device)
-            x, taps = embedding(token, out_dtype=torch.float32), []  # (1, 1, h)
-            for number, layer in enumerate(layers, 1):
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
-                taps += [x] if number in encoder.layer else []
-            return torch.cat(taps, dim=-1)  # (1, 1, 3h)
-
-    return ReferencePadding
+def _text_encoder_patcher(path, device, padding, embedding_directory, memory_mode, disable_dynamic=False):
+    return load_text_encoder(path, device, padding, embedding_directory, memory_mode, disable_dynamic).patcher
 
 
 def _language_weights(weights, metadata, prefix, family):
@@ -253,8 +263,11 @@ def _mistral_tokenizer(ready, data, width):
 
 # --- VAE -------------------------------------------------------------------------------------------------------------
 
-def load_vae(path, precision="auto"):
-    """VAE from a FLUX.2 autoencoder: a file, or a diffusers folder. `precision` is a key of PRECISIONS; "auto" is ComfyUI's choice."""
+def load_vae(path, precision="auto", memory_mode="auto"):
+    """VAE from a FLUX.2 autoencoder: a file, or a diffusers folder. `precision` is a key of PRECISIONS; "auto" is ComfyUI's choice.
+
+    `memory_mode` is one of memory.MODES.
+    """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.VAE)
     check_config(checkpoint, {"latent_channels": 32, "batch_norm_eps": 1e-4, "patch_size": [2, 2]})
@@ -267,7 +280,8 @@ def load_vae(path, precision="auto"):
     vae = _built(checkpoint, lambda: _vae(weights, dtype=PRECISIONS[precision], metadata=dict(checkpoint.metadata)))
     vae.throw_exception_if_invalid()
     check_present(checkpoint, found.title, vae.first_stage_model.state_dict(), names | {"bn.num_batches_tracked"})
-    vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision))
+    vae = memory.manage_vae(vae, memory_mode)
+    vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision, memory_mode))
     return vae
 
 
@@ -288,6 +302,6 @@ def _vae(weights, **options):
     return vae
 
 
-def _vae_patcher(path, precision, disable_dynamic=False):
+def _vae_patcher(path, precision, memory_mode, disable_dynamic=False):
     """ComfyUI's VAE decides by itself whether its patcher is dynamic (0.30 has no argument for it, and reloads VAEs this way too)."""
-    return load_vae(path, precision).patcher
+    return load_vae(path, precision, memory_mode).patcher

@@ -19,7 +19,7 @@ def occupant(model):
 def install(model, override):
     """Put `override` (called like core's attention functions) into the slot of a MODEL clone and hook its selection to the sampler.
 
-    override.selection receives begin_run, begin_forward and log.end. Hooks of an earlier selection are removed: selecting twice replaces.
+    override.selection receives begin_run, forward and log.end. Hooks of an earlier selection are removed: selecting twice replaces.
     """
     # not through set_model_optimized_attention, which cores after 0.30 have: it drops the function that an override hands calls back to
     model.model_options.setdefault("transformer_options", {})[SLOT] = override
@@ -48,11 +48,9 @@ def during_sampling(selection):
 def during_forward(selection):
     """A wrapper around one forward pass: tells the selection the step, from the sampler's own sigmas."""
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        if selection.schedule is None:
-            selection.begin_forward(None, 0)
-        else:
-            selection.begin_forward(*step_of(transformer_options))
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        step, steps = step_of(transformer_options) if selection.schedule else (None, 0)  # a look at the sigmas waits for the GPU
+        with selection.forward(step, steps):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     return wrapper
 
 

@@ -8,7 +8,7 @@ from ..attention import registry, selection
 from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
 from ..attention.runlog import fingerprint
-from ..flux2 import encoder_attention, patch
+from ..flux2 import encoder_attention, lazy, patch
 
 CATEGORY = "Flux 2"
 NO_SECOND = "none"
@@ -51,11 +51,16 @@ def check(model, slug):
         raise AttentionRefused(slug, reasons, registry.row(slug).install)
 
 
+def check_encoder_attention(device, backend):
+    """Refuse now a backend that cannot run a text encoder on a device. Raises AttentionRefused."""
+    if backend not in (ENCODER_BACKENDS[0], registry.AUTO):
+        registry.adapter(backend, registry.describe(device))
+
+
 def choose_encoder_attention(clip, backend):
     """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run on its device."""
     if backend != ENCODER_BACKENDS[0]:
-        if backend != registry.AUTO:
-            registry.adapter(backend, registry.describe(clip.patcher.load_device))
+        check_encoder_attention(clip.patcher.load_device, backend)
         encoder_attention.install(clip, AttentionOverride(selection.Selection(backend, tuner=tuner())))
     return clip
 
@@ -149,6 +154,8 @@ def report(model, samples):
 
 def encoder_report(clip):
     """What computed the attention of the last prompt that this CLIP encoded."""
+    if not lazy.is_loaded(clip):
+        return "Text encoder: not loaded, because no prompt has needed it yet."
     chosen = encoder_attention.selection_of(clip)
     if chosen is None:
         return "Text encoder: ComfyUI's own attention, which keeps no record."

@@ -6,13 +6,17 @@ loaded.
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2 import load
+from ..flux2 import lazy, load
 from ..flux2.checkpoint import CheckpointError
 from ..flux2.folders import choices, locate, pipeline_parts
-from .attention import ENCODER_BACKENDS, choose_encoder_attention
+from ..flux2.memory import AUTO, MODEL_MODES, MODES
+from .attention import ENCODER_BACKENDS, check_encoder_attention, choose_encoder_attention
 
 CATEGORY = "Flux 2"
 PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}  # of pipelines in ComfyUI's folder diffusers
+WHERE_IDLE = ("Where the weights are while this component is not used. 'auto': ComfyUI moves them when the room is needed (recommended). 'keep on GPU': once "
+              "loaded they stay, and others get what is left. 'CPU when idle': they leave the GPU after "
+              "each {run}, which leaves most room for the others and costs a transfer each time. Without a GPU no effect.")
 INFO_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")  # where files that belong elsewhere are found too
 
 
@@ -60,6 +64,9 @@ class Flux2LoadModel(io.ComfyNode):
                                tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). 'bf16': 2 bytes a weight. "
                                        "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of quality; "
                                        "a file made as fp8 or mixed precision is better."),
+                io.Combo.Input("memory", options=list(MODEL_MODES), default=AUTO, optional=True, advanced=True,
+                               tooltip=WHERE_IDLE.format(run="sampling") + " 'layer by layer': they stay in the computer's memory, and every step "
+                                       "fetches each layer when its turn comes: least GPU memory, slowest."),
             ],
             outputs=[io.Model.Output(tooltip="The diffusion model. An ordinary MODEL: LoRA and all other model nodes work on it.")],
         )
@@ -69,8 +76,8 @@ class Flux2LoadModel(io.ComfyNode):
         return _validate("diffusion_models", model_name)
 
     @classmethod
-    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(load.load_model(_path("diffusion_models", model_name), weight_dtype))
+    def execute(cls, model_name, weight_dtype, memory=AUTO) -> io.NodeOutput:
+        return io.NodeOutput(load.load_model(_path("diffusion_models", model_name), weight_dtype, memory))
 
 
 class Flux2LoadTextEncoder(io.ComfyNode):
@@ -92,11 +99,17 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                 io.Combo.Input("device", options=list(load.DEVICES), default="default",
                                tooltip="Where the prompt is read. 'default': ComfyUI decides, normally the GPU. 'cpu': leaves GPU memory free, but slow."),
                 io.Combo.Input("padding", options=list(load.PADDINGS), default="zeros", optional=True, advanced=True,
-                               tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does. 'reference': as diffusers and "
-                                       "the official code do, encoded padding tokens; choose it to reproduce their pictures. No effect on klein."),
+                               tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does; longer prompts are read whole. "
+                                       "'reference': as diffusers and the official code do, encoded padding tokens, and longer prompts end after 512 "
+                                       "tokens; choose it to reproduce their pictures. On klein only the cut has an effect."),
                 io.Combo.Input("attention", options=ENCODER_BACKENDS, default=ENCODER_BACKENDS[0], optional=True, advanced=True,
                                tooltip="Which kernel computes this encoder's attention; the diffusion model's choice does not reach it. 'default': ComfyUI's own. "
                                        "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt takes milliseconds either way."),
+                io.Combo.Input("memory", options=list(MODES), default=AUTO, optional=True, advanced=True,
+                               tooltip=WHERE_IDLE.format(run="prompt") + " No effect with device 'cpu'."),
+                io.Combo.Input("load", options=list(lazy.LOADS), default=lazy.NOW, optional=True, advanced=True,
+                               tooltip="When the weights are read. 'now': when this node runs. 'when needed': when a prompt is really encoded; with Encode "
+                                       "Prompt (FLUX.2), prompts that it has kept on disk never need them."),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
         )
@@ -106,10 +119,15 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         return _validate("text_encoders", text_encoder_name)
 
     @classmethod
-    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0]) -> io.NodeOutput:
-        embeddings = folder_paths.get_folder_paths("embeddings")
-        clip = load.load_text_encoder(_path("text_encoders", text_encoder_name), device, padding, embeddings)
-        return io.NodeOutput(choose_encoder_attention(clip, attention))
+    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy.NOW) -> io.NodeOutput:
+        source = lazy.Source(_path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),))
+        check_encoder_attention(source.load_device, attention)
+        return io.NodeOutput(lazy.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy.WHEN_NEEDED))
+
+
+def _text_encoder(source, attention):
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    return choose_encoder_attention(load.load_text_encoder(source.path, source.device, source.padding, embeddings, source.memory), attention)
 
 
 class Flux2LoadVAE(io.ComfyNode):
@@ -130,6 +148,8 @@ class Flux2LoadVAE(io.ComfyNode):
                 io.Combo.Input("precision", options=list(load.PRECISIONS), default="auto",
                                tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device (recommended). 'fp32': exact, "
                                        "twice the memory. 'fp16': can overflow to black pictures."),
+                io.Combo.Input("memory", options=list(MODES), default=AUTO, optional=True, advanced=True,
+                               tooltip=WHERE_IDLE.format(run="picture or batch that it encodes or decodes")),
             ],
             outputs=[io.Vae.Output(tooltip="The autoencoder. An ordinary VAE: connect it to VAE Decode and VAE Encode.")],
         )
@@ -139,8 +159,8 @@ class Flux2LoadVAE(io.ComfyNode):
         return _validate("vae", vae_name)
 
     @classmethod
-    def execute(cls, vae_name, precision) -> io.NodeOutput:
-        return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision))
+    def execute(cls, vae_name, precision, memory=AUTO) -> io.NodeOutput:
+        return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision, memory))
 
 
 class Flux2ModelInfo(io.ComfyNode):

@@ -179,6 +179,13 @@ def has_gpu(python):
     return probe.stdout.strip() == "True"
 
 
+def drawing_models():
+    """The small FLUX.2 that was trained to draw coloured shapes (docs/small-model.md). Returns {folder under models/: [file]}."""
+    folder = ROOT / "tests" / "data" / "small_flux2"
+    names = {"diffusion_models": "flux2-small", "text_encoders": "mistral3-flux2-small", "vae": "flux2-vae-small"}
+    return {kind: [folder / f"{name}.safetensors"] for kind, name in names.items()}
+
+
 def small_models(comfyui, python=sys.executable):
     """The small FLUX.2 models, made once per version of the script that makes them and shared by all checkouts.
 

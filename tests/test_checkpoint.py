@@ -180,6 +180,12 @@ def test_names_that_are_not_there_or_lead_outside_are_refused(tmp_path, name):
         folders.locate(name, ["a.safetensors"], [root], "vae")
 
 
+def test_a_link_to_nowhere_is_said(tmp_path):
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "moved.safetensors")
+    with pytest.raises(CheckpointError, match="'x.safetensors' in the model folder vae is a link that points nowhere"):
+        folders.locate("x.safetensors", ["x.safetensors"], [tmp_path], "vae")
+
+
 # --- what a file is --------------------------------------------------------------------------------------------------
 
 def known(shapes, metadata=None, config=None):

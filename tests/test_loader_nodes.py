@@ -6,9 +6,9 @@ import pytest
 import small_models as maker
 
 INPUTS = {  # node id -> inputs, in the order that saved workflows rely on; append only
-    "Flux2LoadModel": ["model_name", "weight_dtype"],
-    "Flux2LoadTextEncoder": ["text_encoder_name", "device", "padding", "attention"],
-    "Flux2LoadVAE": ["vae_name", "precision"],
+    "Flux2LoadModel": ["model_name", "weight_dtype", "memory"],
+    "Flux2LoadTextEncoder": ["text_encoder_name", "device", "padding", "attention", "memory", "load"],
+    "Flux2LoadVAE": ["vae_name", "precision", "memory"],
     "Flux2ModelInfo": ["file_name"],
 }
 

@@ -385,6 +385,16 @@ def test_vae_agrees_with_diffusers(load, diffusers_vae):
     assert relative_error(vae.decode(expected), ((decoded + 1) / 2).clamp(0, 1).movedim(1, -1)) <= 1e-5
 
 
+def test_tiles_of_any_size_give_nearly_the_whole_picture(load, diffusers_vae):
+    """Core's VAE Decode (Tiled) on our VAE: sizes in pixels, a multiple of the 16 pixels of one latent place; one tile is the whole."""
+    from nodes import VAEDecodeTiled
+    vae = load.load_vae(diffusers_vae[1], "fp32")
+    latent = {"samples": torch.randn(1, 128, 12, 16, generator=torch.Generator().manual_seed(5))}
+    whole = vae.decode(latent["samples"].clone())
+    errors = [relative_error(VAEDecodeTiled().decode(vae, latent, size, overlap)[0], whole) for size, overlap in ((512, 64), (128, 32))]
+    assert errors[0] <= 1e-5 and errors[1] < 0.3
+
+
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 DIFFUSERS_LAYERS = {  # diffusers' module -> shape of its weight
@@ -483,6 +493,23 @@ def test_reference_padding_is_what_transformers_has_there(load, tmp_path):
     assert result.shape == (1, 512, 192)
     assert relative_error(result, expected) <= 1e-5
     assert load.load_text_encoder(tmp_path / "mistral.safetensors").encode_from_tokens(tokens).shape == (1, ids.shape[1], 192)
+
+
+def test_long_prompts_are_cut_with_the_reference_s_padding_alone(load, small_models, caplog):
+    """Their tokens agree with diffusers over the server (test_reference); core passes them on whole."""
+    clips = {padding: load.load_text_encoder(small_models["text_encoder"], padding=padding) for padding in load.PADDINGS}
+    tokens = clips["zeros"].tokenize("structured responses " * 300)
+    whole, cut = (clip.encode_from_tokens(tokens) for clip in clips.values())
+    assert whole.shape[1] == ids_of(tokens).shape[1] > 512 == cut.shape[1]
+    assert relative_error(cut, whole[:, :512]) <= 1e-5  # a causal model: what follows changes nothing before it
+    assert f"has {whole.shape[1]} tokens" in caplog.text and "first 512" in caplog.text
+
+
+def test_klein_prompts_are_cut_too(load, tmp_path):
+    file = maker.write(tmp_path / "qwen.safetensors", small_qwen(layers=27))
+    clips = [load.load_text_encoder(file, padding=padding) for padding in load.PADDINGS]
+    lengths = [[clip.encode_from_tokens(clip.tokenize(prompt)).shape[1] for clip in clips] for prompt in (PROMPT, "word " * 600)]
+    assert lengths[0] == [512, 512] and lengths[1][0] > 600 and lengths[1][1] == 512
 
 
 @pytest.mark.parametrize("references", [0, 1])

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,7 +24,7 @@ import api_workflow
 import environment
 from comfy_client import ComfyError, TimedOut, refusal
 from comfy_server import PACK, ComfyServer, ServerFailed, fetch_json, free_port
-from generate import local_models
+from generate import local_models, parse, settings_from
 from picture import match
 from server_fixture import SCRIPTS, run
 
@@ -81,6 +82,39 @@ def test_generate_converts_to_the_format_of_the_name(server, model_files, tmp_pa
     assert on_server(server, model_files, "--output-path", tmp_path / "fox.jpg").returncode == 0
     with Image.open(tmp_path / "fox.jpg") as image:
         assert image.format == "JPEG"
+
+
+def inputs_of(*flags):
+    """What these flags put into the loader nodes of the workflow: {folder: inputs}."""
+    settings = settings_from(parse(["--prompt", "A red fox", *flags]))
+    workflow = api_workflow.fill(settings)
+    return {folder: api_workflow.nodes_of(workflow, node)[0]["inputs"] for folder, (node, _) in api_workflow.LOADERS.items()}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("", {}),
+    ("--dit-cpu-offload True --text-encoder-cpu-offload --vae-cpu-offload false",
+     {"diffusion_models": "CPU when idle", "text_encoders": "CPU when idle", "vae": "keep on GPU"}),
+    ("--dit-layerwise-offload True --dit-cpu-offload True", {"diffusion_models": "layer by layer"}),
+    ("--dit-layerwise-offload False", {}),
+    ("--dit-layerwise-offload False --dit-cpu-offload False", {"diffusion_models": "keep on GPU"}),
+    ("--image-encoder-cpu-offload True", {"vae": "CPU when idle"}),
+    ("--image-encoder-cpu-offload True --vae-cpu-offload False", {"vae": "keep on GPU"}),
+])
+def test_offload_flags_set_the_memory_of_the_loaders(flags, expected):
+    assert {folder: inputs["memory"] for folder, inputs in inputs_of(*flags.split()).items() if "memory" in inputs} == expected
+
+
+def test_vae_precision_and_a_wrong_truth():
+    assert inputs_of("--vae-precision", "bf16")["vae"]["precision"] == "bf16" and inputs_of()["vae"]["precision"] == "auto"
+    done = generate("--vae-cpu-offload", "maybe")
+    assert done.returncode == 2 and "must be True or False, not 'maybe'" in done.stderr
+
+
+def test_generate_draws_in_every_memory_mode(server, model_files, tmp_path):
+    done = on_server(server, model_files, "--dit-layerwise-offload", "True", "--text-encoder-cpu-offload", "--vae-cpu-offload", "False", "--vae-precision", "fp32",
+                     "--output-path", tmp_path / "fox.png")
+    assert done.returncode == 0, done.stderr
 
 
 def test_generate_starts_and_stops_a_server_of_its_own(model_files, tmp_path):
@@ -275,12 +309,16 @@ def test_demo_runs_end_to_end(tmp_path, comfyui):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["backend"] == "sdpa" and summary["calls"] == 2 * 4 * 6 and summary["seconds"] > 0
+    assert summary["backend"] == "sdpa" and summary["calls"] == 2 * 20 * 6 and summary["seconds"] > 0
     assert [Path(image).name for image in summary["images"]] == ["flux2-text-to-image.png", "flux2-image-edit.png"]
     for image in summary["images"]:
         with Image.open(image) as picture:
-            assert picture.size == (256, 192)
-    assert "attention backend sdpa, 24 calls" in done.stdout and list(tmp_path.glob("flux2-comfyui-*")) == []
+            assert picture.size == (256, 256)
+    drawn = np.asarray(Image.open(summary["images"][0]).convert("RGB")).astype(int)
+    red, green, blue = (drawn[..., i] for i in range(3))
+    star, circle = ((red > 150) & (green < 90) & (blue < 90)).nonzero(), ((blue > 150) & (red < 90)).nonzero()
+    assert 300 < len(star[0]) < len(circle[0]) and star[0].mean() < circle[0].mean(), "a small red star above a large blue circle"
+    assert "attention backend sdpa, 120 calls" in done.stdout and list(tmp_path.glob("flux2-comfyui-*")) == []
 
 
 def test_demo_wants_all_three_real_files_or_none():

@@ -147,6 +147,18 @@ def test_torch_compile_before_and_after(tools, flux2, order):
     assert calls(report(tools, model, out)[1]) == {"sdpa-math": STEPS * 6}
 
 
+def test_selections_on_one_compiled_model(tools, flux2):
+    torch._dynamo.reset()
+    options = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+    compiled = flux2.clone(disable_dynamic=True)
+    tools.compile(model=compiled, backend="aot_eager", options=options)
+    positive = conditioning(flux2_context())
+    for backend in ("sdpa-math", "sdpa-flash", "sdpa-math"):
+        chosen = select(tools, compiled, backend)
+        out = sample(tools, chosen, positive)
+        assert calls(report(tools, chosen, out)[1]) == {backend: STEPS * 6}
+
+
 def test_a_schedule_in_a_compiled_model_counts_blocks_by_the_order_of_calls(tools, flux2):
     torch._dynamo.reset()
     model = flux2.clone(disable_dynamic=True)

@@ -192,6 +192,7 @@ def test_a_bad_file_is_refused_in_words(server, workflow, folder, file):
     nodes_of(workflow, loader)[0]["inputs"][key] = file
     sentence = refused(server, workflow)
     assert file in sentence and loader in sentence
+    assert ("points nowhere" in sentence) == (file == DANGLING)
     for raw in ("Traceback", "KeyError", "HeaderTooLarge", "size mismatch", "NoneType"):
         assert raw not in sentence
 

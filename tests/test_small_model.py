@@ -2,7 +2,8 @@
 
 Models here have random weights unless a test says "shipped".
 """
-import json
+import contextlib
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import pack
 
 sys.path.insert(0, str(pack.ROOT / "benchmarks"))
-from small import captions, encoder, files, sampling, scenes, tokens, train_autoencoder, train_flow, transformer  # noqa: E402
+from small import captions, encoder, files, judge, sampling, scenes, tokens, train_autoencoder, train_flow, transformer  # noqa: E402
 from small.autoencoder import Autoencoder  # noqa: E402
 
 SIZES = transformer.Sizes(hidden=256, double=1, single=2)
@@ -181,3 +182,139 @@ def test_any_text_can_be_tokenised_and_read_back():
     text = "Naïve café: 42 zebras, \u732b & a red circle?!\n"
     assert ready.decode(ready.encode(text).ids) == text
     assert ready.get_vocab_size() == tokens.size()
+
+
+# --- the judge -----------------------------------------------------------------------------------------------------------
+
+def judged(table, relation, pixels):
+    return [judge.judge(picture, judge.wanted(table, row), int(relation[row]), int(table.cell[row, 0]) if table.count[row] == 1 else None)
+            for row, picture in enumerate(judge.as_pictures(pixels))]
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """(scenes, relations of their captions, pictures)"""
+    table = scenes.sample(60, generator(3), cats=False, held_out=True)
+    return table, captions.describe(table, generator(3), full=True)[1], scenes.draw(table)
+
+
+def worse(pixels, noise=0.05):
+    """A little out of focus and noisy, as a model draws."""
+    blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return blurred + noise * torch.randn(pixels.shape, generator=generator())
+
+
+@pytest.mark.parametrize("change", [lambda pixels: pixels, worse])
+def test_judge_accepts_drawn_scenes(clean, change):
+    table, relation, pixels = clean
+    verdicts = judged(table, relation, change(pixels))
+    assert all(verdict.shapes and verdict.relation is not False and verdict.place is not False for verdict in verdicts)
+    assert sum(verdict.relation is not None for verdict in verdicts) == (table.count > 1).sum()
+
+
+def test_judge_refuses_other_colours_kinds_counts_and_places(clean):
+    table, relation, _ = clean
+    rows = torch.arange(len(table))
+    recoloured, reshaped, moved = table[rows], table[rows], table[rows]
+    recoloured.colour = table.colour.roll(1, dims=1)
+    recoloured.colour[table.count == 1] = (table.colour[table.count == 1] + 1) % len(scenes.COLOURS)
+    reshaped.kind = (table.kind + 1) % scenes.SHAPES
+    moved.cell = 8 - table.cell
+    for wrong in (recoloured, reshaped):
+        different = [row for row in range(len(table)) if sorted(judge.wanted(table, row)) != sorted(judge.wanted(wrong, row))]
+        verdicts = judged(table, relation, scenes.draw(wrong))
+        assert len(different) > 20 and not any(verdicts[row].shapes for row in different)
+    verdicts = judged(table, relation, scenes.draw(moved))
+    assert all(verdict.shapes for verdict in verdicts)
+    assert not any(verdict.relation for verdict in verdicts)
+    assert not any(verdict.place for verdict, cell in zip(verdicts, table.cell[:, 0]) if cell != 4)
+
+
+def test_swapped_colours_are_wrong():
+    """The same two colours and the same two kinds, the other way round."""
+    table = scenes.sample(40, generator(4), counts=(0, 1, 0), cats=False)
+    table = table[(table.kind[:, 0] != table.kind[:, 1]).nonzero()[:, 0]]
+    swapped = table[torch.arange(len(table))]
+    swapped.colour = table.colour[:, [1, 0, 2]]
+    relation = torch.full((len(table),), -1)
+    assert not any(verdict.shapes for verdict in judged(table, relation, scenes.draw(swapped)))
+
+
+def test_one_shape_missing_or_too_many_is_wrong(clean):
+    table, relation, _ = clean
+    fewer, more = table[(table.count > 1).nonzero()[:, 0]], table[(table.count < 3).nonzero()[:, 0]]
+    missing = fewer[torch.arange(len(fewer))]
+    missing.shown = fewer.shown & (torch.arange(scenes.OBJECTS) > 0)
+    extra = more[torch.arange(len(more))]
+    extra.shown = torch.ones_like(more.shown)
+    for asked, drawn in ((fewer, missing), (more, extra)):
+        assert not any(verdict.shapes for verdict in judged(asked, torch.full((len(asked),), -1), scenes.draw(drawn)))
+
+
+def judged_edits(pixels, after):
+    pairs = zip(judge.as_pictures(pixels), judge.as_pictures(scenes.draw(after)))
+    return [judge.judge_edit(picture, result, judge.cut_colours(after, row)) for row, (picture, result) in enumerate(pairs)]
+
+
+def test_judge_of_edits_accepts_the_drawn_result_and_nothing_else():
+    before = scenes.sample(40, generator(5), cats=False, for_edits=True)
+    after, task, target, colour = scenes.edit(before, generator(5))
+    assert all(judged_edits(worse(scenes.draw(after)), after))
+    assert not any(judged_edits(scenes.draw(before), after))
+    other = scenes.apply(before, task, target, (colour + 1) % len(scenes.COLOURS))  # the right edit in a wrong colour
+    assert not any(fine for fine, kind in zip(judged_edits(scenes.draw(other), after), task) if kind != scenes.REMOVE)
+
+
+@pytest.mark.parametrize("field", ["kind", "size", "shown"])
+def test_an_edit_that_touches_another_shape_is_wrong(field):
+    before = scenes.sample(30, generator(6), counts=(0, 0, 1), cats=False, for_edits=True)
+    colour = scenes._free_colour(before, scenes.Dice(generator()))
+    after = scenes.apply(before, torch.full((30,), scenes.HAT), torch.zeros(30, dtype=torch.long), colour)
+    touched, choices = after[torch.arange(30)], {"kind": scenes.SHAPES, "size": 3, "shown": 2}[field]
+    getattr(touched, field)[:, 1] = (getattr(after, field)[:, 1].long() + 1) % choices
+    assert not any(judged_edits(scenes.draw(touched), after))
+
+
+def test_intervals_are_wilsons():
+    low, high = judge.wilson(180, 200)
+    assert (round(low, 3), round(high, 3)) == (0.851, 0.934) and judge.wilson(0, 0) == (0.0, 1.0) and judge.wilson(10, 10)[1] == 1.0
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+def test_the_latent_has_the_dimensions_that_training_leaves_it():
+    model, onto = Autoencoder(), train_autoencoder.projection(torch.device("cpu"))
+    train_autoencoder.project(model, onto)
+    latent = model.encoder(torch.rand(1, 3, 64, 64))[0, :32].flatten(1)
+    assert torch.linalg.matrix_rank(latent) == torch.linalg.matrix_rank(onto) == train_autoencoder.RANK
+    before = [value.clone() for value in model.parameters()]
+    train_autoencoder.project(model, onto)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, model.parameters()))
+
+
+def test_training_steps_lower_the_loss(monkeypatch):
+    """Pictures of 4 x 4 tokens, each of one value: after forty steps the noise is copied and the pictures are guessed."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(train_flow, "WARM", 10)
+    models = [{"transformer": transformer.Transformer(transformer.Sizes(128, 1, 1)), "text_encoder": encoder.TextEncoder(encoder.Sizes(tokens.size()))}
+              for _ in range(2)]
+    pictures = torch.randn(4, 1, 128, generator=generator(1)).expand(-1, 16, -1)
+    flow = train_flow.Flow(*models, lambda table: pictures[torch.arange(len(table)) % 4], generator(), 4, 8, contextlib.nullcontext)
+    losses = [flow.step(0.1).item() for _ in range(40)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+    assert flow.steps == 40 and all(value.isfinite().all() for value in flow.average.models["text_encoder"].parameters())
+
+
+def test_smoke_run_trains_resumes_and_exports_files_that_load(load, tmp_path):
+    script = str(pack.ROOT / "benchmarks/train_small.py")
+    first, second, shipped = (tmp_path / name for name in ("first", "second", "shipped"))
+    run = lambda *arguments: subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=300).stdout
+    out = run("--smoke", "--out", first, "--to", "0.5")
+    assert "autoencoder done" in out and "check at progress 0.500" in out
+    out = run("--smoke", "--out", second, "--resume", first, "--minutes", "1")
+    assert "autoencoder done" not in out and "check at progress 1.000 (512 rows, guidance 4)" in out
+    assert files.read_progress(second)["runs"] == 2 and (second / "sheet.png").stat().st_size > 0
+    run("--export", shipped, "--resume", second)
+    assert files.metadata(shipped / files.NAMES["transformer"])["licence"] == "Apache-2.0"
+    for kind, name in (("model", "transformer"), ("text_encoder", "text_encoder"), ("vae", "autoencoder")):
+        getattr(load, f"load_{kind}")(shipped / files.NAMES[name])

@@ -1,8 +1,12 @@
-// Shows the text of Attention Report (FLUX.2) on the node. ComfyUI's page does that by itself only for its own preview nodes.
+// Shows the text of the report, compare and benchmark nodes on the node itself. ComfyUI's page does that by itself only for its own preview nodes.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const NODE = "Flux2AttentionReport";
+const PLACEHOLDERS = {
+  Flux2AttentionReport: "After a run: which kernel ran, for how many calls, and how long a step took.",
+  Flux2CompareAttention: "After a run: a verdict for each candidate, its errors and its time.",
+  Flux2BenchmarkAttention: "After a run: the time of each backend, and why the others cannot run.",
+};
 const WIDGET = "report";
 
 function addText(node) {
@@ -12,7 +16,7 @@ function addText(node) {
   widget.options = { ...widget.options, read_only: true, serialize: false };
   if (widget.element) {
     widget.element.readOnly = true;
-    widget.element.placeholder = "After a run: which kernel ran, for how many calls, and how long a step took.";
+    widget.element.placeholder = PLACEHOLDERS[node.comfyClass];
   }
   return widget;
 }
@@ -26,7 +30,7 @@ function show(node, output) {
 app.registerExtension({
   name: "flux2_attention.report",
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
+    if (!(node.comfyClass in PLACEHOLDERS)) return;
     addText(node);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
@@ -37,7 +41,7 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) { // a run opened from the queue's history
     for (const [id, output] of Object.entries(outputs)) {
       const node = app.graph.getNodeById(id);
-      if (node?.comfyClass === NODE) show(node, output);
+      if (node?.comfyClass in PLACEHOLDERS) show(node, output);
     }
   },
 });

@@ -1,0 +1,73 @@
+"""What is in a prompt that FLUX.2 does not read as people may expect, found in the text alone, before any tokenizer.
+
+`clean(text)` gives the text that is encoded and the sentences to show. Nothing is dropped without a sentence.
+"""
+import re
+import unicodedata
+
+KEPT_CONTROLS = "\t\n\r"
+WEIGHT = re.compile(r"\([^()\n]*:\s*\d+(?:\.\d*)?\s*\)")
+EMBEDDING = re.compile(r"(?:(?<=\s)|^)embedding:[ \t]*\S*")
+LORA = re.compile(r"<lora:[^<>\n]*>")
+
+
+def clean(text):
+    """(text without control characters, notes). ValueError for anything but text."""
+    if not isinstance(text, str):
+        raise ValueError(f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.")
+    kept = "".join(letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs"))
+    notes = []
+    if len(kept) < len(text):
+        notes.append(f"{count(len(text) - len(kept), 'control character')} removed: no tokenizer has a meaning for them.")
+    return kept, notes + remarks(kept)
+
+
+def remarks(text):
+    """Sentences about syntax of other models in a prompt, and about a prompt that is empty."""
+    notes = []
+    if not text.strip():
+        notes.append("The prompt is empty: FLUX.2 gets its system message alone.")
+    if WEIGHT.search(text):
+        notes.append(f"FLUX.2 has no prompt weights: {quoted(WEIGHT, text)} is read as it stands, brackets and number included. "
+                     "Say in words what matters more.")
+    if EMBEDDING.search(text):
+        notes.append(f"FLUX.2 was trained without embeddings: {quoted(EMBEDDING, text)} is handled as CLIP Text Encode does, which leaves out the "
+                     "name, and puts in the vectors of a file if there is one of this encoder's width.")
+    if LORA.search(text):
+        notes.append(f"A prompt loads no LoRA: {quoted(LORA, text)} is read as text. Use a LoRA loader node.")
+    return notes
+
+
+def has_embedding(text):
+    return bool(EMBEDDING.search(text))
+
+
+def quoted(pattern, text):
+    """The first match, shortened, in quotation marks."""
+    found = pattern.search(text)[0]
+    return f"'{found[:40]}{'...' if len(found) > 40 else ''}'"
+
+
+def count(number, noun):
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def split(text, how):
+    """The prompts in a text: one on each line, or paragraphs between blank lines. Empty ones are left out."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    parts = text.split("\n") if how == "each line" else re.split(r"\n[ \t]*\n", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_file(path, limit=16 * 2**20):
+    """The text of a file. ValueError with a sentence when it is not readable as text."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= limit else None
+    except OSError as error:
+        raise ValueError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.") from None
+    if data is None:
+        raise ValueError(f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file or split it.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The prompt file {path.name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
