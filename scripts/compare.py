@@ -19,7 +19,7 @@ except ImportError as error:
                      "or install aiohttp, tqdm and Pillow.") from None
 
 WORKFLOW, FILES = "flux2_compare_attention.json", ("compare-pictures.png", "compare-differences.png")
-SMALL, REAL = (256, 4), (1024, 20)  # side in pixels and steps, where they are not given
+SMALL, REAL = (256, 12), (1024, 20)  # side in pixels and steps, where they are not given
 
 
 def parse(arguments=None):
@@ -30,7 +30,7 @@ def parse(arguments=None):
     add("--edge-backend", default="none", help="backend of the first and last steps of every candidate")
     add("--first-steps", type=int, default=0)
     add("--last-steps", type=int, default=0)
-    add("--prompt", default="A red fox asleep on a stack of old books, morning light through a dusty window")
+    add("--prompt", default="a small red star above a large blue circle on a grey background", help="default: one that the small model can draw")
     add("--width", type=int, help="multiple of 16 (default 256, with weights of your own 1024)")
     add("--height", type=int, help="multiple of 16 (default 256, with weights of your own 1024)")
     add("--steps", type=int, help="default 4, with weights of your own 20")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import environment
 from api_workflow import LOADERS, BadSettings, nodes_of, put
 from comfy_client import ComfyClient, ComfyError
-from comfy_server import ROOT, ComfyServer, ServerFailed, small_models
+from comfy_server import ROOT, ComfyServer, ServerFailed, drawing_models
 from generate import FLAGS, local_models, stop_on_terminate, wanted_models
 from picture import match
 
@@ -37,7 +37,7 @@ def weights_text(args):
     """What the figures are worth, for the pages."""
     if args.random_weights:
         return f"random weights, FLUX.2 {args.random_weights}"
-    return Path(args.model_path).name if args.model_path else "the tests' small model"
+    return Path(args.model_path).name if args.model_path else "the small model that draws (docs/small-model.md)"
 
 
 # --- over a server ---------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def needed(workflow):
 
 def models_for(args, workflow, comfyui):
     """{folder: [file]} for a server of our own: the small models, or those that were asked for. Folders that the workflow does not read get small ones."""
-    small, wanted = small_models(comfyui), wanted_models(args)
+    small, wanted = drawing_models(), wanted_models(args)
     if not any(wanted.values()):
         return small
     missing = [FLAGS[folder] for folder in needed(workflow) if not wanted[folder]]
