@@ -90,9 +90,9 @@ class Tuner:
         """(slug, Table) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
         key = bucket_key(call)
         with self._lock:
-            if key not in self._tables:
-                self._tables[key] = self._remembered(key, call) or self._decide(key, call, q, k, v, mask, kept, scale)
-            return self._tables[key].chosen, self._tables[key]
+            table = self._tables.get(key) or self._remembered(key, call) or self._decide(key, call, q, k, v, mask, kept, scale)
+            self._tables[key] = table
+            return table.chosen, table
 
     def _decide(self, key, call, q, k, v, mask, kept, scale):
         rows = [Candidate(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)]
@@ -104,12 +104,16 @@ class Tuner:
         for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
             run = check(candidate, call, q, k, v, mask, kept, scale)
             sdpa_error = candidate.error if candidate.backend == "sdpa" else sdpa_error
-            if candidate.error is not None and candidate.error > max(ERROR_FACTOR * (sdpa_error or 0), ERROR_FLOOR):
+            if candidate.error is not None and sdpa_error is None:
+                candidate.reason = "not used: PyTorch's own kernel failed, so there is nothing to check it against"
+            elif candidate.error is not None and candidate.error > max(ERROR_FACTOR * sdpa_error, ERROR_FLOOR):
                 candidate.reason = f"rejected: error above {ERROR_FACTOR:g} times PyTorch's own {sdpa_error:.1e}"
             elif run is not None:
                 runners[candidate.backend] = run
         for candidate, ms in zip(accepted, map(race(runners).get, (c.backend for c in accepted))):
             candidate.ms = ms
+        if not runners:  # memory is short for measuring: let PyTorch try the call itself
+            return Table(str(call), str(call.device), accepted[0].backend, "nothing could be measured here, the reasons are below", rows)
         best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
         table = Table(str(call), str(call.device), best.backend, f"fastest of {len(accepted)} exact backends, measured on this call", rows)
         self._remember(key, table)

@@ -70,6 +70,16 @@ def test_a_backend_that_fails_is_a_row_with_its_reason(timed, monkeypatch):
     assert slug == "sdpa-flash" and failed.ms is None and "out of memory" in failed.reason
 
 
+def test_when_pytorchs_own_kernel_fails_nothing_is_trusted_and_it_gets_to_say_why(timed, monkeypatch, tmp_path):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(type(registry._module("sdpa")[0].ADAPTERS["sdpa"]), "run", out_of_memory)
+    slug, table = Tuner(tmp_path / "auto.json").choose(call_of(*QKV), *QKV)
+    reasons = {c.backend: c.reason for c in table.candidates}
+    assert slug == "sdpa" and "out of memory" in reasons["sdpa"] and "nothing to check it against" in reasons["sdpa-flash"]
+    assert "nothing could be measured" in table.as_text() and not (tmp_path / "auto.json").exists()
+
+
 def test_measurements_are_kept_between_processes_and_survive_a_broken_file(timed, tmp_path):
     file = tmp_path / "folder" / "auto.json"
     assert Tuner(file).choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
