@@ -122,7 +122,7 @@ def probe(slug, device, dtype, head_dim):
     """
     key = (slug, str(device), dtype, head_dim)
     if key not in _probes:
-        _probes[key] = _probe(slug, torch.device(device), dtype, head_dim)
+        _probes[key] = test_call(slug, device, dtype, head_dim)
     return _probes[key]
 
 
@@ -130,7 +130,9 @@ PROBE_TOKENS = 256  # longer than any kernel's special case for short sequences,
 PROBE_ERROR = 0.2   # quantised kernels stay under 0.1 on gaussian data; a wrong layout or scale is above 0.5
 
 
-def _probe(slug, device, dtype, head_dim):
+def test_call(slug, device, dtype, head_dim):
+    """What `probe` runs, asked anew and not remembered. Arguments and result are those of `probe`."""
+    device = torch.device(device)
     reasons = unavailable(slug, describe(device))
     if reasons:
         return reasons

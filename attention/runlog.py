@@ -36,6 +36,7 @@ class Run:
     latent: tuple | None = None
     started: float = field(default_factory=time.perf_counter)
     first_forward: float | None = None
+    forwards: int = 0
     loading_seconds: float | None = None
 
     @property
@@ -86,10 +87,14 @@ class Run:
 
 
 class RunLog:
-    """The last runs of one selection, newest last."""
+    """The last runs of one selection, newest last.
+
+    listener: called with a Run once its first forward pass is done, which is when its kernel is known, and when it has ended; or None.
+    """
 
     def __init__(self):
         self.runs = deque(maxlen=RUNS_KEPT)
+        self.listener = None
 
     @property
     def current(self):
@@ -100,9 +105,23 @@ class RunLog:
         return self.current
 
     def forward(self):
-        """Called at the start of every forward pass: the first one ends the loading."""
-        if self.runs and self.runs[-1].first_forward is None:
-            self.runs[-1].first_forward = time.perf_counter()
+        """Called at the start of every forward pass: the first one ends the loading, the second tells the listener what the first one ran."""
+        run = self.current
+        if run is None:
+            return
+        run.forwards += 1
+        if run.first_forward is None:
+            run.first_forward = time.perf_counter()
+        elif run.forwards == 2 and run.seconds is None:
+            self.tell(run)
+
+    def tell(self, run):
+        """A listener that fails is no reason to stop a sampling."""
+        if self.listener:
+            try:
+                self.listener(run)
+            except Exception:
+                logging.getLogger(__name__).exception("Select Attention (FLUX.2): what ran could not be shown on the node.")
 
     def end(self, run, output=None, error=None):
         """Close a run. output: the latent it produced, float tensor of any shape."""
@@ -112,6 +131,7 @@ class RunLog:
         if not run.entries and not error:
             logging.getLogger(__name__).warning("Select Attention (FLUX.2), %s: %s", run.chosen, NOT_ASKED)
         run.latent = fingerprint(output) if output is not None else None
+        self.tell(run)
 
     def find(self, latent):
         """The run that produced a latent with this fingerprint, else the newest; with whether it was found by the latent."""

@@ -74,8 +74,8 @@ def cases(device):
 
 def merged(torch, parts):
     """(out, lse) of attention over all keys from (out, lse) over parts of the keys, as a ring does it."""
-    lse = torch.logsumexp(torch.stack([l for _, l in parts]), dim=0)                             # (B, H, Sq)
-    weigh = [(o.float() * (l - lse).exp().transpose(1, 2).unsqueeze(-1)) for o, l in parts]
+    lse = torch.logsumexp(torch.stack([of_part for _, of_part in parts]), dim=0)                 # (B, H, Sq)
+    weigh = [(out.float() * (of_part - lse).exp().transpose(1, 2).unsqueeze(-1)) for out, of_part in parts]
     return sum(weigh), lse
 
 

@@ -84,10 +84,15 @@ def command():
     return "python " + " ".join("FILE" if i and words[i - 1] == "--json" else word for i, word in enumerate(words))
 
 
-def write(result, path):
-    """Write a result as JSON when a path is given, and print it as the last line."""
+def save(result, path):
+    """Write a result as JSON when a path is given; returns it with the machine, the versions and the command in front."""
     result = {"machine": machine(), "versions": versions(), "command": command(), **result}
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    return result
+
+
+def write(result, path):
+    """Write a result as JSON when a path is given, and print it as the last line."""
+    print(json.dumps(save(result, path)))

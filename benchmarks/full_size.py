@@ -2,6 +2,7 @@
 
 Sizes from the published model (black-forest-labs/flux2, src/flux2/model.py): hidden 6144, 8 double and 48 single blocks, text width 15360.
 """
+import json
 import os
 import sys
 
@@ -10,6 +11,7 @@ import torch
 DEV = {"hidden_size": 6144, "depth": 8, "depth_single_blocks": 48, "context_in_dim": 15360, "guidance_embed": True}
 KLEIN_9B = {"hidden_size": 4096, "depth": 8, "depth_single_blocks": 24, "context_in_dim": 12288, "guidance_embed": False}
 KLEIN_4B = {"hidden_size": 3072, "depth": 5, "depth_single_blocks": 20, "context_in_dim": 7680, "guidance_embed": False}
+SMALL = {"hidden_size": 256, "depth": 1, "depth_single_blocks": 2, "context_in_dim": 192, "guidance_embed": True}  # to try every path on a CPU
 TEXT_TOKENS = 512
 
 
@@ -51,18 +53,56 @@ def fill(network, seed):
                 weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
 
 
-def step_inputs(patcher, pixels, references=0, seed=1):
-    """Arguments of one forward pass for a square picture of `pixels`, with that many references of 1024 x 1024."""
-    device, dtype = patcher.load_device, patcher.model.get_dtype()
+def variant_of(sizes):
+    """The row of flux2/variants.py with these sizes. common.import_pack first."""
+    from flux2_pack.flux2 import variants
+    return variants.Variant("", sizes["hidden_size"], sizes["depth"], sizes["depth_single_blocks"], sizes["context_in_dim"], sizes["guidance_embed"], "")
+
+
+INPUT_SCALE = 0.02  # of the fp8 inputs of every layer: what is above 448 times this is cut off, which random activations of size one never reach
+
+
+def build_fp8(sizes=DEV, seed=0):
+    """A MODEL as ComfyUI loads an fp8 checkpoint: every product of the blocks in e4m3 with a scale for its weight and one for its input, the rest in bf16."""
+    import comfy.model_management
+    import comfy.sd
+    device = comfy.model_management.get_torch_device()
+    weights, quantised = fp8_checkpoint(sizes, device, seed)
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in quantised}})}
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata, disable_dynamic=True)
+    patcher.model.to(device)
+    return patcher
+
+
+def fp8_checkpoint(sizes, device, seed):
+    """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
+    from flux2_pack.flux2 import keys
+    generator, weights, quantised = torch.Generator(device).manual_seed(seed), {}, []
+    for name, shape in keys.model_shapes(variant_of(sizes)).items():
+        weight = torch.ones(shape, device=device, dtype=torch.bfloat16)
+        if len(shape) > 1:
+            weight.normal_(0.0, shape[1] ** -0.5, generator=generator)
+        if len(shape) > 1 and "_blocks." in name:
+            layer, scale = name.removesuffix(".weight"), weight.abs().max().float() / 448
+            weight = (weight / scale).to(torch.float8_e4m3fn)
+            weights |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(INPUT_SCALE, device=device)}
+            quantised.append(layer)
+        weights[name] = weight
+    return weights, quantised
+
+
+def step_inputs(patcher, pixels, references=0, seed=1, reference_pixels=1024, text_tokens=TEXT_TOKENS):
+    """Arguments of one forward pass for a square picture of `pixels`, with that many square references."""
+    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*shape):
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     width = patcher.model.diffusion_model.params.context_in_dim
-    inputs = {"x": noise(1, 128, pixels // 16, pixels // 16), "t": torch.full((1,), 0.7, device=device), "c_crossattn": noise(1, TEXT_TOKENS, width).to(dtype),
+    inputs = {"x": noise(1, 128, pixels // 16, pixels // 16), "t": torch.full((1,), 0.7, device=device), "c_crossattn": noise(1, text_tokens, width).to(dtype),
               "guidance": torch.full((1,), 4.0, device=device)}
     if references:
-        inputs["ref_latents"] = [noise(1, 128, 64, 64).to(dtype) for _ in range(references)]
+        inputs["ref_latents"] = [noise(1, 128, reference_pixels // 16, reference_pixels // 16).to(dtype) for _ in range(references)]
     return inputs
 
 

@@ -6,7 +6,8 @@
   COMFYUI_PATH=... python benchmarks/judge_small.py --weights FOLDER --prompts 20 --edits 10 --results -     a quick look, written nowhere
 
 Runs on the CPU or on the GPU that ComfyUI finds; 20 steps of Euler's method, Flux2Scheduler's noise levels, guidance 4, seeds fixed. Prompts are
-drawn in batches, which changes nothing but time. Prints a table, then one JSON line. Needs scikit-image.
+drawn in batches, which changes nothing but time: about five seconds per picture and CPU core (all cores are used unless OMP_NUM_THREADS says
+otherwise). Prints a table, then one JSON line. Needs scikit-image.
 """
 import argparse
 import json

@@ -14,7 +14,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import patch
+from . import help, patch
 
 KEY = "flux2_compare"
 
@@ -94,7 +94,7 @@ def record(candidate, model, job, make_probe, on_step=lambda: None):
         found.probe = make_probe(patch.occupant(found.model), checked_steps(job.steps))
         sample(watched(found.model, found.probe), job, found, on_step)
     except Exception as error:  # whatever it is, it is this candidate's reason; a cancel is no Exception and ends everything
-        found.error = str(error).strip() or type(error).__name__
+        found.error = help.bare(str(error).strip()) or type(error).__name__
         comfy.model_management.soft_empty_cache()
     return found
 

@@ -6,6 +6,8 @@ changes. The prompt is short and carries a causal mask in float32, so only kerne
 """
 import inspect
 
+from . import help
+
 ATTACHMENT = "flux2_attention"
 ARGUMENT = "optimized_attention"
 
@@ -35,9 +37,11 @@ def hook_layers(network, override):
 
 def replace_argument(override):
     """A forward pre-hook that hands `override` to a layer in place of core's function, which it gets as its first argument."""
+    linked = help.links()(override)  # the node in which it is shown is core's
+
     def hook(module, args, kwargs):
         original = kwargs[ARGUMENT]
-        return args, {**kwargs, ARGUMENT: lambda *a, **kw: override(original, *a, **kw)}
+        return args, {**kwargs, ARGUMENT: lambda *a, **kw: linked(original, *a, **kw)}
     return hook
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import comfy.sd
 
-from . import identify, tokenizer
+from . import help, identify, tokenizer
 from .checkpoint import open_checkpoint
 from .encoders import FAMILIES, dimensions
 from .fingerprint import fingerprint
@@ -87,7 +87,8 @@ class Shelf:
     def take(self):
         with self.lock:
             if self.clip is None:
-                self.clip = text_encoder(self.source, self.build)
+                with help.links():
+                    self.clip = text_encoder(self.source, self.build)
                 self.source = source_of(self.clip)
             return self.clip
 

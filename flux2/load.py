@@ -20,7 +20,7 @@ import comfy.text_encoders.flux
 import comfy.utils
 import torch
 
-from . import identify, keys, memory, padding as prompt_padding, tokenizer, variants
+from . import help, identify, keys, memory, padding as prompt_padding, tokenizer, variants
 from .checkpoint import CheckpointError, open_checkpoint
 from .encoders import FAMILIES, dimensions
 from .facts import check_config, check_floats, check_model, check_present, gigabytes, summary, used_bytes
@@ -149,9 +149,9 @@ def _check_text_width(patcher, variant, name):
         for conds in executor.class_obj.conds.values():
             for width in {cond["cross_attn"].shape[-1] for cond in conds if cond.get("cross_attn") is not None}:
                 if width != variant.text_width:
-                    raise CheckpointError(
+                    raise help.link(CheckpointError(
                         f"{name} ({variant.title}) reads prompts {variant.text_width} wide, from {variant.text_encoder}; this prompt is {width} wide, "
-                        f"from {variants.encoder_for(width)}. Load the text encoder that belongs to the model.")
+                        f"from {variants.encoder_for(width)}. Load the text encoder that belongs to the model."))
         return executor(*args, **kwargs)
 
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flux2_text_width", check)

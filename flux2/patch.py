@@ -7,6 +7,8 @@ import torch
 
 from comfy.patcher_extension import WrappersMP
 
+from . import help
+
 SLOT = "optimized_attention_override"
 KEY = "flux2_attention"
 
@@ -37,6 +39,7 @@ def during_sampling(selection):
             output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException as error:  # a cancel is one too
             selection.log.end(run, error=f"{type(error).__name__}: {error}".rstrip(": "))
+            help.link(error)
             raise
         if output.device.type == "cuda":
             torch.cuda.synchronize(output.device)

@@ -14,7 +14,7 @@ import torch
 from . import lazy, prompt_text, prompt_tokens
 from .checkpoint import CheckpointError
 from .pictures import picture_tokens, pictures, prepared
-from .writer import ADVICE, parts_of, writer_of
+from .writer import ADVICE, direct, parts_of, writer_of
 
 MOST_IMAGES = 4
 MOST_TOKENS = 2048  # of a request; the reference cuts there too
@@ -118,7 +118,7 @@ def write(clip, writer, inner, asked, settings, show):
     ids = asked.ids.to(device)
     pixels = {name: value.to(device, writer.dtype) if value.is_floating_point() else value.to(device) for name, value in asked.pixels.items()}
     end = inner.tokenizer.convert_tokens_to_ids("</s>")
-    with comfy.model_management.cuda_device_context(device), seeded(settings.seed, device), torch.no_grad():
+    with comfy.model_management.cuda_device_context(device), seeded(settings.seed, device), direct(writer), torch.no_grad():
         out = writer.network.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **choice(settings), max_new_tokens=settings.max_tokens,
             eos_token_id=end, pad_token_id=inner.pad_token, stopping_criteria=[watch(length, settings.max_tokens, inner, show)])

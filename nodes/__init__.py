@@ -1,7 +1,8 @@
 """The nodes of the pack, one file per family. ComfyUI calls comfy_entrypoint."""
 from comfy_api.latest import ComfyExtension
 
-from . import attention, compare, loaders, prompt
+from ..flux2 import help
+from . import attention, compare, fast, loaders, parallel, prompt, speed, status
 
 
 class Flux2Attention(ComfyExtension):
@@ -9,9 +10,10 @@ class Flux2Attention(ComfyExtension):
 
     async def on_load(self):
         prompt.add_routes()
+        status.add_routes()
 
     async def get_node_list(self):
-        return [*loaders.NODES, *attention.NODES, *compare.NODES, *prompt.NODES]
+        return [help.linked(node) for node in (*loaders.NODES, *attention.NODES, *fast.NODES, *speed.NODES, *parallel.NODES, *compare.NODES, *prompt.NODES)]
 
 
 async def comfy_entrypoint():

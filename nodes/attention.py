@@ -8,7 +8,9 @@ from ..attention import registry, selection
 from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
 from ..attention.runlog import fingerprint
-from ..flux2 import encoder_attention, lazy, patch
+from ..flux2 import compile, encoder_attention, fast_blocks, lazy, patch
+from ..flux2.ranks import report as ranks_report
+from . import status
 
 CATEGORY = "Flux 2"
 NO_SECOND = "none"
@@ -75,7 +77,8 @@ class Flux2SelectAttention(io.ComfyNode):
             node_id="Flux2SelectAttention", display_name="Select Attention (FLUX.2)", category=CATEGORY,
             description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on AMD, PyTorch. "
                         "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
-            search_aliases=["flash attention", "aiter", "rocm", "sage attention", "cudnn", "sdpa", "attention backend", "xformers"],
+            search_aliases=["flash attention", "flashattention", "aiter", "rocm", "amd", "sage", "sage attention", "sageattention", "cudnn", "sdpa",
+                            "attention backend", "xformers", "nvidia"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention."),
                 io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
@@ -93,7 +96,8 @@ class Flux2SelectAttention(io.ComfyNode):
                                tooltip="How AITER's bf16 assembly kernel rounds on MI300: nearest away is AITER's default, toward zero is fastest "
                                        "and least exact. Other backends ignore it."),
             ],
-            outputs=[io.Model.Output(tooltip="The same model with the chosen attention.")])
+            outputs=[io.Model.Output(tooltip="The same model with the chosen attention.")],
+            has_intermediate_output=True)  # its ui output, which tells the page whose status to show, is sent again when the node is cached
 
     @classmethod
     def validate_inputs(cls, backend=None, edge_backend=None):
@@ -110,7 +114,7 @@ class Flux2SelectAttention(io.ComfyNode):
         chosen = selection.Selection(backend, unsupported=unsupported_calls, schedule=schedule, tuner=tuner(), options={"aiter_rounding": aiter_rounding})
         patched = model.clone()
         patch.install(patched, AttentionOverride(chosen, patch.occupant(patched)))
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(chosen)]})
 
 
 class Flux2AttentionReport(io.ComfyNode):
@@ -133,6 +137,10 @@ class Flux2AttentionReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, clip=None) -> io.NodeOutput:
         text, data = report(model, latent["samples"])
+        ranks, data["parallel"] = ranks_report.report(model)
+        fused = fast_blocks.log_of(model)
+        data["fast_blocks"] = fused and fused.as_data()
+        text = "\n\n".join(filter(None, (text, fused and fused.as_text(), compile.report(model), ranks)))
         if clip is not None:
             text += "\n\n" + encoder_report(clip)
         return io.NodeOutput(latent, text, ui={**ui.PreviewText(text).as_dict(), "flux2_attention": [data]})

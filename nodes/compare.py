@@ -15,7 +15,7 @@ from ..attention.measure import Control, Evidence, Timing, Verdict
 from ..attention.probe import AttentionProbe
 from ..flux2 import bench as model_bench
 from ..flux2 import compare as runs
-from ..flux2 import patch
+from ..flux2 import help, patch
 from . import figures
 from .attention import CATEGORY, NO_SECOND, Flux2SelectAttention, known_slugs
 
@@ -261,7 +261,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
         calls = model_bench.captured(model, size, positive)
     except Exception as error:  # a picture too large for this card, say: the other sizes go on
         comfy.model_management.soft_empty_cache()
-        return [Measured(str(size), AS_CONNECTED, "attention", reason=f"The model could not run this size: {error}")]
+        return [Measured(str(size), AS_CONNECTED, "attention", reason=f"The model could not run this size: {help.bare(str(error))}")]
     free = comfy.model_management.get_free_memory(model.load_device) / 2
     return [bench.bench_backend(str(size), call, slug, repeat, tick, free) for call in calls for slug in slugs]
 
@@ -275,7 +275,7 @@ def step_row(model, size, positive, slug, repeat, tick):
         row.kernel = "" if slug == AS_CONNECTED else log_of(chosen)[0]
     except Exception as error:  # this backend at this size is out, with the reason; the others go on
         comfy.model_management.soft_empty_cache()
-        row.reason = str(error).strip() or type(error).__name__
+        row.reason = help.bare(str(error).strip()) or type(error).__name__
     return row
 
 

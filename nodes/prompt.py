@@ -1,6 +1,5 @@
 """Prompts: encode them once and keep the result, encode many, and let Mistral 3 write a better one."""
 import os
-import sys
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +10,7 @@ from ..flux2.folders import locate
 from ..flux2.prompt_cache import PromptCache
 from ..flux2.prompts import encode, encode_all
 from .attention import CATEGORY
+from .status import running_server
 
 GIB = 2 ** 30
 LONG = {"cut at 512 tokens": prompt_tokens.LIMIT, "keep all": None}
@@ -153,11 +153,6 @@ def shower(node):
     """A function that shows text on a node while it runs, or None outside a server."""
     server = running_server()
     return (lambda text: server.send_progress_text(text, node)) if server and node else None
-
-
-def running_server():
-    """ComfyUI's server, or None when the pack is used without one."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def add_routes():

@@ -7,11 +7,14 @@ repeated and chained. Settings are checked when made. Standard library alone; kn
 """
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "example_workflows" / "api"
 TEXT_TO_IMAGE, IMAGE_EDIT = "flux2_text_to_image.json", "flux2_image_edit.json"
+# in the order in which the model goes through them
+MODEL_CHAIN = ("Flux2SelectAttention", "Flux2FastBlocks", "Flux2CompileBlocks", "Flux2SequenceParallel", "Flux2WarmUp")
 LARGEST_SIDE, PATCH = 16384, 16  # limits of EmptyFlux2LatentImage: one latent token is 16 x 16 pixels
 # which input of which loader holds each model file
 LOADERS = {
@@ -30,6 +33,8 @@ class PictureSettings:
     """What to draw. References are names on the server. Width or height None: 1024, or with references that of the first one.
 
     models: {folder under models/: name}; a folder left out keeps the name in the workflow file. memory: {the same folders: memory mode}.
+    fast_blocks: precision of Fast Blocks, or None; compile_blocks: whether blocks are compiled; warmup: sizes to warm up at, or None.
+    gpus: how many compute the picture, 0 for all; ulysses, ring: their degrees, 0 for a choice.
     """
     prompt: str
     width: int | None = None
@@ -43,6 +48,13 @@ class PictureSettings:
     models: dict | None = None
     memory: dict | None = None
     vae_precision: str = "auto"
+    fast_blocks: str | None = None
+    compile_blocks: bool = False
+    warmup: str | None = None
+    warmup_steps: int = 1
+    gpus: int = 1
+    ulysses: int = 0
+    ring: int = 0
 
     def __post_init__(self):
         check_side("width", self.width)
@@ -51,6 +63,10 @@ class PictureSettings:
         check_range("guidance scale", self.guidance, 0, 100)
         check_range("seed", self.seed, 0, 2**64 - 1)
         check_range("reference size in megapixels", self.reference_megapixels, 0.01, 16)
+        check_range("number of warm-up steps", self.warmup_steps, 1, 100)
+        check_range("number of GPUs", self.gpus, 0, 64)
+        check_range("Ulysses degree", self.ulysses, 0, 64)
+        check_range("ring degree", self.ring, 0, 64)
 
 
 def check_side(name, value):
@@ -105,7 +121,30 @@ def fill(settings):
     put(workflow, LOADERS["vae"][0], precision=settings.vae_precision)
     if settings.references:
         add_references(workflow, settings)
+    add_speed(workflow, settings)
     return workflow
+
+
+def add_speed(workflow, settings):
+    """The speed nodes that were asked for, behind Select Attention: fused blocks, compiled blocks, several GPUs, then the warm-up of all that."""
+    if settings.fast_blocks:
+        insert(workflow, "Flux2FastBlocks", precision=settings.fast_blocks)
+    if settings.compile_blocks:
+        insert(workflow, "Flux2CompileBlocks")
+    if settings.gpus != 1 or settings.ulysses > 1 or settings.ring > 1:
+        insert(workflow, "Flux2SequenceParallel", gpus=settings.gpus, ulysses=settings.ulysses, ring=settings.ring)
+    if settings.warmup:
+        clip, vae = ([key, 0] for folder in ("text_encoders", "vae") for key, node in workflow.items() if node["class_type"] == LOADERS[folder][0])
+        insert(workflow, "Flux2WarmUp", sizes=settings.warmup, steps=settings.warmup_steps, references=len(settings.references), clip=clip, vae=vae)
+
+
+def insert(workflow, class_type, **inputs):
+    """Put a node MODEL -> MODEL in front of whatever reads the model that Select Attention, or the node inserted before, gives."""
+    last = next(key for key, node in reversed(workflow.items()) if node["class_type"] in MODEL_CHAIN)
+    for node in workflow.values():
+        node["inputs"].update({name: [class_type, 0] for name, value in node["inputs"].items() if value == [last, 0]})
+    title = re.sub("(?<=[a-z])(?=[A-Z])", " ", class_type.removeprefix("Flux2"))
+    workflow[class_type] = {"class_type": class_type, "inputs": {"model": [last, 0], **inputs}, "_meta": {"title": title}}
 
 
 def add_references(workflow, settings):

@@ -33,6 +33,8 @@ from comfy_server import ComfyServer, ServerFailed
 OLD_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}  # ComfyUI still reads these
 FLAGS = {"diffusion_models": "--model-path", "text_encoders": "--text-encoder", "vae": "--vae"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PRECISIONS = ("checkpoint", "fp8")  # of the node Fast Blocks
+DEFAULT_SIDE = 1024  # of a picture whose size is not given
 IDLE = {True: "CPU when idle", False: "keep on GPU"}  # values of an offload flag -> the input `memory` of a loader node
 
 
@@ -53,6 +55,8 @@ def parse(arguments=None):
     add("--text-encoder", help="Mistral 3 text encoder file")
     add("--vae", help="FLUX.2 VAE file")
     add_memory_flags(parser)
+    add_speed_flags(parser)
+    add_parallel_flags(parser)
     add("--server", help="URL of a running ComfyUI; without it one is started")
     return parser.parse_args(arguments)
 
@@ -69,6 +73,39 @@ def add_memory_flags(parser):
     }.items():
         parser.add_argument(f"--{name}", type=truth, nargs="?", const=True, metavar="True|False", help=f"{what} (default: ComfyUI decides)")
     parser.add_argument("--vae-precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="number format of the VAE (default auto)")
+
+
+def add_speed_flags(parser):
+    """Those of sglang, and --fast-blocks."""
+    add = parser.add_argument
+    yes = {"type": truth, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+    add("--enable-torch-compile", **yes, help="compile the diffusion model's blocks with torch.compile")
+    add("--fast-blocks", nargs="?", const=PRECISIONS[0], choices=PRECISIONS,
+        help="fused kernels in the diffusion model's blocks; checkpoint (default): products as the checkpoint has them, fp8: large products of a bf16 one in fp8")
+    add("--warmup", **yes, help="run some steps before the picture is drawn, so that compiling and tuning are not in its time")
+    add("--warmup-steps", type=int, default=1, help="steps at each size (default 1)")
+    add("--warmup-resolutions", nargs="+", metavar="WxH",
+        help="sizes to warm up at, such as 1024x1024 2048x2048 (default the picture's); means --warmup")
+
+
+def add_parallel_flags(parser):
+    """Those of sglang. A degree that is left out is chosen."""
+    add = parser.add_argument
+    add("--num-gpus", type=int, help="how many GPUs compute the picture; 0: all (default 1, or what the degrees make)")
+    add("--ulysses-degree", type=int, default=0, help="how many GPUs share the attention heads")
+    add("--ring-degree", type=int, default=0, help="how many GPUs pass keys and values round; --ulysses-degree times --ring-degree is --num-gpus")
+
+
+def number_of_gpus(args):
+    """--num-gpus, or what the degrees make."""
+    return (args.ulysses_degree or 1) * (args.ring_degree or 1) if args.num_gpus is None else args.num_gpus
+
+
+def warmup_sizes(args):
+    """The sizes to warm up at, as the node reads them, or None."""
+    if args.warmup_resolutions:
+        return ", ".join(args.warmup_resolutions)
+    return f"{args.width or DEFAULT_SIDE}x{args.height or DEFAULT_SIDE}" if args.warmup else None
 
 
 def truth(text):
@@ -89,7 +126,8 @@ def settings_from(args):
     return PictureSettings(
         prompt=args.prompt, width=args.width, height=args.height, steps=args.num_inference_steps, guidance=args.guidance_scale,
         seed=args.seed, backend=args.attention_backend, reference_megapixels=args.reference_megapixels,
-        memory=memory_modes(args), vae_precision=args.vae_precision)
+        memory=memory_modes(args), vae_precision=args.vae_precision, fast_blocks=args.fast_blocks, compile_blocks=args.enable_torch_compile,
+        warmup=warmup_sizes(args), warmup_steps=args.warmup_steps, gpus=number_of_gpus(args), ulysses=args.ulysses_degree, ring=args.ring_degree)
 
 
 def check_images(paths):

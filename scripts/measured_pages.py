@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/accuracy.md and docs/speed.md from what compare.py and benchmark.py measured.
+"""Write docs/accuracy.md, docs/speed.md and docs/steps.md from what compare.py, benchmark.py and benchmarks/step.py measured.
 
   python scripts/compare.py ... --save benchmarks/results/accuracy-NAME.json
   python scripts/benchmark.py ... --save benchmarks/results/speed-NAME.json
@@ -31,6 +31,16 @@ and slowest run beside them, on tensors that the model really handed to its atte
 ComfyUI's sampler; *as connected* is the model without a selected backend.
 
 Random weights cost the same time as trained ones. A small model's times, and any on a CPU, only show that the measuring works.
+"""
+
+
+STEP = """# How fast a step is
+
+Made by `scripts/measured_pages.py` from runs of `benchmarks/step.py`: one forward pass of the whole model. *core* is ComfyUI with its own blocks and its own choice of
+attention; *core-attention* the same with `auto`; *ours* adds Fast Blocks; *ours-fp8* is Fast Blocks with `precision: fp8` on the same bf16 weights; *diffusers* uses the fastest
+of its attention backends on that card, eager or with compiled blocks. All share one set of weights and are timed in rounds that go around all of them; milliseconds are
+medians with the fastest and slowest run. Random weights cost the same time as trained ones, and their outputs are noise: *distance from core's output* is relative, and only
+says that the same thing was computed; peaks behind an *ours-fp8* row contain its fp8 copies of the weights. Two exact attention kernels under core's own blocks are 1.2e-2 to 1.3e-2 apart on such weights in bf16 (docs/accuracy.md); no such control was measured in fp8.
 """
 
 
@@ -83,7 +93,7 @@ def speed(result):
         lines += [*markdown(["backend", "ms", "spread", "TFLOP/s", "error", "what ran"], map(speed_row, timed)),
                   *reasons((r["backend"], r["reason"]) for r in rows), ""]
     missing = sorted(result["missing"])
-    return lines + ([f"Cannot run there: {', '.join(f'`{slug}`' for slug in missing)}.", ""] if missing else [])
+    return lines + ([f"Not measured, because it was not installed there or cannot run there: {', '.join(f'`{slug}`' for slug in missing)}.", ""] if missing else [])
 
 
 def speed_row(row):
@@ -97,17 +107,36 @@ def reasons(pairs):
     return ["", *said] if said else []
 
 
-PAGES = {"accuracy": (ACCURACY, accuracy), "speed": (SPEED, speed)}
+def step(result):
+    """One section of docs/steps.md: benchmarks/step.py's cases."""
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    lines = [f"## {result['machine']['device']}: {result['model']}", "", f"Versions: {versions}.", "", f"```\n{result['command']}\n```", ""]
+    for case in result["cases"]:
+        ceilings = " and ".join(f"{value:.0f} TFLOP/s in {kind}" for kind, value in case["ceiling_tflops"].items() if value)
+        lines += [f"**{case['name']}**: {case['tokens']} tokens, {case['tflop']:.0f} TFLOP; the two large products of a single block alone reach {ceilings}.", "",
+                  *markdown(["who", "ms", "spread", "core's time / this", "TFLOP/s", "of the ceiling", "peak GiB", "kernels", "distance from core's output"],
+                            [step_row(row, case["core_ms"]) for row in case["rows"] if "ms" in row]), ""]
+    return lines
+
+
+def step_row(row, core_ms):
+    return [f"`{row['peer']}`", f"{row['ms']:.1f}", f"{row['min_ms']:.1f} to {row['max_ms']:.1f}", f"{core_ms / row['ms']:.2f}", number(row["tflops"], ".0f"),
+            number(row["share_of_ceiling"], ".0%"), number(row["peak_gib"], ".1f"), number(row["kernels"], "d"), number(row["error_to_core"], ".1e")]
+
+
+PAGES = {"accuracy": (ACCURACY, accuracy), "speed": (SPEED, speed), "step": (STEP, step)}
+NAMES = {"step": "steps"}  # of the pages, where they differ
 
 
 def pages(results, docs):
     """Write the pages for which there are results; returns their paths."""
     written = []
     for kind, (opening, section) in PAGES.items():
-        files = sorted(Path(results).glob(f"{kind}-*.json"))
-        if files:
-            text = "\n".join([opening, *(line for file in files for line in section(json.loads(file.read_text())))])
-            path = Path(docs) / f"{kind}.md"
+        found = [json.loads(file.read_text()) for file in sorted(Path(results).glob(f"{kind}-*.json"))]
+        found = [result for result in found if kind != "step" or "tflop" in result["cases"][0]]  # step-attention-*.json is an older kind
+        if found:
+            text = "\n".join([opening, *(line for result in found for line in section(result))])
+            path = Path(docs) / f"{NAMES.get(kind, kind)}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text.rstrip() + "\n")
             written.append(path)

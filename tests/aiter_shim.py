@@ -131,7 +131,8 @@ class NoGpu:
 def no_gpu(arch):
     import triton
     from triton.backends.compiler import GPUTarget
-    triton.runtime.driver.set_active(NoGpu(GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)))
+    target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    triton.runtime.driver.set_active(NoGpu(target))
 
 
 def repair_interpreter():
@@ -156,7 +157,7 @@ class Pointer:
 
 
 def compile_only(arch):
-    """From now on a launch of any Triton kernel compiles it for an AMD architecture, for exactly its arguments, and runs nothing.
+    """From now on a launch of any Triton kernel compiles it for an architecture (gfx942, sm90), for exactly its arguments, and runs nothing.
 
     Returns the list of (kernel name, code object) that launches add to. Tuned kernels are compiled with their first configuration.
     """
@@ -170,7 +171,7 @@ def compile_only(arch):
         args = [Pointer(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
         kwargs = {k: Pointer(a.dtype) if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
         compiled = launch(kernel, *args, grid=(1,), warmup=True, **kwargs)
-        objects.append((compiled.metadata.name, compiled.asm["hsaco"]))
+        objects.append((compiled.metadata.name, compiled.asm["cubin" if arch.startswith("sm") else "hsaco"]))
 
     def run_first(tuner, *args, **kwargs):
         return tuner.fn.run(*args, **kwargs, **tuner.configs[0].all_kwargs())
@@ -180,10 +181,12 @@ def compile_only(arch):
     return objects
 
 
-EM_AMDGPU, MACH = 224, {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}  # llvm/BinaryFormat/ELF.h
+EM_CUDA, EM_AMDGPU, MACH = 190, 224, {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}  # llvm/BinaryFormat/ELF.h
 
 
 def is_code_object(binary, arch):
-    """True for a 64-bit ELF for AMDGPU whose flags name this architecture."""
+    """True for a 64-bit ELF for AMDGPU whose flags name this architecture, or for one for CUDA."""
     machine, flags = int.from_bytes(binary[18:20], "little"), int.from_bytes(binary[48:52], "little")
+    if arch.startswith("sm"):
+        return binary[:5] == b"\x7fELF\x02" and machine == EM_CUDA
     return binary[:5] == b"\x7fELF\x02" and machine == EM_AMDGPU and flags & 0xFF == MACH[arch]

@@ -7,7 +7,7 @@ import pytest
 
 import pack  # noqa: F401
 
-pytest_plugins = ["server_fixture"]
+pytest_plugins = ["server_fixture", "page_fixture", "template_models"]
 
 
 def comfyui_path():

@@ -352,5 +352,13 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
     accuracy, fast = (path.read_text() for path in measured_pages.pages(tmp_path, tmp_path / "docs"))
     assert "| `sdpa-math` | same as rounding noise |" in accuracy and "| `flash4` | did not run |" in accuracy and "pip install --pre flash-attn-4" in accuracy
     assert "What random weights can tell" in accuracy and "small weights" in accuracy and "Thresholds: rounding noise up to 2 times" in accuracy
-    assert "| `sdpa` |" in fast and "| `as connected` |" in fast and "Cannot run there: `flash4`" in fast
+    assert "| `sdpa` |" in fast and "| `as connected` |" in fast and "cannot run there: `flash4`" in fast
     assert measured_pages.pages(tmp_path / "docs", tmp_path) == []
+
+
+def test_the_pages_in_the_repository_are_those_of_its_results(tmp_path):
+    import measured_pages
+    written = measured_pages.pages(measured_pages.ROOT / "benchmarks" / "results", tmp_path)
+    assert {path.name for path in written} == {"accuracy.md", "speed.md", "steps.md"}
+    for path in written:
+        assert path.read_text() == (measured_pages.ROOT / "docs" / path.name).read_text(), f"run scripts/measured_pages.py: docs/{path.name} is not what the results say"

@@ -1,4 +1,4 @@
-// Shows the text of the report, compare and benchmark nodes on the node itself. ComfyUI's page does that by itself only for its own preview nodes.
+// Shows the text of the report, compare, benchmark and model info nodes on the node itself. ComfyUI's page does that by itself only for its own preview nodes.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -6,6 +6,8 @@ const PLACEHOLDERS = {
   Flux2AttentionReport: "After a run: which kernel ran, for how many calls, and how long a step took.",
   Flux2CompareAttention: "After a run: a verdict for each candidate, its errors and its time.",
   Flux2BenchmarkAttention: "After a run: the time of each backend, and why the others cannot run.",
+  Flux2WarmUp: "After a run: what was run, and how long it took.",
+  Flux2ModelInfo: "After a run: what the file is, where it belongs, and what is wrong with it.",
 };
 const WIDGET = "report";
 

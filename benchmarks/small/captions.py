@@ -2,11 +2,16 @@
 
 The rows are drawn on any device, seeded, thousands at a time; `ids` turns them into the token ids that the tokenizer of tokens.py gives for the
 same text in FLUX.2's template (the tests compare the two). Shapes: B captions, S phrase slots, T tokens.
+
+`compose` makes the captions of training together with their scenes: what a caption leaves unsaid is always drawn in the same way, so that there
+is one picture to learn per caption, and none has to be chosen among many (a small model draws shapes at two of the places that it may choose from).
 """
+from dataclasses import replace
+
 import torch
 
 from . import tokens
-from .scenes import CHECKER, COLOURS, GRADIENT, GROUNDS, HAT, KINDS, OBJECTS, RECOLOUR, REMOVE, SIZES, Dice, constant
+from .scenes import CHECKER, COLOURS, GRADIENT, GROUNDS, HAT, KINDS, OBJECTS, PLAIN, RECOLOUR, REMOVE, SIZES, Dice, constant
 
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 PLACE_WORDS = [[f" at the {place}" for place in PLACES],
@@ -14,6 +19,10 @@ PLACE_WORDS = [[f" at the {place}" for place in PLACES],
                [" in the center" if place == "centre" else f" on the {place}" for place in PLACES]]
 ABOVE, BELOW, LEFT, RIGHT = range(4)
 RELATIONS = [[" above", " over"], [" below", " under"], [" to the left of", " left of"], [" to the right of", " right of"]]
+PLACE, RELATE, BARE = range(3)  # what a caption says about where things are
+STYLES, SINGLE_STYLES = (4, 5, 1), (9, 0, 1)  # how often, of several objects and of one
+RELATED = ((1, 7, 5), (7, 1, 5), (3, 5, 7), (5, 3, 7))  # cells of the three objects, by relation of the first two
+ALONE = ((4, 3, 5), (3, 5, 7))  # their cells if nothing is said: of one, of several
 INTRODUCTIONS = ["A picture of", "a picture of", "An image of", "a drawing of", "A photo of", "A painting of"]
 ARTICLES = ["A", "An", "a", "an", " a", " an"]  # by start of caption with a capital, small, or later; before a vowel or not
 AND, COMMA, COMMA_AND, STOP = " and", ",", ", and", "."
@@ -60,22 +69,44 @@ def _maybe(phrase, keep):
 # --- captions of scenes --------------------------------------------------------------------------------------------------
 
 def describe(scenes, generator, full=False):
-    """(phrases (B, S), relation (B,), or -1). With `full` every caption says the background, relates the first two objects if there are two, and
-    says the place of a single one: the captions that are judged."""
+    """(phrases (B, S), relation (B,), or -1) of scenes as they are. With `full` every caption says the background, relates the first two objects if
+    there are two, and says the place of a single one: the captions that are judged."""
     dice, rows = Dice(generator), len(scenes)
     always = torch.ones(rows, dtype=torch.bool, device=dice.device)
     relation = torch.where((scenes.count > 1) & (always if full else dice.chance(0.55, rows)), _relation(scenes, dice), NONE)
     places = ((scenes.count == 1) & (always if full else dice.chance(0.6, rows))) | ((relation < 0) & dice.chance(0.4, rows))
+    return _phrases(scenes, dice, relation, places, None, always if full else None), relation
+
+
+def compose(scenes, generator):
+    """(scenes, phrases (B, S)): `scenes` with everything that their captions leave unsaid set to what is drawn then: cells by RELATED or ALONE,
+    medium size, a grey background."""
+    dice, rows = Dice(generator), len(scenes)
+    single = scenes.count == 1
+    style = torch.where(single, dice.weighted(SINGLE_STYLES, rows), dice.weighted(STYLES, rows))
+    relation = torch.where(style == RELATE, dice.below(len(RELATIONS), rows), NONE)
+    sized, grounded = dice.chance(0.7, rows, OBJECTS), dice.chance(0.9, rows)
+    unsaid = constant(ALONE, dice.device)[(~single).long()]
+    cell = torch.where((style == RELATE)[:, None], constant(RELATED, dice.device)[relation.clamp_min(0)], unsaid)
+    scenes = replace(
+        scenes, cell=torch.where((style == PLACE)[:, None], scenes.cell, cell), size=torch.where(sized, scenes.size, list(SIZES).index("medium")),
+        style=torch.where(grounded, scenes.style, PLAIN), ground=torch.where(grounded[:, None], scenes.ground, list(GROUNDS).index("grey")))
+    return scenes, _phrases(scenes, dice, relation, style == PLACE, sized, grounded)
+
+
+def _phrases(scenes, dice, relation, places, sized, grounded):
+    """(B, S). `relation` (B,) or -1, `places` (B,), `sized` (B, N) and `grounded` (B,) say what is said; the last two are drawn if None."""
+    rows = len(scenes)
     introduction = _maybe(table(INTRODUCTIONS, dice.device)[dice.below(len(INTRODUCTIONS), rows)], dice.chance(0.4, rows))
     start = torch.where(introduction != NONE, 2, dice.below(2, rows))
-    sized = dice.chance(0.6, rows, OBJECTS)
+    sized = dice.chance(0.6, rows, OBJECTS) if sized is None else sized
     parts = [introduction[:, None]]
     for number in range(OBJECTS):
         parts += [_joint(scenes, relation, number, dice), _object(scenes, number, start if number == 0 else torch.full_like(start, 2),
                                                                  sized[:, number], places, dice)]
-    ground = _maybe(_ground(scenes, dice.device), always if full else dice.chance(0.7, rows))
+    ground = _maybe(_ground(scenes, dice.device), dice.chance(0.7, rows) if grounded is None else grounded)
     stop = _maybe(table([STOP], dice.device).expand(rows), dice.chance(0.15, rows))
-    return torch.cat([*parts, ground[:, None], stop[:, None]], dim=1), relation
+    return torch.cat([*parts, ground[:, None], stop[:, None]], dim=1)
 
 
 def _relation(scenes, dice):
@@ -124,11 +155,14 @@ def _ground(scenes, device):
 
 # --- instructions of edits ---------------------------------------------------------------------------------------------
 
-def instruct(scenes, task, target, colour, generator, full=False):
-    """Phrases (B, S) of edits of `scenes` (before the edit). With `full` a hat's colour is always said."""
+OLD, NEW_HAT, NEW, KIND = 3, 1, 6, 4  # slots of an instruction's phrases: colour before, of a hat, after, and kind of the object
+
+
+def instruct(scenes, task, target, colour, generator, full=False, named=None):
+    """Phrases (B, S) of edits of `scenes` (before the edit). With `full` a hat's colour is always said, else where `named` (B,) says so."""
     dice, rows = Dice(generator), len(scenes)
     pick = lambda texts: table(texts, dice.device)[dice.below(len(texts), rows)]
-    named = torch.ones(rows, dtype=torch.bool, device=dice.device) if full else dice.chance(0.7, rows)
+    named = torch.ones(rows, dtype=torch.bool, device=dice.device) if full else dice.chance(0.7, rows) if named is None else named
     hat, old = task == HAT, scenes.colour.gather(1, target[:, None])[:, 0]
     orange, style = colour == list(COLOURS).index("orange"), dice.below(len(RECOLOUR_WORDS), rows)
     adding = torch.where(named, torch.where(orange, pick(ADD_AN), pick(ADD_WORDS)), pick(ADD_WORDS))
@@ -165,4 +199,5 @@ class Ids:
         return whole.gather(1, order)[:, :LONGEST].clamp_min(0), there.sum(1)
 
 
+PAD = tokens.SPECIAL.index("<pad>")
 LONGEST = 80  # tokens of the longest prompt, template included; the tests check it

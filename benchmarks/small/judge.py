@@ -17,7 +17,7 @@ from skimage import measure, morphology, transform
 from . import scenes
 
 FAR = 0.26  # pixels whose colour is further than this from every known one (RGB in 0..1) belong to no shape
-SMALLEST = 150  # pixels; the smallest shape drawn, a small star, has about 450
+SMALLEST = 150  # pixels; the smallest shape drawn, a small star, has about 850
 BEST = 0.72  # overlap with the best template below which an outline is of no known kind
 BOX = 32  # outlines are compared in boxes of this size
 TOLERANCE, COVERED = 3, 0.9  # pixels that an edited shape may be off by; share of it that must then coincide

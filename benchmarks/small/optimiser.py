@@ -37,6 +37,13 @@ class Muon:
             torch._foreach_add_(group, [part.view_as(parameter) for part, parameter in zip(update, group)], alpha=-rate * 0.2 * max(shape) ** 0.5)
 
 
+def halves(models):
+    """(matrices inside blocks and layers, all other parameters) of {kind: model}."""
+    named = {f"{kind}.{name}": value for kind, model in models.items() for name, value in model.named_parameters()}
+    inner = [name for name, value in named.items() if value.ndim == 2 and ("_blocks." in name or ".layers." in name)]
+    return [named[name] for name in inner], [value for name, value in named.items() if name not in set(inner)]
+
+
 class Optimiser:
     """Both halves. `matrices` go to Muon, `others` to Adam; `rates` are theirs at full speed."""
 

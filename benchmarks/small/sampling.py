@@ -10,7 +10,7 @@ import zlib
 import torch
 
 from . import captions, scenes
-from .train_flow import ROWS, velocity
+from .train_flow import ROWS, text_states, velocity
 from .transformer import picture
 
 STEPS, GUIDANCE = 20, 4.0
@@ -27,38 +27,53 @@ def noise_schedule(steps, image_tokens):
 @torch.no_grad()
 def draw(models, prompt, reference, noise, rows=ROWS, guidance=GUIDANCE, steps=STEPS):
     """Euler's method from `noise` (B, N, 128) to pictures (B, 3, H, W) in -1..1. `prompt` is (ids, lengths)."""
-    levels, x = noise_schedule(steps, noise.shape[1]).tolist(), noise
+    levels, x, text = noise_schedule(steps, noise.shape[1]).tolist(), noise, text_states(models["text_encoder"], prompt, rows)
     strength = torch.full((len(noise),), guidance, device=noise.device)
     for now, after in zip(levels, levels[1:]):
-        x = x + (after - now) * velocity(models, x, reference, prompt, torch.full_like(strength, now), strength, rows)
+        x = x + (after - now) * velocity(models["transformer"], x, reference, text, torch.full_like(strength, now), strength)
     latent = picture(x, int(noise.shape[1] ** 0.5))
     return torch.cat([models["autoencoder"].decode(part) for part in latent.split(16)]).float().clamp(-1, 1)
 
 
-@torch.no_grad()
-def check(models, autocast, rows, guidance, device, count=64, steps=STEPS, seed=7):
-    """(one line, pictures (2 * count, 3, 256, 256)): held-out scenes, and edits of held-out scenes, drawn and roughly judged."""
-    generator = torch.Generator(device).manual_seed(seed)
-    ids, noise = captions.Ids(device), torch.randn(count, 256, 128, generator=generator, device=device)
-    table = scenes.sample(count, generator, cats=False, held_out=True)
-    phrases, relation = captions.describe(table, generator, full=True)
-    before = scenes.sample(count, generator, cats=False, held_out=True, for_edits=True)
-    after, *how = scenes.edit(before, generator)
-    instructions = captions.instruct(before, *how, generator, full=True)
-    with autocast():
-        drawn = draw(models, ids(phrases), None, noise, rows, guidance, steps)
-        reference = models["autoencoder"].encode(scenes.draw(before)).flatten(2).transpose(1, 2).float()
-        edited = draw(models, ids(instructions), reference, noise, rows, guidance, steps)
-    wanted, unchanged = scenes.draw(after), scenes.draw(before)
-    right = objects_right(drawn, table)
-    whole, related = (right | ~table.shown).all(1), relations_right(drawn, table, relation)
-    line = (f"objects {_share(right[table.shown])}, whole pictures {_share(whole)}, relations {_share(related[relation >= 0])}; edits: error "
-            f"{_error(edited, wanted):.1f}/255, unedited {_error(unchanged, wanted):.1f}, objects {_share(objects_right(edited, after)[after.shown])}")
-    return line, torch.cat([drawn, edited])
+class Examination:
+    """Held-out scenes and edits, and a rough judgement of what models draw of them. The captions are those that judge_small.py uses."""
+
+    def __init__(self, count, device, seed=7):
+        generator = torch.Generator(device).manual_seed(seed)
+        self.ids, self.noise = captions.Ids(device), torch.randn(count, 256, 128, generator=generator, device=device)
+        self.table = scenes.joined([scenes.sample(rows, generator, [float(number == n) for n in range(3)], cats=False, held_out=True)
+                                    for number, rows in enumerate((count // 4, count // 4, count - 2 * (count // 4)))])
+        self.phrases, self.relation = captions.describe(self.table, generator, full=True)
+        self.before = scenes.sample(count, generator, cats=False, held_out=True, for_edits=True)
+        self.after, *how = scenes.edit(self.before, generator)
+        self.task, self.orders = how[0], captions.instruct(self.before, *how, generator, full=True)
+
+    def sit(self, models, autocast, rows=ROWS, guidance=GUIDANCE, steps=STEPS):
+        """(lines, pictures (2 * count, 3, 256, 256)): texts, then edits."""
+        with autocast():
+            drawn = draw(models, self.ids(self.phrases), None, self.noise, rows, guidance, steps)
+            latent = torch.cat([models["autoencoder"].encode(part) for part in scenes.draw(self.before).split(16)])
+            reference = latent.flatten(2).transpose(1, 2).float()
+            edited = draw(models, self.ids(self.orders), reference, self.noise, rows, guidance, steps)
+        return f"{self.of_texts(drawn)}; {self.of_edits(edited)}", torch.cat([drawn, edited])
+
+    def of_texts(self, drawn):
+        right, shown = objects_right(drawn, self.table), self.table.shown
+        whole = (right | ~shown).all(1) & ~strangers(drawn, self.table)
+        related = relations_right(drawn, self.table, self.relation)[self.relation >= 0]
+        counts = " ".join(f"{number} shapes {_share(right[self.table.count == number][shown[self.table.count == number]])} "
+                          f"whole {_share(whole[self.table.count == number])}," for number in (1, 2, 3))
+        return f"right of {counts} relations {_share(related)}"
+
+    def of_edits(self, edited):
+        wanted, unchanged = scenes.draw(self.after), scenes.draw(self.before)
+        whole = (objects_right(edited, self.after) | ~self.after.shown | (self.after.hat >= 0)[:, None]).all(1) & covered(edited, wanted)
+        tasks = ", ".join(f"{name} {_share(whole[self.task == number])}" for number, name in enumerate(("recolour", "remove", "hat")))
+        return f"edits: {tasks}, error {_error(edited, wanted):.1f}/255 (unedited {_error(unchanged, wanted):.1f})"
 
 
 def _share(right):
-    return f"{float(right.float().mean()):.2f}"
+    return f"{float(right.float().mean()):.2f}" if len(right) else "-"
 
 
 def _error(found, wanted):
@@ -115,6 +130,21 @@ def relations_right(pixels, table, relation):
     down, right = y[:, 1] - y[:, 0], x[:, 1] - x[:, 0]
     holds = torch.stack([down, -down, right, -right], dim=1).gather(1, relation.clamp_min(0)[:, None])[:, 0] > 16
     return holds & (area > 200).all(1) & (relation >= 0)
+
+
+def strangers(pixels, table):
+    """(B,) bool: is there much of a colour that no shown object has?"""
+    area, wanted = masks(pixels).sum((-2, -1)), torch.zeros(len(table), len(scenes.COLOURS), dtype=torch.bool, device=pixels.device)
+    for number in range(scenes.OBJECTS):
+        wanted |= torch.nn.functional.one_hot(table.colour[:, number], len(scenes.COLOURS)).bool() & table.shown[:, number, None]
+    return ((area > 200) & ~wanted).any(1)
+
+
+def covered(found, expected, share=0.8):
+    """(B,) bool: does every colour lie about where it should, `share` of it at least?"""
+    found, expected = masks(found), masks(expected)
+    both, larger = (found & expected).sum((-2, -1)), torch.maximum(found.sum((-2, -1)), expected.sum((-2, -1)))
+    return ((both > share * larger) | (larger < 60)).all(1)
 
 
 # --- pictures without a picture library ------------------------------------------------------------------------------------

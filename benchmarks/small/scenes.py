@@ -16,12 +16,12 @@ COLOURS = {"red": (216, 38, 38), "green": (38, 158, 58), "blue": (38, 78, 216), 
            "purple": (146, 56, 188), "white": (247, 247, 247), "black": (18, 18, 18)}
 GROUNDS = {"grey": (128, 128, 128), "pink": (240, 172, 192), "teal": (62, 150, 152), "brown": (122, 84, 54), "beige": (226, 206, 172),
            "cyan": (142, 206, 236)}
-SIZES = {"small": 20.0, "medium": 29.0, "large": 40.0}  # radius
+SIZES = {"small": 24.0, "medium": 33.0, "large": 42.0}  # radius; smaller stars than these do not survive the autoencoder
 PLAIN, GRADIENT, CHECKER = range(3)
 OBJECTS, CELL, TILE = 3, 256 / 3, 32.0
 JITTER = 4.0  # how far an object's centre may be from that of its cell, each way
 TOPS = (0.9, 0.78, 1.0, 1.0, 0.95, 0.95, 0.6)  # height of each kind above its centre, in radii: where a hat sits
-HAT_WIDTH, HAT_HEIGHT, HAT_SINK = 0.6, 0.8, 0.15  # half its base, its height, and how far it is pulled down, in radii
+HAT_WIDTH, HAT_HEIGHT, HAT_SINK = 0.7, 0.9, 0.15  # half its base, its height, and how far it is pulled down, in radii
 HELD_OUT = 16  # one in so many sets of objects is never trained on
 
 
@@ -139,6 +139,12 @@ def _free_colour(scenes, dice):
     return (taken + dice.uniform(len(scenes), len(COLOURS))).argmin(1)
 
 
+def usual_hat(scenes):
+    """(B,) the colour of a hat when none is said: the first one that no object of the scene has."""
+    taken = torch.zeros(len(scenes), len(COLOURS), device=scenes.colour.device).scatter(1, scenes.colour, 99.0)
+    return (taken + torch.arange(len(COLOURS), device=scenes.colour.device)).argmin(1)
+
+
 def apply(scenes, task, target, colour):
     here = torch.arange(OBJECTS, device=target.device) == target[:, None]
     return replace(scenes, colour=torch.where(here & (task == RECOLOUR)[:, None], colour[:, None], scenes.colour),
@@ -231,7 +237,7 @@ def _triangle(dx, dy, r):
     return torch.maximum(dy - 0.5 * r, dx.abs() * 0.8660254 - dy * 0.5 - 0.5 * r)
 
 
-def _star(dx, dy, r, inner=0.45):
+def _star(dx, dy, r, inner=0.5):
     """Five points, one up: folded into half of one point, where the outline is a line from (1, 0) to the inner corner."""
     step = math.pi / 5
     distance, angle = (dx * dx + dy * dy + 1e-6).sqrt(), torch.atan2(dx, -dy)

@@ -1,39 +1,53 @@
-"""Training of transformer and text encoder together: flow matching on scenes and edits, then guidance distilled from their own average.
+"""Training of the transformer: flow matching on scenes and edits, with the autoencoder and the text encoder as they are.
 
   x = (1 - s) * latent + s * noise, target velocity noise - latent; s from a shifted logit-normal distribution (Esser et al. 2024).
 
-The schedule is a function of `progress`, 0 to 1 over all runs together: short text padding first, the 512 rows of inference at the end; the
-guidance input is 1 until GUIDED, after which half of each batch learns what classifier-free guidance of the average model would give.
+Latents and text states are made ahead, into pools, and used several times each with other noise: a step is the transformer alone. Every LONG-th
+step feeds the 512 text rows of inference, the others LONGEST rows at the same positions, which costs less than half. From GUIDED on, half of each
+batch gets the target moved by what the prompt does to the prediction of the running average (model guidance, Tang et al. 2025): so the guidance
+input has an effect, and the pictures are learnt from all the same.
 """
+import time as clocks
 import traceback
 
 import torch
 from torch.nn import functional as F
 
-from . import captions, scenes
+from . import captions, scenes, train_text
 from .encoder import left_padded
-from .optimiser import Optimiser
+from .optimiser import Optimiser, halves
 from .progress import Average, Clock, Every, Mean, log
 from .transformer import positions, tokens
 
 ROWS = 512  # text rows that ComfyUI feeds the transformer (model_base.Flux2.extra_conds)
-FULL_ROWS, GUIDED, DECAY = 0.6, 0.5, 0.55  # progress from which: 512 rows, guidance, the learning rate falls
+GUIDED, DECAY, FULL_ROWS = 0.55, 0.6, 0.88  # share of a run from which: guidance has an effect, the learning rate falls, all steps have 512 rows
 RATES, WARM = (3e-3, 1.5e-3), 100  # learning rates of Muon and Adam; steps of warming up
 DROPPED = 0.1  # share of empty prompts
 SHIFT, UNIFORM = 3.0, 0.1  # shift of the noise levels towards more noise; share of them that is uniform
-GUIDANCE, STRENGTH = (1.0, 6.0), 0.5  # range of the guidance input; classifier-free scale is 1 + (guidance - 1) * STRENGTH
-REUSED = 8  # how often a drawn picture is used, each time with another caption and other noise
-EDITS = 3  # every third step trains edits
+GUIDANCE, STRENGTH = (1.0, 6.0), 0.25  # range of the guidance input; classifier-free scale is 1 + (guidance - 1) * STRENGTH
+REUSED, TOGETHER = 12, 8  # how often a drawn picture is used; of how many steps the new ones are made at once
+EDITS, LONG = 3, 8  # every third step trains edits, every eighth all text rows
+SHAPES, TOUCHED = 3.0, 6.0  # additional weight of the loss in cells with a shape, and in those that an edit changes
+UNSEEN = 0.1  # weight of the error in those dimensions of the latent that the decoder does not read
 
 
-def velocity(models, noisy, reference, prompt, time, guidance, rows):
-    """(B, N, 128) velocity. `noisy` and `reference` (or None) are image tokens of square pictures, `prompt` is (ids, lengths)."""
-    ids, lengths = prompt
-    text = left_padded(models["text_encoder"](ids), lengths, rows)
+def velocity(transformer, noisy, reference, text, time, guidance):
+    """(B, N, 128) velocity. `noisy` and `reference` (or None) are image tokens of square pictures, `text` (B, rows, C) the last of ROWS rows."""
     side = int(noisy.shape[1] ** 0.5)
-    rotation = _rotation(rows, side, reference is not None, noisy.device)
+    rotation = _rotation(text.shape[1], side, reference is not None, noisy.device)
     image = noisy if reference is None else torch.cat([noisy, reference], dim=1)
-    return models["transformer"](image, text, time, guidance, rotation)[:, :noisy.shape[1]].float()
+    return transformer(image, text, time, guidance, rotation)[:, :noisy.shape[1]].float()
+
+
+def text_states(encoder, prompt, rows=captions.LONGEST):
+    """(B, rows, C) states of `prompt`, (ids, lengths), behind zeros."""
+    ids, lengths = prompt
+    return left_padded(encoder(ids), lengths, rows)
+
+
+def with_rows(text, rows):
+    """Zeros before text states, up to `rows` rows."""
+    return F.pad(text, (0, 0, rows - text.shape[1], 0))
 
 
 _rotations = {}
@@ -54,144 +68,210 @@ def noise_levels(rows, generator):
     return torch.where(torch.rand(rows, generator=generator, device=generator.device) < UNIFORM, uniform, shifted)
 
 
-class Pool:
-    """A fixed number of encoded scenes (or pairs before and after an edit), of which some are drawn anew at every step."""
+# --- what is trained on --------------------------------------------------------------------------------------------------
 
-    def __init__(self, rows, edits, encode, generator):
-        self.rows, self.edits, self.encode, self.generator = rows, edits, encode, generator
-        self.scenes, self.how, self.before, self.after = self._new(rows)
+class Maker:
+    """Entries of the pools: latents, text states and weights, bf16 on the device."""
 
-    def _new(self, rows):
-        """(scenes, (task, target, colour), tokens before, tokens after); without edits the middle two are empty."""
-        table = scenes.sample(rows, self.generator, for_edits=self.edits)
-        if not self.edits:
-            return table, [], None, self.encode(table)
-        edited, *how = scenes.edit(table, self.generator)
-        return table, how, self.encode(table), self.encode(edited)
+    def __init__(self, autoencoder, encoder, painter, generator, autocast, chunk=128):
+        self.autoencoder, self.encoder, self.painter, self.autocast, self.chunk = autoencoder, encoder, painter, autocast, chunk
+        self.generator, self.ids = generator, captions.Ids(generator.device)
 
-    def refresh(self, rows):
-        table, how, before, after = self._new(rows)
-        index = torch.randint(self.rows, (rows,), generator=self.generator, device=self.generator.device)
-        self.scenes.put(index, table)
-        for old, new in zip((*self.how, self.before, self.after), (*how, before, after)):
-            if old is not None:
-                old[index] = new
+    def scenes(self, rows):
+        table, phrases = train_text.scene_captions(rows, self.generator)
+        return {"latent": self.latents(table), "text": self.states(phrases), "weight": 1 + SHAPES * inside(table.cell, table.shown)}
 
-    def draw(self, rows):
-        """(phrases (B, S), reference tokens or None, latent tokens)."""
-        index = torch.randint(self.rows, (rows,), generator=self.generator, device=self.generator.device)
-        table, latent = self.scenes[index], self.after[index].float()
-        if not self.edits:
-            return captions.describe(table, self.generator)[0], None, latent
-        phrases = captions.instruct(table, *(value[index] for value in self.how), self.generator)
-        return phrases, self.before[index].float(), latent
+    def edits(self, rows):
+        before, after, phrases, (task, target, _) = train_text.edit_captions(rows, self.generator)
+        cell = before.cell.gather(1, target[:, None])
+        hat = torch.where((task == scenes.HAT)[:, None], cell - 3, cell)
+        touched = inside(torch.cat([cell, hat], dim=1), torch.ones_like(cell, dtype=torch.bool).expand(-1, 2))
+        return {"latent": self.latents(after), "reference": self.latents(before), "text": self.states(phrases), "weight": 1 + TOUCHED * touched}
 
-
-def encoder_of(autoencoder, painter, autocast, chunk):
-    """scenes -> latent tokens (B, 256, 128) in bf16."""
     @torch.no_grad()
-    def encode(table):
+    def latents(self, table):
+        """Tokens (B, 256, 128) of pictures."""
         parts = []
-        for start in range(0, len(table), chunk):
-            pixels = scenes.draw(table[start:start + chunk], painter=painter)
-            with autocast():
-                parts.append(tokens(autoencoder.encode(pixels)).bfloat16())
+        for start in range(0, len(table), self.chunk):
+            pixels = scenes.draw(table[start:start + self.chunk], painter=self.painter)
+            with self.autocast():
+                parts.append(tokens(self.autoencoder.encode(pixels)).bfloat16())
         return torch.cat(parts)
-    return encode
 
+    @torch.no_grad()
+    def states(self, phrases, dropped=None):
+        """Text states (B, LONGEST, C)."""
+        parts = []
+        for start in range(0, len(phrases), self.chunk):
+            part = phrases[start:start + self.chunk]
+            with self.autocast():
+                parts.append(text_states(self.encoder, self.ids(part, dropped)).bfloat16())
+        return torch.cat(parts)
+
+    def nothing(self):
+        """(1, LONGEST, C): the states of the empty prompt."""
+        return self.states(torch.full((1, 1), captions.NONE, device=self.generator.device))
+
+
+def inside(cell, shown):
+    """(B, 256) 1.0 for the image tokens in the shown ones of some cells (B, K)."""
+    third = torch.arange(16, device=cell.device) * 3 // 16
+    of_token = (3 * third[:, None] + third).flatten()
+    return ((cell[:, :, None] == of_token) & shown[:, :, None]).any(1).float()
+
+
+class Pool:
+    """A fixed number of entries {name: (rows, ...)}, of which some are made anew now and then."""
+
+    def __init__(self, rows, make, generator):
+        self.rows, self.make, self.generator, self.entries = rows, make, generator, make(rows)
+
+    def _some(self, count):
+        return torch.randint(self.rows, (count,), generator=self.generator, device=self.generator.device)
+
+    def refresh(self, count):
+        index = self._some(count)
+        for name, value in self.make(count).items():
+            self.entries[name][index] = value
+
+    def draw(self, count):
+        index = self._some(count)
+        return {name: value[index].float() for name, value in self.entries.items()}
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
 
 class Flow:
-    """The state of the training: two models, their averages, pools of latents and the optimiser."""
+    """The state of the training: the transformer, its average, pools and the optimiser. `batch` counts pictures of steps with LONGEST text rows and
+    no reference; others have as many tokens. `guided` is the share of the run from which guidance has an effect."""
 
-    def __init__(self, models, copies, encode, generator, batch, pool, autocast):
-        self.models, self.generator, self.autocast, self.batch = models, generator, autocast, batch
-        self.average = Average(models, copies)
-        self.ids = captions.Ids(generator.device)
-        self.pools = [Pool(max(pool // (1 + edits), 8), edits, encode, generator) for edits in (False, True)]
-        self.optimiser = optimiser(models)
-        self.steps = self.seen = 0
+    def __init__(self, model, copy, maker, batch, pool, autocast, guided=GUIDED):
+        self.model, self.generator, self.autocast, self.batch, self.guided = model, maker.generator, autocast, batch, guided
+        self.average = Average({"transformer": model}, {"transformer": copy})
+        self.pools = [Pool(max(rows, 2), make, maker.generator) for rows, make in ((pool, maker.scenes), (pool // 2, maker.edits))]
+        self.seen_matrix, self.nothing = seen(maker.autoencoder), maker.nothing()
+        self.optimiser = Optimiser(*halves({"transformer": model}), RATES)
+        self.steps = self.pictures = 0
+        self.failures = 0
 
-    def step(self, progress):
-        """One step; returns the loss, not yet waited for."""
-        edits = self.steps % EDITS == EDITS - 1
-        rows = ROWS if progress >= FULL_ROWS else captions.LONGEST
+    def plan(self, share):
+        """(edits?, text rows, pictures) of the next step."""
+        edits, count = self.steps % EDITS == EDITS - 1, self.steps // EDITS
+        rows = ROWS if share >= FULL_ROWS or count % LONG == LONG - 1 else captions.LONGEST
         length = rows + (512 if edits else 256)
-        batch = max(2, self.batch * (captions.LONGEST + 256) // length // 16 * 16 or self.batch)
-        pool = self.pools[edits]
-        pool.refresh(max(1, batch // REUSED))
-        with self.autocast():
-            loss = self.loss(pool, batch, rows, progress >= GUIDED)
+        return edits, rows, max(2, self.batch * (captions.LONGEST + 256) // length // 8 * 8)
+
+    def step(self, share):
+        """One step; returns the loss, not yet waited for."""
+        edits, rows, batch = self.plan(share)
+        if self.steps // EDITS % TOGETHER == 0:
+            self.pools[edits].refresh(max(1, batch * TOGETHER // REUSED))
+        loss = self.loss(self.pools[edits].draw(batch), rows, share >= self.guided)
         loss.backward()
-        self.steps, self.seen = self.steps + 1, self.seen + batch
-        self.optimiser.step(min(1.0, self.steps / WARM) * min(1.0, 0.02 + (1 - progress) / (1 - DECAY)))
+        self.steps, self.pictures = self.steps + 1, self.pictures + batch
+        self.optimiser.step(min(1.0, self.steps / WARM) * min(1.0, 0.02 + (1 - share) / (1 - DECAY)))
         self.average.update()
         return loss
 
+    def uniform(self, *shape):
+        return torch.rand(shape, generator=self.generator, device=self.generator.device)
+
+    def loss(self, entries, rows, guided):
+        latent, reference, text = entries["latent"], entries.get("reference"), with_rows(entries["text"], rows)
+        noise = torch.randn(latent.shape, generator=self.generator, device=latent.device)
+        time, target = noise_levels(len(latent), self.generator), noise - latent
+        noisy = latent + time[:, None, None] * target
+        half = len(latent) // 2
+        guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * self.uniform(len(latent))
+        guidance[half:] = 1.0
+        dropped = (self.uniform(len(latent)) < 2 * DROPPED) & (guidance == 1.0)
+        empty = with_rows(self.nothing.float(), rows)
+        if guided:
+            moved = self.effect(noisy[:half], reference if reference is None else reference[:half], text[:half], empty, time[:half], guidance[:half])
+            target = torch.cat([target[:half] + moved, target[half:]])
+        with self.autocast():
+            found = velocity(self.model, noisy, reference, torch.where(dropped[:, None, None], empty, text), time, guidance)
+        return weighted(found - target, entries["weight"], self.seen_matrix)
+
+    @torch.no_grad()
+    def effect(self, noisy, reference, text, empty, time, guidance):
+        """What guidance adds to the velocity: a multiple of what the prompt does to the average model's."""
+        twice = lambda x: None if x is None else torch.cat([x, x])
+        both = torch.cat([text, empty.expand_as(text)])
+        with self.autocast():
+            found = velocity(self.average.models["transformer"], twice(noisy), twice(reference), both, twice(time), torch.ones_like(twice(time)))
+        prompted, unprompted = found.chunk(2)
+        return ((guidance - 1) * STRENGTH)[:, None, None] * (prompted - unprompted)
+
     def forget_step(self):
-        """After a step that failed: no gradients, half the batch."""
-        for model in self.models.values():
-            model.zero_grad(set_to_none=True)
-        self.batch = max(2, self.batch // 2)
+        """After a step that failed: no gradients."""
+        self.model.zero_grad(set_to_none=True)
         if self.generator.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def loss(self, pool, batch, rows, guided):
-        phrases, reference, latent = pool.draw(batch)
-        noise = torch.randn(latent.shape, generator=self.generator, device=latent.device)
-        time, guidance, target = noise_levels(batch, self.generator), torch.ones(batch, device=latent.device), noise - latent
-        noisy = latent + time[:, None, None] * target
-        dropped = torch.rand(batch, generator=self.generator, device=latent.device) < DROPPED
-        if guided:
-            half = batch // 2
-            dropped[:half] = False
-            guidance[:half] = torch.empty(half, device=latent.device).uniform_(*GUIDANCE, generator=self.generator)
-            target = torch.cat([self.guided_target(noisy[:half], None if reference is None else reference[:half], phrases[:half],
-                                                   time[:half], guidance[:half], rows), target[half:]])
-        found = velocity(self.models, noisy, reference, self.ids(phrases, dropped), time, guidance, rows)
-        return F.mse_loss(found, target)
 
-    @torch.no_grad()
-    def guided_target(self, noisy, reference, phrases, time, guidance, rows):
-        """Classifier-free guidance by the average model: empty prompt plus a multiple of the prompt's difference."""
-        dropped = torch.arange(2 * len(noisy), device=noisy.device) >= len(noisy)
-        twice = lambda x: None if x is None else torch.cat([x, x])
-        both = velocity(self.average.models, twice(noisy), twice(reference), self.ids(twice(phrases), dropped), twice(time),
-                        torch.ones_like(twice(time)), rows)
-        prompted, empty = both.chunk(2)
-        return empty + (1 + (guidance - 1) * STRENGTH)[:, None, None] * (prompted - empty)
+def weighted(error, weight, seen):
+    """Mean square of velocity errors (B, N, 128): by token `weight` (B, N), and UNSEEN where projection `seen` leaves nothing."""
+    visible = (error @ seen).square().mean(-1)
+    square = UNSEEN * error.square().mean(-1) + (1 - UNSEEN) * visible
+    return (square * weight).sum() / weight.sum()
 
 
-def optimiser(models):
-    """Muon for the matrices inside blocks and layers, Adam for the rest."""
-    named = {f"{kind}.{name}": value for kind, model in models.items() for name, value in model.named_parameters()}
-    inner = {name for name, value in named.items() if value.ndim == 2 and ("_blocks." in name or ".layers." in name)}
-    return Optimiser([named[name] for name in inner], [value for name, value in named.items() if name not in inner], RATES)
+@torch.no_grad()
+def seen(autoencoder):
+    """(128, 128) projection of latent tokens on what the decoder reads of them: its first convolution has a size of one pixel."""
+    read = autoencoder.decoder.post_quant_conv.weight.flatten(1).float()  # (32, 32)
+    deviation = (autoencoder.bn.running_var + 1e-4).sqrt()
+    whole = torch.kron(read, torch.eye(4, device=read.device)) * deviation  # channel c of fold f is token channel 4 c + f
+    _, strength, directions = torch.linalg.svd(whole)
+    kept = directions[strength > 1e-3 * strength[0]]
+    return kept.T @ kept
+
+
+@torch.no_grad()
+def match_scale(model, entries):
+    """Divide the first layer of the text by the size of its states, so that it gives what random states of size 1 would."""
+    text = entries["text"][:256].float()
+    size = text[text.abs().sum(-1) > 0].square().mean().sqrt()
+    model.txt_in.weight /= size
+    log(f"text states have a root mean square of {float(size):.2f}")
 
 
 class Diverged(RuntimeError):
     """The loss is no longer a number; the last checkpoint is still good."""
 
 
-def train(flow, seconds, first, last, checkpoint, to_eager):
-    """Train for `seconds`, over which progress goes from `first` to `last`. `checkpoint(flow, progress)` is called every two minutes and at the end.
-    If a step fails, `to_eager` undoes compilation and the batch is halved, once each time, at most twice: a run is not lost to a compiler."""
-    clock, report, saving, mean, failures = Clock(seconds), Every(10), Every(120), Mean(), 0
+def attempt(flow, share, to_eager):
+    """One step, or None if it failed: then compilation is undone, and the second time the batch halved, so that a run is not lost to a compiler."""
+    try:
+        return flow.step(share)
+    except Exception:  # the compiler, its kernels and the allocator raise many kinds
+        flow.failures += 1
+        if flow.failures > 3:
+            raise
+        log(f"step {flow.steps} failed; going on without compilation\n{traceback.format_exc(limit=-4)}")
+        to_eager()
+        flow.forget_step()
+        flow.batch = flow.batch if flow.failures == 1 else max(2, flow.batch // 2)
+        return None
+
+
+def train(flow, seconds, checkpoint, to_eager):
+    """Train for `seconds`. `checkpoint(flow, share)` is called every 100 seconds and at the end."""
+    clock, report, saving, mean, before = Clock(seconds), Every(10), Every(100), Mean(), (0, clocks.monotonic())
     while not clock.over:
-        progress = first + (last - first) * clock.share
-        try:
-            mean.add(flow.step(progress))
-        except Exception:  # the compiler, its kernels and the allocator raise many kinds
-            failures += 1
-            if failures > 2:
-                raise
-            log(f"step {flow.steps} failed; going on without compilation and with half the batch\n{traceback.format_exc(limit=-4)}")
-            to_eager()
-            flow.forget_step()
+        share = clock.share
+        loss = attempt(flow, share, to_eager)
+        if loss is not None:
+            mean.add(loss)
+        if flow.steps in (1, 2, 3, 48) and loss is not None:
+            log(f"step {flow.steps} given out {clock.elapsed:.0f} s into the flow; compiled: {dict(torch._dynamo.utils.counters['frames'])}")
         if report():
-            loss = mean.read()
-            log(f"flow {clock.elapsed:5.0f} s  progress {progress:.3f}  step {flow.steps:6d}  {flow.seen / clock.elapsed:6.0f} pictures/s  loss {loss:.4f}")
-            if loss != loss:
+            value, now = mean.read(), (flow.pictures, clocks.monotonic())
+            speed, before = (now[0] - before[0]) / (now[1] - before[1]), now
+            log(f"flow {clock.elapsed:5.0f} s  share {share:.3f}  step {flow.steps:6d}  {speed:6.0f} pictures/s  loss {value:.4f}")
+            if value != value:
                 raise Diverged("the loss is not a number: take the last checkpoint and lower RATES")
         if saving():
-            checkpoint(flow, progress)
-    checkpoint(flow, last)
+            checkpoint(flow, share)
+    checkpoint(flow, 1.0)

@@ -1,0 +1,259 @@
+"""FLUX.2's transformer blocks with fused elementwise kernels, as replacements at ComfyUI's block patch points.
+
+The model's modules and weights are not touched: linear layers are called as ComfyUI's modules, attention through its attention function with
+whatever override the model carries. A block, or a call of one, that cannot be computed exactly so is left to core's block, and counted with
+the reason. What a block computes was read from comfy/ldm/flux/layers.py (DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
+"""
+from collections import Counter
+
+import torch
+
+from comfy.ldm.flux.math import attention as rotated_attention
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+
+from . import kernels
+from .products import Products, norm_weight
+
+KEY = "flux2_fast_blocks"
+KINDS = ("double_block", "single_block")
+
+
+class FastLog:
+    """How many block calls of the current sampling were computed by fused kernels, and why others were not."""
+
+    def __init__(self, rows=None):
+        self.rows = rows
+        self.begin()
+
+    def begin(self):
+        self.fast, self.left = Counter(), Counter()
+        if self.rows:
+            self.rows.begin()
+
+    def as_text(self):
+        fast, left = sum(self.fast.values()), sum(self.left.values())
+        if not fast + left:
+            return "Fused blocks: nothing has been sampled yet."
+        lines = [f"Fused blocks: {fast} of {fast + left} block calls."]
+        lines += [f"  left to ComfyUI's block, {count} calls: {reason}" for reason, count in self.left.most_common()]
+        return "\n".join(lines + ([self.rows.as_text()] if self.rows else []))
+
+    def as_data(self):
+        errors = {"fp8_errors": dict(self.rows.errors)} if self.rows else {}
+        return {"fast": sum(self.fast.values()), "left": dict(self.left), **errors}
+
+
+def install(model, rows=None):
+    """Replace the blocks of a MODEL clone by fused ones; returns (FastLog, reasons). reasons: {block: why it stays core's}, a sentence each.
+
+    rows: a row_fp8.RowFp8 to compute the products of bf16 layers in fp8, or None. Raises ValueError when no block can be replaced, with the reasons.
+    """
+    inner = model.model.diffusion_model
+    log, products, reasons, number = FastLog(rows), Products(rows), {}, 0
+    for kind, fast in zip(KINDS, (double_block, single_block)):
+        for index, block in enumerate(getattr(inner, f"{kind}s", ())):
+            reason = unsuitable(block, kind)
+            if reason:
+                reasons[(kind, index)] = reason
+                continue
+            model.set_model_patch_replace(Replacement(fast, block, log, products, replaced(model, kind, index)), "dit", kind, index)
+            number += 1
+    if not number:
+        raise ValueError(f"None of this model's blocks can be fused: {'; '.join(sorted(set(reasons.values()))) or 'it has no blocks of the FLUX kind'}.")
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counting(log))
+    model.model_options["transformer_options"][KEY] = log
+    return log, reasons
+
+
+def log_of(model):
+    """The FastLog of a MODEL that fused blocks were installed on, or None."""
+    return model.model_options.get("transformer_options", {}).get(KEY)
+
+
+def counting(log):
+    """A sampler wrapper: a sampling begins with an empty log."""
+    def wrapper(executor, *args, **kwargs):
+        log.begin()
+        return executor(*args, **kwargs)
+    return wrapper
+
+
+def replaced(model, kind, index):
+    """What somebody else has put in the place of a block, or None. A replacement of ours is not kept: installing twice replaces."""
+    before = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {}).get((kind, index))
+    return before.before if isinstance(before, Replacement) else before
+
+
+def unsuitable(block, kind):
+    """Why a block module cannot be fused, as a sentence; None when it can. Decided once, on what the module is made of."""
+    activation = getattr(block, "mlp_act", None) if kind == "single_block" else next(iter(list(getattr(block, "img_mlp", ()))[1:2]), None)
+    norm = getattr(block, "norm", None) or getattr(getattr(block, "img_attn", None), "norm", None)
+    if type(activation).__name__ != "SiLUActivation":
+        return "its feed-forward part is not FLUX.2's SwiGLU"
+    size = getattr(getattr(norm, "query_norm", None), "weight", torch.empty(0)).numel()
+    if size < 2 or size & (size - 1):
+        return f"its heads have {size} elements, and the kernels want a power of two"
+    return None
+
+
+class Replacement:
+    """One block's entry in patches_replace["dit"]: the fused block, or core's where this call cannot be fused."""
+
+    def __init__(self, fast, block, log, products, before):
+        self.fast, self.block, self.log, self.products, self.before = fast, block, log, products, before
+
+    def __call__(self, args, extra):
+        if self.before is None:
+            return self.run(args, extra["original_block"])
+        return self.before(args, {**extra, "original_block": lambda inner: self.run(inner, extra["original_block"])})
+
+    def run(self, args, original):
+        block, given = original_call(original, self.block)
+        segment, reason = segment_of(given, args["vec"])
+        reason = reason or uncomputable(args)
+        if reason:
+            self.count(self.log.left, reason)
+            return original(args)
+        self.count(self.log.fast, self.fast.__name__)
+        with on_device(args["img"]):
+            return self.fast(block, args, segment, self.products)
+
+    def count(self, counter, key):
+        if not torch.compiler.is_compiling():
+            counter[key] += 1
+
+
+def original_call(original, block):
+    """(the block module, the keyword arguments) that core's own call of a block would use.
+
+    Core hands a replacement neither: they are what its inner function closes over. One that closes over nothing of the kind gives
+    (the module found when the blocks were installed, None).
+    """
+    names = getattr(getattr(original, "__code__", None), "co_freevars", ())
+    held = dict(zip(names, (cell.cell_contents for cell in getattr(original, "__closure__", None) or ())))
+    return held.get("block", block), held.get("extra_kwargs")
+
+
+def segment_of(given, vec):
+    """((start, end) of the tokens that the modulation's second row is for, reason). reason: why a call cannot be fused, or None."""
+    if given is None:
+        return ((0, 0), None) if rows(vec) == 1 else (None, "another pack wraps core's block, which hides what tokens the second modulation is for")
+    others = sorted(set(given) - {"modulation_dims_img", "modulation_dims"})
+    if others:
+        return None, f"core passes arguments that the fused blocks do not know: {', '.join(others)}"
+    dims = given.get("modulation_dims_img") or given.get("modulation_dims") or ()
+    second = [(start, end) for start, end, row in dims if row == 1]
+    if len(second) > 1 or any(row > 1 for *_, row in dims):
+        return None, "more than one segment of tokens has a modulation of its own"
+    return (second[0] if second else (0, 0)), None
+
+
+def rows(vec):
+    """Rows of a block's modulation: 1, or 2 where some tokens have their own. vec: what core passes, a tensor or (nested) ModulationOut."""
+    while isinstance(vec, tuple):
+        vec = vec[0]
+    vec = getattr(vec, "shift", vec)
+    return vec.shape[1] if vec.ndim == 3 else 1
+
+
+def uncomputable(args):
+    """Why one call cannot be fused, as a sentence; None when it can. Looks at this call's tensors."""
+    img, pe = args["img"], args.get("pe")
+    tokens = img.shape[1] + (args["txt"].shape[1] if "txt" in args else 0)
+    if torch.is_grad_enabled() and img.requires_grad:
+        return "a gradient is asked for"
+    if img.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the model computes in {img.dtype}"
+    if any(args[name].stride(-1) != 1 for name in ("img", "txt") if name in args):
+        return "the hidden states are not contiguous along their last axis"
+    if pe is not None and (pe.shape[2] != tokens or pe.dtype != torch.float32 or not pe[0].is_contiguous()):
+        return f"the rotary embedding is {pe.dtype} of {tuple(pe.shape)} for {tokens} tokens"
+    return kernels.unavailable(img.device)
+
+
+def on_device(tensor):
+    """Triton launches on the current GPU: make that the tensor's."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+
+
+def double_block(block, args, segment, products=Products()):
+    """{"img", "txt"} after a DoubleStreamBlock. args as core gives them to a replacement: img, txt, vec, pe, attn_mask, transformer_options."""
+    from .kernels.heads import joint_qkv
+    img, txt, heads = args["img"], args["txt"], block.num_heads
+    image, text = (block.img_mod(args["vec"]), block.txt_mod(args["vec"])) if block.modulation else args["vec"]
+    img_side, txt_side = Side(block, "img", img, image, segment, products), Side(block, "txt", txt, text, (0, 0), products)
+    weights = txt_side.norm_weights(), img_side.norm_weights()
+    place = [txt.shape[1], txt.shape[1] + img.shape[1]]
+    attn = attend(lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), heads, *weights, pe), args, {"img_slice": place})
+    img_side.finish(attn[:, txt.shape[1]:], finite=False)  # core mends float16 images once, after the last double block
+    txt_side.finish(attn[:, :txt.shape[1]], finite=txt.dtype == torch.float16)
+    return {"img": img, "txt": txt}
+
+
+class Side:
+    """The image or the text side of a double block: what it computes before and after the joint attention."""
+
+    def __init__(self, block, name, x, modulations, segment, products):
+        self.name, self.x, self.segment, (self.first, self.second), self.products = name, x, segment, modulations, products
+        self.attn, self.mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
+        self.norm1, self.norm2 = getattr(block, f"{name}_norm1"), getattr(block, f"{name}_norm2")
+
+    def norm_weights(self):
+        return norm_weight(self.attn.norm.query_norm, self.x), norm_weight(self.attn.norm.key_norm, self.x)
+
+    def qkv(self):
+        return self.products.product(self.attn.qkv, self.x, lambda scale: self.normed(self.first, self.norm1, scale), f"{self.name}_attn.qkv")
+
+    def normed(self, mod, norm, scale):
+        from .kernels.norm import norm_modulate
+        return norm_modulate(self.x, mod.shift, mod.scale, segment=self.segment, eps=norm.eps, fp8_scale=scale)
+
+    def finish(self, attn, finite):
+        """Add what the attention output and the feed-forward part give to x, in place."""
+        from .kernels.norm import add_gated, add_gated_norm_modulate
+        from .kernels.swiglu import swiglu
+        projected = self.products.projection(self.attn.proj, attn, f"{self.name}_attn.proj")
+        hidden = self.products.product(self.mlp[0], self.x, lambda scale: add_gated_norm_modulate(
+            self.x, projected, self.first.gate, self.second.shift, self.second.scale, segment=self.segment, eps=self.norm2.eps, fp8_scale=scale),
+            f"{self.name}_mlp.0", lambda scale: self.normed(self.second, self.norm2, scale))
+        out = self.products.product(self.mlp[2], self.x, lambda scale: swiglu(hidden, fp8_scale=scale), f"{self.name}_mlp.2")
+        add_gated(self.x, out, self.second.gate, segment=self.segment, finite=finite)
+
+
+def single_block(block, args, segment, products=Products()):
+    """{"img"} after a SingleStreamBlock, where img is text and image joined."""
+    from .kernels.heads import single_qkv
+    from .kernels.norm import add_gated, norm_modulate
+    from .kernels.swiglu import swiglu
+    x = args["img"]
+    mod = block.modulation(args["vec"])[0] if block.modulation else args["vec"]
+    both = products.product(block.linear1, x, lambda scale: norm_modulate(
+        x, mod.shift, mod.scale, segment=segment, eps=block.pre_norm.eps, fp8_scale=scale), "linear1")
+    weights = norm_weight(block.norm.query_norm, x), norm_weight(block.norm.key_norm, x)
+    attn = attend(lambda pe: single_qkv(both, block.num_heads, *weights, pe), args, {})
+    out = products.product(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
+    add_gated(x, out, mod.gate, segment=segment, finite=x.dtype == torch.float16)
+    return {"img": x}
+
+
+def attend(heads, args, place):
+    """Attention (B, S, H*D) of heads(pe) = (q, k, v) in BSHD, through core's attention function and its patches.
+
+    A patch on q and k sees them normalised and not yet turned, as in core's block: then core turns them.
+    """
+    options, pe, mask = args["transformer_options"], args.get("pe"), args.get("attn_mask")
+    patches, extra = options.get("patches", {}), {**options, **place}
+    if "attn1_patch" in patches:
+        q, k, v = (t.transpose(1, 2) for t in heads(None))
+        for patch in patches["attn1_patch"]:
+            out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
+            q, k, v, pe, mask = (out.get(name, old) for name, old in zip(("q", "k", "v", "pe", "attn_mask"), (q, k, v, pe, mask)))
+        attn = rotated_attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in heads(pe))
+        attn = optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options)
+    for patch in patches.get("attn1_output_patch", ()):
+        attn = patch(attn, extra)
+    return attn

@@ -1,0 +1,84 @@
+"""q/k RMSNorm, RoPE and the joint q, k, v of text and image, straight from the outputs of the qkv products."""
+import torch
+import triton
+import triton.language as tl
+
+from .rows import token_rows
+
+RMS_EPS = torch.finfo(torch.float32).eps  # torch's default for rms_norm computes with it for every input dtype
+
+
+@triton.jit
+def _normed_rotated(SRC, weight, c00, c01, c10, c11, at, inside, eps, D: tl.constexpr, ROPE: tl.constexpr):
+    """RMSNorm over the head axis of a (HEADS, D) tile, times weight, then pairs of elements turned by 2 x 2 matrices (D/2 of each entry)."""
+    x = tl.load(SRC + at, mask=inside, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * weight[None, :]
+    if ROPE:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], D // 2, 2)))
+        turned = tl.join(c00[None, :] * even + c01[None, :] * odd, c10[None, :] * even + c11[None, :] * odd)
+        x = tl.reshape(turned, (x.shape[0], D))
+    return x.to(dtype)
+
+
+@triton.jit
+def _qkv(TXT, IMG, TXT_Q, TXT_K, IMG_Q, IMG_K, PE, Q, K, V, tokens, text, eps, t_b, t_s, i_b, i_s, pe_b,
+         H: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ROPE: tl.constexpr, COPY_V: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    source, q_row, k_row = IMG + batch * i_b + (token - text) * i_s, IMG_Q, IMG_K
+    if token < text:
+        source, q_row, k_row = TXT + batch * t_b + token * t_s, TXT_Q, TXT_K
+    lane, pair = tl.arange(0, D), tl.arange(0, D // 2)
+    q_weight, k_weight = tl.load(q_row + lane).to(tl.float32), tl.load(k_row + lane).to(tl.float32)
+    turn = PE + batch * pe_b + token * (2 * D) + pair * 4
+    if ROPE:
+        c00, c01, c10, c11 = tl.load(turn), tl.load(turn + 1), tl.load(turn + 2), tl.load(turn + 3)
+    else:
+        c00, c01, c10, c11 = pair, pair, pair, pair
+    for first in tl.static_range(0, H, GROUP):
+        head = first + tl.arange(0, GROUP)
+        at = head[:, None] * D + lane[None, :]
+        inside = (head < H)[:, None] & (lane >= 0)[None, :]
+        out = row * (H * D) + at
+        tl.store(Q + out, _normed_rotated(source, q_weight, c00, c01, c10, c11, at, inside, eps, D, ROPE), mask=inside)
+        tl.store(K + out, _normed_rotated(source + H * D, k_weight, c00, c01, c10, c11, at, inside, eps, D, ROPE), mask=inside)
+        if COPY_V:
+            tl.store(V + out, tl.load(source + 2 * H * D + at, mask=inside, other=0.0), mask=inside)
+
+
+def single_qkv(qkv, heads, q_weight, k_weight, pe):
+    """q, k, v (B, S, H, D) of a single block: q and k normalised and turned, v a view of `qkv`.
+
+    qkv: (B, S, >= 3*H*D), q, k and v first, any token stride. q_weight, k_weight: (D,). pe: (B or 1, 1, S, D/2, 2, 2) float32 or None (not turned).
+    """
+    size = q_weight.shape[0]
+    q, k = (qkv.new_empty((*qkv.shape[:2], heads, size)) for _ in range(2))
+    _launch(qkv, qkv, (q_weight, k_weight), (q_weight, k_weight), pe, q, k, q, text=0, copy_v=False)
+    return q, k, qkv[..., 2 * heads * size:3 * heads * size].unflatten(-1, (heads, size))
+
+
+def joint_qkv(txt, img, heads, txt_weights, img_weights, pe):
+    """q, k, v (B, S_txt + S_img, H, D) of a double block, text first, in one launch.
+
+    txt, img: (B, S, 3*H*D). txt_weights, img_weights: pairs (q_weight, k_weight) of (D,). pe as in single_qkv.
+    """
+    shape = (img.shape[0], txt.shape[1] + img.shape[1], heads, img_weights[0].shape[0])
+    q, k, v = (img.new_empty(shape) for _ in range(3))
+    _launch(txt, img, txt_weights, img_weights, pe, q, k, v, text=txt.shape[1], copy_v=True)
+    return q, k, v
+
+
+def _launch(txt, img, txt_weights, img_weights, pe, q, k, v, *, text, copy_v):
+    batch, tokens, heads, size = q.shape
+    t_b, t_s = token_rows(txt)[3:]
+    i_b, i_s = token_rows(img)[3:]
+    pe_b = pe.stride(0) if pe is not None and pe.shape[0] > 1 else 0
+    group = min(GROUP, triton.next_power_of_2(heads))
+    _qkv[(batch * tokens,)](
+        txt, img, *txt_weights, *img_weights, q if pe is None else pe, q, k, v, tokens, text, RMS_EPS, t_b, t_s, i_b, i_s, pe_b,
+        H=heads, D=size, GROUP=group, ROPE=pe is not None, COPY_V=copy_v, num_warps=WARPS)
+
+
+GROUP, WARPS = 32, 4  # heads at a time, and warps, of a program: the fastest of those that benchmarks/fast_check.py times on an H200

@@ -1,0 +1,100 @@
+"""What the page shows of attention: on the selector what its last sampling resolved to, and the list of backends on this machine.
+
+The selector's ui output is a token that names its selection. ComfyUI sends ui outputs to the page, again when the node is cached, and the page
+knows which node they belong to, in subgraphs too; so a message about a token finds its node, and a page that missed it can ask for it.
+"""
+import asyncio
+import functools
+import secrets
+import sys
+import weakref
+
+from ..attention import overview
+from ..attention.glance import glance
+
+UI_KEY = EVENT = "flux2_attention_status"
+STATUS_ROUTE = "/flux2_attention/status/{token}"
+BACKENDS_ROUTE = "/flux2_attention/backends"
+TEST_ROUTE = "/flux2_attention/backends/test"
+BUSY = "The queue is not empty: a test call now would disturb the job and could fail for want of memory. Try again when it is done."
+
+_followed = weakref.WeakValueDictionary()  # token -> Selection, as long as ComfyUI keeps the model that it is on
+
+
+def running_server():
+    """ComfyUI's server, or None when the pack is used without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+@functools.cache
+def process_name():
+    """Selections are numbered anew in every process: this keeps the tokens of an old history from naming another one."""
+    return secrets.token_hex(4)
+
+
+def follow(selection):
+    """The token of a Selection; from now on the page hears of its samplings."""
+    token = f"{process_name()}-{selection.number}"
+    _followed[token] = selection
+    selection.log.listener = functools.partial(tell, token)
+    return token
+
+
+def tell(token, run):
+    """Send a run's state to the page that queued it. Called by the selection's log, in the sampler's thread."""
+    server, selection = running_server(), _followed.get(token)
+    if server is not None and selection is not None and server.client_id is not None:
+        server.send_sync(EVENT, {"token": token, **of_run(selection, run)}, server.client_id)
+
+
+def of_run(selection, run):
+    """{"state", "text"} of a run, or of a selection that nothing was sampled with."""
+    if run is None:
+        return {"state": "waiting", "text": ""}
+    return glance(run, selection.backend, selection.schedule.backend if selection.schedule else None)
+
+
+def of_token(token):
+    """The newest state of a selection with its full report, or None for a token that is unknown or whose model is gone."""
+    selection = _followed.get(token)
+    if selection is None:
+        return None
+    run = selection.log.current
+    return {"token": token, **of_run(selection, run), "report": run.as_text() if run else ""}
+
+
+def compute_device():
+    """The torch.device that ComfyUI samples on."""
+    import comfy.model_management
+    return comfy.model_management.get_torch_device()
+
+
+def backends(list_them):
+    """The answer of the backends routes: overview or test_all, with its text. Runs in a thread of its own: libraries take seconds to import."""
+    found = list_them(compute_device())
+    return {**found, "text": overview.as_text(found)}
+
+
+def add_routes():
+    """The addresses that the page asks."""
+    server = running_server()
+    if server is None:
+        return
+    from aiohttp import web
+    testing = asyncio.Lock()
+
+    @server.routes.get(STATUS_ROUTE)
+    async def status(request):
+        found = of_token(request.match_info["token"])
+        return web.json_response(found) if found else web.json_response({"error": "No selection of this name is in memory."}, status=404)
+
+    @server.routes.get(BACKENDS_ROUTE)
+    async def listed(request):
+        return web.json_response(await asyncio.to_thread(backends, overview.overview))
+
+    @server.routes.post(TEST_ROUTE)
+    async def tested(request):
+        if testing.locked() or server.prompt_queue.get_tasks_remaining():
+            return web.json_response({"error": BUSY}, status=409)
+        async with testing:
+            return web.json_response(await asyncio.to_thread(backends, overview.test_all))

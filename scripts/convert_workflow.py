@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Make a FLUX.2 workflow use the nodes of this pack, and back again.
+
+  python scripts/convert_workflow.py FILE [-o OUT] [--backend auto]     replace its loaders, put Select Attention behind the model
+  python scripts/convert_workflow.py FILE --undo [-o OUT]               the loaders that were there before
+
+Takes what ComfyUI's page saves, subgraphs and ComfyUI's own templates included, and API workflows. Loaders that are not FLUX.2's stay, and it says
+why. Without -o the result is written beside FILE, with -attention (undone: -original) in its name. Standard library alone. Not covered: workflows
+inside pictures (open the picture in ComfyUI and save), checkpoint loaders and loaders of other packs.
+"""
+import argparse
+import contextlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import convert_api
+import convert_gui
+from convert_rules import LOADERS, OURS, NotConvertible, decide
+
+SUFFIXES = {False: "-attention", True: "-original"}  # undone or not
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(prog="convert_workflow", description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="a workflow: JSON that ComfyUI saved or exported")
+    parser.add_argument("-o", "--output", help="where to write the result; - is the standard output (default: beside FILE)")
+    parser.add_argument("--undo", action="store_true", help="go back to the loaders that a conversion replaced")
+    parser.add_argument("--backend", default="auto", help="as in the node Select Attention (default auto)")
+    parser.add_argument("--node", action="append", default=[], metavar="ID",
+                        help="this loader is FLUX.2's although nothing says so; may be given again")
+    return parser.parse_args(arguments)
+
+
+def check_backend(slug):
+    """NotConvertible for a name that no backend has, where PyTorch is there to ask the pack; else ComfyUI says it when the graph runs."""
+    if slug == "auto" or importlib.util.find_spec("torch") is None:
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import pack  # noqa: F401
+    from flux2_pack.attention import registry
+    if slug not in registry.SLUGS:
+        raise NotConvertible(f"There is no attention backend {slug!r}. The backends are: {', '.join(registry.SLUGS)}.")
+
+
+def read(path):
+    """(text, data). NotConvertible when there is no JSON."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return text, json.loads(text)
+    except OSError as error:
+        raise NotConvertible(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise NotConvertible(f"{path} is not a workflow: a JSON file was expected ({error}). "
+                             "To convert a picture, open it in ComfyUI and save the workflow.") from None
+
+
+@contextlib.contextmanager
+def sound():
+    """What breaks inside is the file's fault, and said in a sentence: files come from anywhere."""
+    try:
+        yield
+    except NotConvertible:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise NotConvertible(f"This workflow is damaged or of a kind that is not known here ({type(error).__name__}: {error}). "
+                             "Open it in ComfyUI, save it, and convert what was saved.") from error
+
+
+def format_of(data):
+    """The module that converts this kind of file."""
+    for module in (convert_gui, convert_api):
+        if module.understands(data):
+            return module
+    raise NotConvertible("This JSON is no ComfyUI workflow: expected was an object with nodes and links (what ComfyUI saves) "
+                         "or with nodes that have a class_type and inputs (what it exports for its API).")
+
+
+@sound()
+def convert(data, backend="auto", wanted=()):
+    """(converted workflow, [line of report]). NotConvertible when there is nothing to replace."""
+    module = format_of(data)
+    graph = module.graph(data)
+    check_wanted(graph, wanted)
+    plan = decide(graph, wanted)
+    if not plan.replace and not plan.models:
+        raise NotConvertible(nothing(graph, plan.left, module.converted(data)))
+    result, selectors = module.convert(data, plan, backend)
+    lines = [f"replaced {graph.nodes[key].label} by {row.new}" for key, row in plan.replace.items()]
+    lines += [f"added Flux2SelectAttention {key[1]} with backend {backend}" for key in selectors]
+    return result, lines + [f"left {graph.nodes[key].label}: {why}" for key, why in plan.left.items()]
+
+
+def check_wanted(graph, wanted):
+    known = {str(key[1]) for key, node in graph.nodes.items() if node.type in LOADERS}
+    if unknown := [identity for identity in wanted if identity not in known]:
+        raise NotConvertible(f"There is no loader {', '.join(unknown)}. The loaders that can be replaced are: {', '.join(sorted(known)) or 'none'}.")
+
+
+def nothing(graph, left, converted):
+    """The sentence for a workflow without anything to replace."""
+    if converted or any(node.type in OURS for node in graph.nodes.values()):
+        return "Nothing to replace: this workflow has the loaders of this pack already." + (" --undo goes back." if converted else "")
+    found = "; ".join(f"{graph.nodes[key].label}: {why}" for key, why in left.items())
+    return (f"Nothing to replace: expected were ComfyUI's loaders ({', '.join(LOADERS)}) of a FLUX.2 model. "
+            + (f"Found: {found}. If one is FLUX.2's, say --node with its number." if found else "There are none in this workflow."))
+
+
+@sound()
+def undo(data):
+    """(workflow as it was, [line of report]). NotConvertible when it was not converted."""
+    module = format_of(data)
+    if not module.converted(data):
+        raise NotConvertible("Nothing to undo: this workflow carries no mark of a conversion.")
+    return module.undo(data), ["went back to ComfyUI's own loaders"]
+
+
+def in_the_style_of(text, data):
+    """JSON with the indentation, spacing and escapes of another JSON text."""
+    indent = re.match(r"\s*\{\r?\n([ \t]+)\"", text)
+    separators = (",", ": " if '": ' in text else ":") if indent else ((", ", ": ") if '": ' in text else (",", ":"))
+    written = json.dumps(data, indent=indent and indent[1], separators=separators, ensure_ascii=text.isascii() and "\\u" in text)
+    return written + ("\n" if text.endswith("\n") else "")
+
+
+def target(path, output, undone):
+    """The file to write, or None for the standard output. NotConvertible when a file that nobody named is in the way."""
+    if output == "-":
+        return None
+    if output:
+        return Path(output)
+    path = path.with_name(f"{path.stem.removesuffix(SUFFIXES[not undone])}{SUFFIXES[undone]}{path.suffix}")
+    if path.exists():
+        raise NotConvertible(f"{path} exists already; name the result with -o.")
+    return path
+
+
+def run(args):
+    check_backend(args.backend)
+    text, data = read(args.file)
+    result, report = undo(data) if args.undo else convert(data, args.backend, args.node)
+    out, written = target(args.file, args.output, args.undo), in_the_style_of(text, result)
+    if out is None:
+        sys.stdout.write(written)
+    else:
+        out.write_text(written, encoding="utf-8")
+    print("\n".join([*report, *([f"wrote {out}"] if out else [])]), file=sys.stderr if out is None else sys.stdout)
+
+
+def main():
+    try:
+        run(parse())
+    except (NotConvertible, OSError) as error:
+        raise SystemExit(f"convert_workflow: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,434 @@
+"""Help: a page for every node that ComfyUI's page shows, words that find every node, and errors that lead to the section that explains them.
+
+  bash scripts/test.sh tests/test_help.py
+
+The errors are provoked through the pack's own code. Not covered: whether a page is a good one, and links on the web, which need a published repository.
+"""
+import ast
+import asyncio
+import json
+import re
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import prompt_models
+import small_models as maker
+from flux2_pack.flux2 import help
+from pack import ROOT
+from server_fixture import TEXT_FILE, run
+
+PAGES, MOST_BYTES = ROOT / "web" / "docs", 60_000
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text()
+NO_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+
+
+@pytest.fixture(scope="module")
+def nodes(comfy):
+    """{node id: node class}, as ComfyUI gets them."""
+    from flux2_pack import nodes
+    extension = asyncio.run(nodes.comfy_entrypoint())
+    return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+
+@pytest.fixture(scope="module")
+def infos(nodes):
+    """{node id: its entry in ComfyUI's /object_info}."""
+    return {name: node.GET_NODE_INFO_V1() for name, node in nodes.items()}
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+def page_of(name):
+    return (PAGES / f"{name}.md").read_text()
+
+
+def displayed_names(info):
+    """What the page calls the inputs and outputs of a node."""
+    inputs = {name: options for kind in ("required", "optional") for name, options in info["input"].get(kind, {}).items()}
+    return [(options[1] if len(options) > 1 else {}).get("display_name") or name for name, options in inputs.items()] + list(info["output_name"])
+
+
+def test_every_node_has_a_page_and_every_page_a_node(nodes):
+    assert {file.stem for file in PAGES.glob("*.md")} == set(nodes)
+
+
+def test_pages_name_every_input_and_output(infos):
+    lacking = {name: [shown for shown in displayed_names(info) if f"`{shown}`" not in page_of(name)] for name, info in infos.items()}
+    assert not any(lacking.values()), lacking
+
+
+def test_pages_name_nothing_that_the_node_does_not_have(infos):
+    """The first column of the tables of inputs and outputs."""
+    for name, info in infos.items():
+        rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", page_of(name), re.M)
+        assert set(re.findall(r"`([^`]+)`", " ".join(rows))) == set(displayed_names(info)), name
+
+
+def test_pages_begin_with_the_nodes_name_and_have_their_parts(infos):
+    for name, info in infos.items():
+        page = page_of(name)
+        assert page.startswith(f"# {info['display_name']}\n"), name
+        assert [f"## {part}" in page for part in ("Inputs", "Outputs", "Limits", "Related")] == [True] * 4, name
+
+
+def test_pages_name_related_nodes_that_exist(infos):
+    """In italics: nodes of this pack by their display name, with or without "(FLUX.2)"."""
+    known = {info["display_name"].replace(" (FLUX.2)", "") for info in infos.values()}
+    for name in infos:
+        related = page_of(name).split("## Related")[1]
+        named = set(re.findall(r"\*([^*]+)\*", related))
+        assert named & known, name
+
+
+def test_pictures_are_there_and_small():
+    used = {name: file for file in PAGES.glob("*.md") for name in NO_PICTURE.findall(file.read_text())}
+    files = {f"images/{file.name}": file for file in (PAGES / "images").iterdir()}
+    assert set(used) == set(files)
+    assert {name: file.stat().st_size for name, file in files.items() if file.stat().st_size > MOST_BYTES} == {}
+
+
+OPEN_HELP = """
+await app.loadGraphData({nodes: [], links: [], version: 0.4, last_node_id: 0, last_link_id: 0}, true, true, 'help');
+const node = LiteGraph.createNode(args[0]);
+node.pos = [600, 300];
+app.graph.add(node);
+app.canvas.deselectAll();
+app.canvas.selectNode(node);
+"""
+
+
+def test_the_page_shows_them(shared_page, infos):
+    """Select a node and press its info button, as the user does."""
+    for name, info in infos.items():
+        shared_page.js(OPEN_HELP, name)
+        shared_page.wait_for("!!document.querySelector('[data-testid=info-button]')")
+        shared_page.js("document.querySelector('[data-testid=info-button]').click()")
+        shared_page.wait_for("document.querySelector('.node-help-content h1')?.innerText === args[0]", arguments=[info["display_name"]])
+        shown = shared_page.js("return document.querySelector('.node-help-content').innerText")
+        assert "Limits" in shown and all(name in shown for name in displayed_names(info)), name
+        pictures = len(NO_PICTURE.findall(page_of(name)))
+        loaded = "[...document.querySelectorAll('.node-help-content img')].filter(image => image.complete && image.naturalWidth > 100).length"
+        shared_page.wait_for(f"{loaded} === args[0]", arguments=[pictures])
+
+
+RUN_INFO = """
+await app.loadGraphData({nodes: [], links: [], version: 0.4, last_node_id: 0, last_link_id: 0}, true, true, 'info');
+const node = LiteGraph.createNode('Flux2ModelInfo');
+app.graph.add(node);
+node.widgets.find(({name}) => name === 'file_name').value = args[0];
+"""
+
+
+def test_model_info_shows_its_text_on_the_node(shared_page, model_files):
+    """As its page says."""
+    shared_page.js(RUN_INFO, f"vae/{model_files['vae'][0].name}")
+    shared_page.run()
+    shared_page.fit()
+    shared_page.wait_for("[...document.querySelectorAll('textarea')].some(box => box.value.includes('Goes into: Load FLUX.2 VAE'))")
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+TYPED = [("flash attention", "Flux2SelectAttention"), ("aiter", "Flux2SelectAttention"), ("rocm", "Flux2SelectAttention"),
+         ("sage attention", "Flux2SelectAttention"), ("sage", "Flux2SelectAttention"), ("multi gpu", "Flux2SequenceParallel")]
+ADD_BOX = "document.activeElement?.getAttribute('role') === 'combobox'"
+RESULTS = "[...document.querySelectorAll('[data-testid=result-item]')].map(item => item.innerText)"
+INDEX = """
+const found = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef').nodeSearchService;
+return Object.fromEntries(args[0].map(text => [text, found.searchNode(text, [], {limit: 64}).map(({name}) => name)]));
+"""
+
+
+def type_into_search(page, text):
+    """Double-click the empty canvas and type; leaves the dialog open."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    mouse = ActionChains(page.driver)
+    mouse.w3c_actions.pointer_action.move_to_location(400, 900)
+    mouse.double_click()
+    mouse.perform()
+    page.wait_for(ADD_BOX)
+    page.driver.switch_to.active_element.send_keys(text)
+
+
+def close_search(page):
+    from selenium.webdriver.common.keys import Keys
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.wait_for(f"!({ADD_BOX})")
+
+
+def test_typing_finds_the_nodes(shared_page, infos):
+    shared_page.js("app.graph.clear()")
+    for text, node in TYPED:
+        type_into_search(shared_page, text)
+        shared_page.wait_for(f"{RESULTS}.some(text => text.includes(args[0]))", arguments=[infos[node]["display_name"]])
+        close_search(shared_page)
+
+
+def test_every_alias_finds_its_node(shared_page, infos):
+    """In the page's own index: the 64 results that the dialog shows at most."""
+    aliases = [(alias, name) for name, info in infos.items() for alias in info["search_aliases"]]
+    found = shared_page.js(INDEX, sorted({alias for alias, _ in aliases}))
+    assert [(alias, name) for alias, name in aliases if name not in found[alias]] == []
+    assert all(len(info["search_aliases"]) >= 3 for info in infos.values())
+
+
+# --- errors: the table and the page ----------------------------------------------------------------------------------
+
+def anchor(heading):
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+SECTIONS = [anchor(heading) for heading in re.findall(r"^## (.+)$", TROUBLES, re.M)]
+READ_WITHOUT_AN_ERROR = "no-error-but-not-what-i-expected"
+
+
+def test_every_section_belongs_to_errors_and_every_error_to_a_section():
+    assert len(SECTIONS) == len(set(SECTIONS))
+    assert {section for section, _ in help.TOPICS} == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
+
+
+def test_links_on_the_page_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", TROUBLES):
+        assert target[1:] in SECTIONS if target.startswith("#") else (ROOT / "docs" / target.split("#")[0]).is_file(), target
+
+
+KINDS = ("ValueError", "CheckpointError", "RuntimeError")
+INTERNAL = ("flux2/prompt_cache.py", "flux2/kernels/", "attention/adapter.py", "attention/parallel/")  # caught, or shown inside other sentences
+
+
+def sentence(node):
+    """The text of an expression, with 1 for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(sentence(value) for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return sentence(node.left) + sentence(node.right)
+    return "1"
+
+
+def raised():
+    """[(place, kind, sentence)] of all errors that the pack's code makes with a text of its own."""
+    for folder in ("attention", "flux2", "nodes"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            place = str(file.relative_to(ROOT))
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in KINDS and node.args and not place.startswith(INTERNAL):
+                    yield f"{place}:{node.lineno}", node.func.id, sentence(node.args[0])
+
+
+def test_every_sentence_that_is_raised_has_a_section():
+    """A new one needs a row in flux2/help.py and a section in docs/troubleshooting.md, or fits into one that is there."""
+    assert [(place, text) for place, kind, text in raised() if len(text) > 20 and help.section_of(f"{kind}: {text}") is None] == []
+
+
+# --- errors: each section is reached by one that really happens -------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tools(comfy, nodes, small_models, tmp_path_factory):
+    """What the errors below are made with."""
+    from flux2_pack.flux2 import load
+    folder = tmp_path_factory.mktemp("troubles")
+    return SimpleNamespace(nodes=nodes, files=small_models, folder=folder, load=load, model=load.load_model(small_models["model"]))
+
+
+def write(tools, name, tensors, metadata=None):
+    return maker.write(tools.folder / name, tensors, metadata)
+
+
+def backend(slug):
+    return lambda tools: tools.nodes["Flux2SelectAttention"].execute(tools.model, slug)
+
+
+def number_format_that_no_kernel_takes(tools):
+    """As in a sampling: the model calls the selection, inside the sampler's wrapper."""
+    from flux2_pack.attention import selection
+    from flux2_pack.flux2 import patch
+    chosen, q = selection.Selection("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
+    patch.during_sampling(chosen)(lambda *args: chosen.attend(q, q, q), None, None, None, [1, 0])
+
+
+def out_of_memory(tools):
+    from flux2_pack.attention import selection
+    from flux2_pack.flux2 import patch
+
+    def sample(*args):
+        return torch.empty(2 ** 50)
+    patch.during_sampling(selection.Selection("sdpa"))(sample, None, None, None, [1, 0])
+
+
+def encoder_without_the_argument(tools):
+    from flux2_pack.flux2 import encoder_attention
+    with help.links():
+        encoder_attention.install(SimpleNamespace(cond_stage_model=torch.nn.Linear(1, 1)), None)
+
+
+def encoder_without_tokenizer(tools):
+    weights = {name: value for name, value in maker.text_encoder().items() if name != "tekken_model"}
+    weights["vision_tower.x.weight"] = torch.zeros(1)  # says that it is Mistral
+    with help.links():
+        tools.load.load_text_encoder(write(tools, "bare.safetensors", weights))
+
+
+def prompt_of_another_encoder(tools):
+    import comfy.sample
+    positive = [[torch.zeros(1, 8, 7680), {}]]
+    comfy.sample.sample(tools.model, torch.zeros(1, 128, 4, 4), 1, 1.0, "euler", "simple", positive, positive, torch.zeros(1, 128, 4, 4))
+
+
+def improve_with_the_small_file(tools):
+    clip = tools.load.load_text_encoder(tools.files["text_encoder"])
+    tools.nodes["Flux2UpsamplePrompt"].execute(clip, "a cat", 0, 0.0, 8)
+
+
+def in_links(work):
+    def wrapped(tools):
+        with help.links():
+            work(tools)
+    return wrapped
+
+
+def quantised_by_bitsandbytes(tools):
+    weights = {**maker.diffusion_model(), "img_in.weight.absmax": torch.zeros(1)}
+    tools.load.load_model(write(tools, "bnb.safetensors", weights))
+
+
+def unknown_to_comfyui(tools):
+    import comfy.sd
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda *args: None)
+        tools.load.load_model(tools.files["model"])
+
+
+def truncated_file(tools):
+    path = tools.folder / "short.safetensors"
+    path.write_bytes(tools.files["vae"].read_bytes()[:100_000])
+    tools.load.load_vae(path)
+
+
+def benchmark_of_no_size(tools):
+    tools.nodes["Flux2BenchmarkAttention"].execute(tools.model, "large")
+
+
+def too_many_references(tools):
+    from flux2_pack.flux2.pictures import pictures
+    pictures([torch.zeros(5, 32, 32, 3)], 4)
+
+
+def fast_blocks_on_a_cpu(tools):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("TRITON_INTERPRET", raising=False)
+        tools.nodes["Flux2FastBlocks"].execute(tools.model)
+
+
+def compiling_another_model(tools):
+    from flux2_pack.flux2 import compile
+    other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
+    compile.install(SimpleNamespace(model=other), compile.Plan())
+
+
+def more_gpus_than_there_are(tools):
+    from flux2_pack.nodes.parallel import parallel
+    parallel(tools.model, gpus=64)
+
+
+HAPPENS = {
+    "backend-unavailable": backend("flash3"), "aiter-on-rocm": backend("aiter"), "quantised-backends": backend("sage2"), "unknown-backend": backend("sageattn"),
+    "refused-call": number_format_that_no_kernel_takes, "out-of-memory": out_of_memory,
+    "first-and-last-steps-and-blocks": lambda tools: tools.nodes["Flux2SelectAttention"].execute(tools.model, "sdpa", edge_backend="sdpa", first_steps=-1),
+    "attention-of-the-text-encoder": encoder_without_the_argument, "tokenizer": encoder_without_tokenizer,
+    "prompt-of-another-text-encoder": prompt_of_another_encoder, "improving-prompts": improve_with_the_small_file,
+    "wrong-kind-of-file": in_links(lambda tools: tools.load.load_model(tools.files["vae"])),
+    "missing-file": lambda tools: tools.nodes["Flux2LoadVAE"].execute("no-such-file.safetensors", "auto"),
+    "quantised-file": in_links(quantised_by_bitsandbytes), "update-comfyui": in_links(unknown_to_comfyui), "damaged-file": in_links(truncated_file),
+    "prompts": lambda tools: tools.nodes["Flux2EncodePrompts"].execute(None, ""), "reference-images": in_links(too_many_references),
+    "compare-and-benchmark": benchmark_of_no_size, "fast-blocks": fast_blocks_on_a_cpu,
+    "compiling": in_links(compiling_another_model), "several-gpus": in_links(more_gpus_than_there_are),
+}
+
+
+def test_every_section_is_tried():
+    assert set(HAPPENS) == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
+
+
+@pytest.mark.parametrize("section", HAPPENS)
+def test_an_error_leads_to_its_section(tools, section):
+    with pytest.raises(Exception) as caught:
+        HAPPENS[section](tools)
+    lines = str(caught.value).split("\n")
+    assert lines[-1] == f"More: {help.address(section)}", lines
+    assert sum(line.startswith("More: ") for line in lines) == 1, lines
+
+
+# --- errors: what happens to them -------------------------------------------------------------------------------------
+
+def test_an_error_keeps_its_type_and_its_first_lines():
+    error = help.link(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    assert type(error) is torch.OutOfMemoryError and str(error).startswith("CUDA out of memory. Tried to allocate 2 GiB.\nMore: ")
+    once = str(error)
+    assert str(help.link(error)) == once, "the address is added once"
+    assert help.bare(once) == "CUDA out of memory. Tried to allocate 2 GiB."
+
+
+@pytest.mark.parametrize("error", [ValueError("something else"), ValueError(), KeyError("out of memory"), OSError(2, "No such file"), ValueError(3)])
+def test_errors_of_others_are_left_alone(error):
+    before = str(error)
+    assert help.link(error) is error and (str(error) == before or help.section_of(before))
+
+
+def test_the_address_is_that_of_the_published_repository(tmp_path, monkeypatch):
+    def address(text):
+        (tmp_path / "pyproject.toml").write_text(text)
+        monkeypatch.setattr(help, "ROOT", tmp_path)
+        help.repository.cache_clear()
+        return help.address("prompts")
+    try:
+        assert address('[project.urls]\nRepository = "https://github.com/a/b.git"\n') == "https://github.com/a/b/blob/main/docs/troubleshooting.md#prompts"
+        assert address("[project.urls]\n") == "docs/troubleshooting.md#prompts in the folder of this pack"
+    finally:
+        help.repository.cache_clear()
+
+
+def test_nodes_stay_what_they_are(nodes):
+    from flux2_pack.nodes.attention import Flux2SelectAttention as plain
+    linked = nodes["Flux2SelectAttention"]
+    assert linked.__name__ == plain.__name__ and linked.__module__ == plain.__module__ and issubclass(linked, plain)
+    import inspect
+    assert inspect.getfullargspec(linked.validate_inputs).args == inspect.getfullargspec(plain.validate_inputs).args, "ComfyUI reads the arguments"
+    from comfy_api.internal import first_real_override
+    assert first_real_override(nodes["Flux2AttentionReport"], "validate_inputs") is None
+
+
+def test_an_async_node_is_linked_too():
+    async def work(cls):
+        raise ValueError("There is no attention backend 'x'.")
+    with pytest.raises(ValueError, match="More: .*#unknown-backend"):
+        asyncio.run(help.linking(work)(None))
+
+
+def test_a_comparison_shows_reasons_without_addresses(tools):
+    from flux2_pack.nodes import compare
+    candidate = compare.backend_candidate("flash3")
+    found = compare.runs.record(candidate, tools.model, SimpleNamespace(steps=1), None)
+    assert "cannot run here" in found.error and "More:" not in found.error
+
+
+def test_the_server_says_it(server, model_files):
+    """What the user reads: in the answer to a prompt that is refused, and in the error of a node that fails."""
+    def prompt(**loader):
+        return {"1": {"class_type": "Flux2LoadModel", "inputs": {"model_name": model_files["diffusion_models"][0].name, "weight_dtype": "as stored", **loader}},
+                "2": {"class_type": "Flux2SelectAttention", "inputs": {"model": ["1", 0], "backend": "flash3"}},
+                "3": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+                "4": {"class_type": "Flux2AttentionReport", "inputs": {"model": ["2", 0], "latent": ["3", 0]}}}
+    with pytest.raises(Exception, match="More: .*#backend-unavailable"):
+        run(server, prompt())
+    with pytest.raises(Exception, match="More: .*#missing-file"):
+        run(server, prompt(model_name="nowhere.safetensors"))
+    with pytest.raises(Exception, match="More: .*#damaged-file"):
+        run(server, prompt(model_name=TEXT_FILE))
+    with urllib.request.urlopen(f"{server.url}/queue", timeout=30) as answer:
+        assert json.load(answer) == {"queue_running": [], "queue_pending": []}

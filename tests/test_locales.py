@@ -1,0 +1,251 @@
+"""Locales: every text of every node in seven languages, none left over, nothing broken on the way, and ComfyUI's page shows them.
+
+  bash scripts/test.sh tests/test_locales.py
+
+What a translation says is not judged; that it keeps the numbers, the values of combos and the backends of the English text is.
+"""
+import copy
+import json
+import re
+import urllib.request
+
+import pytest
+
+import browser
+import make_locales
+from make_locales import ENGLISH, FOLDER, LANGUAGES, NODES, OTHERS, flat, read
+
+VUE_SYNTAX = re.compile(r"[@{}|]|%\{")  # the page would take these for placeholders, links and plurals
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    """ComfyUI's /object_info."""
+    with urllib.request.urlopen(f"{server.url}/object_info", timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """{language: {key: text}} of nodeDefs.json."""
+    return {language: flat(read(FOLDER / language / NODES)) for language in (ENGLISH, *LANGUAGES)}
+
+
+# --- completeness ----------------------------------------------------------------------------------------------------
+
+def test_nothing_is_missing_stale_or_outdated(info):
+    problems = make_locales.update(info, write=False)
+    assert not problems, json.dumps(problems, indent=1, ensure_ascii=False)
+
+
+def test_every_node_input_and_output_has_a_name_and_a_tooltip(info, texts):
+    pack = {name: entry for name, entry in info.items() if entry["python_module"] == info["Flux2SelectAttention"]["python_module"]}
+    assert len(pack) >= 11 and set(read(FOLDER / ENGLISH / NODES)) == set(pack)
+    for name, entry in pack.items():
+        inputs = [input_name for kind in ("required", "optional") for input_name in entry["input"].get(kind, {})]
+        wanted = {f"{name}.display_name", f"{name}.description", *(f"{name}.inputs.{i}.{part}" for i in inputs for part in ("name", "tooltip")),
+                  *(f"{name}.outputs.{number}.tooltip" for number in range(len(entry["output"])))}
+        for language, known in texts.items():
+            assert wanted <= set(known), (language, wanted - set(known))
+            assert all(known[key].strip() for key in wanted), language
+
+
+def test_translations_are_translations(texts):
+    """Long texts differ from English, and between languages."""
+    for language in LANGUAGES:
+        same = [key for key, text in texts[language].items() if len(text) > 30 and text == texts[ENGLISH][key]]
+        assert same == [], language
+    for key, text in texts[ENGLISH].items():
+        if key.endswith("description"):
+            assert len({texts[language][key] for language in LANGUAGES}) == len(LANGUAGES), key
+
+
+SCRIPTS = {"zh": "\u4e00-\u9fff", "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af", "ru": "\u0400-\u04ff"}
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_tooltips_are_written_in_the_languages_script(texts, language):
+    tooltips = {key: text for key, text in texts[language].items() if key.endswith(("tooltip", "description"))}
+    assert [key for key, text in tooltips.items() if not re.search(f"[{SCRIPTS[language]}]", text)] == []
+
+
+# --- nothing is broken on the way ------------------------------------------------------------------------------------
+
+def test_no_text_has_what_the_page_takes_for_syntax():
+    for language in (ENGLISH, *LANGUAGES):
+        for name in (NODES, *OTHERS):
+            broken = [key for key, text in flat(read(FOLDER / language / name)).items() if VUE_SYNTAX.search(text)]
+            assert broken == [], (language, name)
+
+
+def options(info):
+    """Every value of every combo of this pack."""
+    pack = make_locales.english(info)
+    return {value for name in pack for kind in ("required", "optional") for spec in info[name]["input"].get(kind, {}).values() if spec[0] == "COMBO"
+            for value in spec[1]["options"]}
+
+
+def test_values_of_combos_stay_as_they_are_stored(info, texts):
+    """They are part of saved workflows: a translated tooltip names them as English does."""
+    values = options(info)
+    assert {"as stored", "CPU when idle", "each line", "nearest away"} <= values
+    for key, text in texts[ENGLISH].items():
+        named = {value for value in re.findall(r"'([^']+)'", text) if value in values}
+        for language in LANGUAGES:
+            assert all(f"'{value}'" in texts[language][key] for value in named), (language, key)
+
+
+def test_numbers_and_backends_survive_translation(info, texts):
+    pattern = make_locales.runs(make_locales.slugs(info))
+    for key, text in texts[ENGLISH].items():
+        for language in LANGUAGES if not key.endswith(".name") else ():
+            there, wanted = NUMBER.findall(texts[language][key]), NUMBER.findall(text)
+            assert all(there.count(number) >= wanted.count(number) for number in set(wanted)), (language, key)
+            assert pattern.findall(texts[language][key]) == pattern.findall(text), (language, key)
+
+
+def test_line_breaks_stay(texts):
+    for key, text in texts[ENGLISH].items():
+        assert {texts[language][key].count("\n") for language in LANGUAGES} == {text.count("\n")}, key
+
+
+def test_files_are_those_that_comfyui_reads():
+    assert {path.name for path in FOLDER.iterdir() if path.is_dir()} == {ENGLISH, *LANGUAGES}
+    for language in (ENGLISH, *LANGUAGES):
+        assert {path.name for path in (FOLDER / language).iterdir()} <= {NODES, *OTHERS}
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+def small_info(tooltip="Fast: sdpa, aiter.", backends=("sdpa", "aiter")):
+    """One node as in /object_info."""
+    return {"Flux2SelectAttention": {
+        "display_name": "Select", "description": "Chooses.", "python_module": "custom_nodes.this", "output": ["MODEL", "STRING"], "output_name": ["MODEL", "report"],
+        "output_tooltips": ["The model.", "The report."], "input": {"required": {"backend": ["COMBO", {"options": list(backends), "tooltip": tooltip}]}}},
+        "KSampler": {"python_module": "nodes"}}
+
+
+def small_tree():
+    return {"Flux2SelectAttention": {
+        "display_name": "Wahl", "description": "Waehlt.", "inputs": {"backend": {"name": "Kern", "tooltip": "Schnell: sdpa, aiter."}},
+        "outputs": {"0": {"tooltip": "Das Modell."}, "1": {"name": "Bericht", "tooltip": "Der Bericht."}}}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one finished language."""
+    monkeypatch.setattr(make_locales, "LANGUAGES", ("zh",))
+    make_locales.save(tmp_path / "zh" / NODES, small_tree())
+    assert make_locales.update(small_info(), tmp_path) == {}
+    return tmp_path
+
+
+def test_an_unchanged_folder_is_left_as_it_is(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    assert make_locales.update(small_info(), folder) == {} and {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+
+def test_an_output_named_like_its_type_is_left_to_comfyui(folder):
+    assert read(folder / "en" / NODES)["Flux2SelectAttention"]["outputs"]["0"] == {"tooltip": "The model."}
+
+
+def test_a_new_backend_reaches_every_language_by_itself(folder):
+    changed = small_info("Fast: sdpa, flash4, aiter.", ("sdpa", "flash4", "aiter"))
+    assert make_locales.update(changed, folder, write=False) != {}, "and the check sees it before"
+    assert make_locales.update(changed, folder) == {}
+    assert read(folder / "zh" / NODES)["Flux2SelectAttention"]["inputs"]["backend"]["tooltip"] == "Schnell: sdpa, flash4, aiter."
+
+
+def test_a_changed_english_text_is_reported_until_its_translation_changes(folder):
+    changed = small_info("Faster than ever: sdpa, aiter.")
+    for _ in range(2):
+        assert make_locales.update(changed, folder) == {"zh": ["outdated: Flux2SelectAttention.inputs.backend.tooltip: Faster than ever: sdpa, aiter."]}
+    edited = small_tree()
+    edited["Flux2SelectAttention"]["inputs"]["backend"]["tooltip"] = "Schneller denn je: sdpa, aiter."
+    make_locales.save(folder / "zh" / NODES, edited)
+    assert make_locales.update(changed, folder) == {}
+
+
+def test_an_outdated_text_can_be_accepted(folder):
+    changed = small_info("Fast. sdpa, aiter.")
+    assert make_locales.update(changed, folder, accept=["zh"]) == {} == make_locales.update(changed, folder)
+
+
+def test_missing_and_stale_texts_are_reported(folder):
+    edited = small_tree()
+    edited["Flux2Gone"] = edited["Flux2SelectAttention"].pop("inputs")
+    make_locales.save(folder / "zh" / NODES, edited)
+    make_locales.save(folder / "en" / "commands.json", {"Show": {"label": "Show"}})
+    problems = make_locales.update(small_info(), folder, write=False)["zh"]
+    assert {line.split(": ")[0] for line in problems} == {"missing", "stale"} and len(problems) == 5
+    assert "missing: commands.json: Show.label" in problems and any("Flux2Gone" in line for line in problems)
+
+
+def test_the_check_writes_nothing(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    info = copy.deepcopy(small_info())
+    info["Flux2SelectAttention"]["description"] = "Other."
+    assert set(make_locales.update(info, folder, write=False)) == {"en", "zh"}
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+
+# --- in ComfyUI ------------------------------------------------------------------------------------------------------
+
+def test_comfyui_serves_them(server, texts):
+    with urllib.request.urlopen(f"{server.url}/i18n", timeout=30) as answer:
+        served = json.load(answer)
+    for language in (ENGLISH, *LANGUAGES):
+        assert {key: served[language]["nodeDefs"][key] for key in read(FOLDER / language / NODES)} == read(FOLDER / language / NODES)
+        assert flat(read(FOLDER / language / "settings.json")).items() <= flat(served[language]["settings"]).items()
+
+
+OURS = """
+const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+return [stores.get('command').commands.map(({id}) => id), Object.keys(stores.get('setting').settingsById)]
+  .map(ids => ids.filter(id => /^flux2/i.test(id)).map(id => id.replaceAll('.', '_')));
+"""
+
+
+def test_commands_and_settings_of_the_page_have_texts(shared_page):
+    commands, settings = shared_page.js(OURS)
+    assert set(commands) == set(read(FOLDER / ENGLISH / "commands.json"))
+    assert set(settings) == set(read(FOLDER / ENGLISH / "settings.json"))
+
+
+def reload(page, language):
+    """Open the page anew in a language."""
+    browser.store_settings(page.url, {"Comfy.Locale": language})
+    page.driver.refresh()
+    page.wait_for("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types", browser.SECONDS_TO_OPEN)
+
+
+ADD_NODE = """
+app.graph.clear();
+const node = LiteGraph.createNode(args[0]);
+node.pos = [500, 300];
+app.graph.add(node);
+await new Promise(requestAnimationFrame);
+return {title: node.title, description: node.constructor.nodeData.description, labels: Object.fromEntries(node.widgets.map(({name, label}) => [name, label])),
+  outputs: node.outputs.map(output => output.localized_name), values: node.serialize().widgets_values, type: node.serialize().type,
+  inputs: (await app.graphToPrompt()).output[node.id].inputs};
+"""
+
+
+def test_a_page_in_another_language(shared_page, texts):
+    """Title, description, names and tooltips are translated; what a workflow saves and the server gets is not."""
+    node, seen = "Flux2SelectAttention", {}
+    try:
+        for language in ("zh", ENGLISH):
+            reload(shared_page, language)
+            seen[language] = shown = shared_page.js(ADD_NODE, node)
+            known = texts[language]
+            assert shown["title"] == known[f"{node}.display_name"] and shown["description"] == known[f"{node}.description"]
+            names = {name: label for name, label in shown["labels"].items() if f"{node}.inputs.{name}.name" in known}
+            assert len(names) >= 8 and names == {name: known[f"{node}.inputs.{name}.name"] for name in names}
+            shared_page.fit()
+            assert shared_page.tooltip(node, "backend") == known[f"{node}.inputs.backend.tooltip"]
+    finally:
+        reload(shared_page, ENGLISH)
+    for part in ("values", "type", "inputs"):
+        assert seen["zh"][part] == seen[ENGLISH][part]

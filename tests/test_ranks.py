@@ -1,0 +1,610 @@
+"""Several ranks as processes on the CPU: same latents as one process, and what a user sees when something goes wrong.
+
+  bash scripts/test.sh tests/test_ranks.py             FLUX2_ROUNDS=50 for the long version of the kills and cancels (3 otherwise)
+
+Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from flux2/ranks/worker.py and talk gloo. One group of two ranks
+serves most tests. The mathematics of more ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py), a second host (torchrun
+on this one is). That a killed rank 0 leaves nothing: test_parallel_server.py.
+"""
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pack import ROOT
+
+SAME = 1e-6  # relative, float32
+ROUNDS = int(os.environ.get("FLUX2_ROUNDS", "3"))
+LARGE = {"size": (44, 44), "steps": 3}  # a step takes long enough to be in the middle of it
+
+
+@pytest.fixture(scope="module")
+def tools(comfy):
+    """ComfyUI's modules and ours, imported once the CPU is chosen."""
+    import comfy.lora
+    import comfy.model_management
+    import comfy.sample
+    import comfy.samplers
+    import comfy.sd
+    import comfy_extras.nodes_easycache
+    import comfy_extras.nodes_flux
+    import comfy.utils
+    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.ranks import carry, crew, facts, group, launch, machine, protocol, replica, report, wrap
+    from flux2_pack.nodes import attention, parallel
+    return SimpleNamespace(**locals(), management=sys.modules["comfy.model_management"], core=sys.modules["comfy"])
+
+
+@pytest.fixture(scope="module")
+def model(tools, small_models):
+    return tools.load.load_model(str(small_models["model"]))
+
+
+@contextlib.contextmanager
+def ranks_on_cpu(number):
+    before, os.environ["FLUX2_CPU_RANKS"] = os.environ.get("FLUX2_CPU_RANKS"), str(number)
+    try:
+        yield
+    finally:
+        os.environ.pop("FLUX2_CPU_RANKS") if before is None else os.environ.update(FLUX2_CPU_RANKS=before)
+
+
+@pytest.fixture(scope="module")
+def two(tools, model):
+    """The model on two ranks. Every process is gone afterwards."""
+    with ranks_on_cpu(2):
+        yield tools.parallel.parallel(model)
+        group = tools.group.existing(model.model)
+        pids = [member.pid for member in group.crew.members]
+        group.stop()
+        assert not any(alive(pid) for pid in pids)
+
+
+@pytest.fixture
+def group(tools, two):
+    """The Group behind `two`, whose seven lives the tests may take."""
+    return tools.group.existing(two.model)
+
+
+def alive(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=(), method=None, cfg=1.0, sampler="euler", text=40, callback=None):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+    extra = {"guidance": 4.0}
+    if references:
+        extra["reference_latents"] = [noise(1, 128, *one) for one in references]
+    if method:
+        extra["reference_latents_method"] = method
+    start, conds = noise(batch, 128, *size), [[[noise(1, text, 192), extra]] for _ in range(2)]
+    with torch.inference_mode():
+        return tools.core.sample.sample(model, start, steps, cfg, sampler, "simple", *conds, torch.zeros_like(start), disable_pbar=True, seed=seed,
+                                        callback=callback)
+
+
+def difference(ours, expected):
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def lora(tools, model, strength, rank=4, seed=5):
+    """The model with a LoRA on qkv of a double block and on a fused layer of a single block, as Load LoRA does it."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, weight in ((name, getattr(model.model, "diffusion_model").get_parameter(f"{name}.weight")) for name in
+                         ("double_blocks.0.img_attn.qkv", "single_blocks.3.linear1", "final_layer.linear")):
+        state[f"diffusion_model.{name}.lora_up.weight"] = torch.randn((weight.shape[0], rank), generator=generator) * 0.05
+        state[f"diffusion_model.{name}.lora_down.weight"] = torch.randn((rank, weight.shape[1]), generator=generator) * 0.05
+    patched = tools.core.sd.load_lora_for_models(model, None, LORAS.setdefault((seed, rank), state), strength, 0)[0]
+    assert len(patched.patches) == 3
+    return patched
+
+
+LORAS = {}  # the node keeps the file's tensors: a change of strength has the same ones
+
+
+# --- same latents --------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "text to image": {},
+    "one reference": {"references": [(4, 5)]},
+    "two references, batch 2, odd sizes": {"references": [(4, 5), (7, 3)], "batch": 2, "size": (5, 7), "text": 33},
+    "references at timestep zero": {"references": [(4, 5)], "method": "index_timestep_zero"},
+    "two prompts, another sampler": {"cfg": 3.0, "sampler": "dpmpp_2m"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_latents_of_one(tools, model, two, case):
+    assert difference(sample(tools, two, **CASES[case]), sample(tools, model, **CASES[case])) < SAME
+
+
+def kv_cached(tools, model):
+    return tools.comfy_extras.nodes_flux.FluxKVCache.execute(model).args[0]
+
+
+def easy_cached(tools, model):
+    """EasyCache that skips half of the steps."""
+    return tools.comfy_extras.nodes_easycache.EasyCacheNode.execute(model, 3.0, 0.0, 1.0, False).args[0]
+
+
+def selected(tools, model, **options):
+    return tools.attention.Flux2SelectAttention.execute(model, "sdpa-math", **options).args[0]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the node", "behind the node"])
+@pytest.mark.parametrize("patch, case, effect", [
+    (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3), (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4), (easy_cached, {"steps": 6}, 1e-3), (selected, {}, 0),
+    (lambda tools, model: selected(tools, model, edge_backend="sdpa-flash", first_steps=1, last_blocks=2), {"steps": 3}, 0)],
+    ids=["LoRA", "Flux KV Cache", "EasyCache", "Select Attention", "a precision schedule"])
+def test_what_is_on_the_model_works_with_two_ranks(tools, model, two, patch, case, effect, before):
+    """effect: how far it moves the latents on one rank, so that a rank without it would show."""
+    expected = sample(tools, patch(tools, model), **case)
+    assert difference(expected, sample(tools, model, **case)) >= effect
+    with ranks_on_cpu(2):
+        ours = tools.parallel.parallel(patch(tools, model)) if before else patch(tools, two)
+    assert difference(sample(tools, ours, **case), expected) < SAME
+    assert difference(sample(tools, ours, **case), expected) < SAME, "a second sampling starts afresh"
+
+
+def test_our_other_nodes_are_carried_too(tools, model):
+    """Their kernels need a GPU or a compiler; what a rank is told, and what it makes of that, does not."""
+    from flux2_pack.flux2 import compile, fast_blocks
+    there = model.clone()
+    fast_blocks.install(there)
+    compile.install(there, compile.Plan("max-autotune-no-cudagraphs", compile.EAGER))
+    options = {**there.model_options["transformer_options"], "wrappers": there.wrappers, "rope_options": {"scale_x": 1.5}}
+    specs = json.loads(json.dumps(tools.carry.carried(there, options)))
+    assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX.2)"]
+    replica = tools.carry.applied(model, specs, None)
+    assert len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6 and "patches_replace" not in model.model_options["transformer_options"]
+    plan = compile.plan_of(replica)
+    assert (plan.mode, plan.on_failure) == ("max-autotune-no-cudagraphs", compile.EAGER) and replica.model_options["transformer_options"]["rope_options"] == {"scale_x": 1.5}
+
+
+def test_the_report_says_what_every_rank_did(tools, two):
+    chosen = selected(tools, two)
+    sample(tools, chosen, steps=3)
+    text, data = tools.report.report(chosen)
+    assert tools.report.report(chosen.parent.parent) == (None, None)
+    assert [(one["rank"], one["tokens"], one["forwards"]) for one in data["ranks"]] == [(0, 280, 3), (1, 280, 3)], "48 of the picture and 512 of the text"
+    assert all(one["exchange_seconds"] > 0 and one["compute_seconds"] > 0 and one["sent_bytes"] > 0 for one in data["ranks"])
+    assert data["ranks"][1]["attention"] == {"sdpa-math": 18} and data["seconds_to_start"]["ready"] > 0
+    assert "Ulysses 2 x ring 1" in text and "rank 1 on this machine's CPU" in text and "560" not in text
+    full = tools.attention.Flux2AttentionReport.execute(chosen, {"samples": sample(tools, chosen)})
+    assert "Sequence parallel: 2 ranks" in full.args[1] and full.ui["flux2_attention"][0]["parallel"]["ulysses"] == 2
+
+
+# --- what changes nothing, and what is not sent again ----------------------------------------------------------------------
+
+def test_one_gpu_changes_nothing(tools, model, monkeypatch):
+    monkeypatch.delenv("FLUX2_CPU_RANKS", raising=False)
+    assert tools.parallel.parallel(model, 1) is model
+    assert tools.parallel.parallel(model, 0) is model, "all of this machine is the CPU"
+
+
+def test_the_model_without_the_node_stays_on_one_rank(tools, model, two, group):
+    sample(tools, two)
+    passes = group.crew._number
+    sample(tools, model)
+    assert group.crew._number == passes and tools.wrap.KEY not in model.model_options["transformer_options"]
+    assert "forward_orig" not in vars(model.model.diffusion_model)
+
+
+def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, group, monkeypatch):
+    sample(tools, lora(tools, two, 0.7))
+    asked, ask = [], group.crew.ask
+    monkeypatch.setattr(group.crew, "ask", lambda what, tensors=(), **rest: asked.append((what, len(tensors))) or ask(what, tensors, **rest))
+    sample(tools, lora(tools, two, 0.3), steps=1)
+    sample(tools, two, steps=1)
+    sample(tools, selected(tools, two), steps=1)
+    assert [entry for entry in asked if entry[0] not in ("forward", "finish")] == [("weights", 0), ("weights", 0), ("options", 0)]
+
+
+def test_host_memory_holds_no_copy_of_a_mapped_file(tools, tmp_path):
+    import small_models as files
+    made = {name: tensor.float() for name, tensor in files.diffusion_model(hidden=512).items()}
+    path = files.write(tmp_path / "float32.safetensors", made)
+    size = path.stat().st_size
+    source = tools.replica.source_of(SimpleNamespace(cached_patcher_init=(tools.load.load_model, (str(path), "as stored", "auto"))))
+    before, patcher = anonymous(), tools.core.model_patcher.CoreModelPatcher
+    try:
+        replica = tools.replica.Replica(source, "cpu")
+    finally:
+        tools.core.model_patcher.CoreModelPatcher = patcher
+    assert replica.bytes > 0.99 * size > 100e6 and anonymous() - before < 0.1 * size
+    name = "diffusion_model.single_blocks.0.linear1.weight"
+    change = torch.ones_like(replica.originals[name])
+    first = None
+    for factor in (1.0, 0.5, 0.25):
+        data, tensors = tools.replica.weights_of(SimpleNamespace(patches={name: [(factor, ("diff", (change,)), 1.0, None, None)]}))
+        assert replica.set_weights(data, tensors) == 1
+        assert torch.allclose(tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"] + factor)
+        first = anonymous() if first is None else first
+    assert replica.set_weights({}, []) == 0 and torch.equal(tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"])
+    assert anonymous() - first < 0.3 * size
+
+
+@pytest.mark.parametrize("loader, arguments", [("ours", ("as stored", "CPU when idle")), ("ours", ("bf16",)), ("ours", ("fp8",)), ("core's", ({},)), ("core's", ({"dtype": torch.bfloat16},))])
+def test_a_replica_has_the_weights_of_rank_0_in_its_number_format(tools, small_models, loader, arguments, monkeypatch):
+    monkeypatch.setattr(tools.core.model_patcher, "CoreModelPatcher", tools.core.model_patcher.CoreModelPatcher)
+    patcher = (tools.load.load_model if loader == "ours" else tools.core.sd.load_diffusion_model)(str(small_models["model"]), *arguments)
+    ours = tools.replica.Replica(json.loads(json.dumps(tools.replica.source_of(patcher))), "cpu").model.model
+    expected, found = (dict(one.named_parameters()) for one in (patcher.model, ours))
+    assert expected.keys() == found.keys() and all(value.dtype == found[name].dtype and torch.equal(value.float(), found[name].float()) for name, value in expected.items())
+    assert ours.manual_cast_dtype == patcher.model.manual_cast_dtype
+
+
+def anonymous():
+    """Bytes of this process's memory that are no file's."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------
+
+def somebodys_override(func, *args, **kwargs):
+    return func(*args, **kwargs)
+
+
+def somebodys_patch(*args, **kwargs):
+    return {}
+
+
+def with_override(tools, model):
+    model.model_options["transformer_options"]["optimized_attention_override"] = somebodys_override
+
+
+def with_attn1(tools, model):
+    model.set_model_attn1_patch(somebodys_patch)
+
+
+def with_block(tools, model):
+    model.set_model_patch_replace(somebodys_patch, "dit", "double_block", 1)
+
+
+def with_object(tools, model):
+    model.add_object_patch("diffusion_model.final_layer", torch.nn.Identity())
+
+
+def with_merge(tools, model):
+    model.add_patches(model.get_key_patches("diffusion_model.single_blocks.0."), 0.5, 0.5)
+
+
+def with_weight_wrapper(tools, model):
+    model.add_weight_wrapper("diffusion_model.img_in.weight", somebodys_patch)
+
+
+def with_callback(tools, model):
+    model.add_callback_with_key("on_pre_run", "somebody", somebodys_patch)
+
+
+def with_compile(tools, model):
+    model.add_wrapper_with_key("apply_model", "torch.compile", somebodys_patch)
+
+
+@pytest.mark.parametrize("change, words", [
+    (with_override, ["test_ranks.somebodys_override", "Select Attention"]), (with_attn1, ["attn1_patch", "somebodys_patch"]),
+    (with_block, ["('dit', ('double_block', 1))", "somebodys_patch"]), (with_object, ["diffusion_model.final_layer", "Identity"]),
+    (with_merge, ["weight patches", "save the merged model"]), (with_weight_wrapper, ["weight wrappers"]), (with_callback, ["'somebody'", "on_pre_run"]),
+    (with_compile, ["Torch Compile Model", "Compile Blocks"])], ids=lambda value: getattr(value, "__name__", ""))
+def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two, group, change, words):
+    sample(tools, two, steps=1)
+    pids, changed = [member.pid for member in group.crew.members], two.clone()
+    change(tools, changed)
+    with pytest.raises(ValueError) as caught:
+        sample(tools, changed)
+    assert all(word in str(caught.value) for word in ["Sequence parallel", *words]), str(caught.value)
+    assert all(map(alive, pids)) and torch.isfinite(sample(tools, two, steps=1)).all() and [member.pid for member in group.crew.members] == pids
+
+
+def test_a_model_that_cannot_be_loaded_twice_is_refused_at_the_node(tools, model):
+    with ranks_on_cpu(2):
+        unknown = model.clone()
+        unknown.cached_patcher_init = None
+        with pytest.raises(ValueError, match="does not say how .it sets no cached_patcher_init"):
+            tools.parallel.parallel(unknown)
+        unknown.cached_patcher_init = (json.loads, ("{}",))
+        with pytest.raises(ValueError, match="json.loads of another pack"):
+            tools.parallel.parallel(unknown)
+        unknown.cached_patcher_init = (tools.core.sd.load_diffusion_model, ("file", {"custom_operations": json}))
+        with pytest.raises(ValueError, match="was given a value of type builtins.module"):
+            tools.parallel.parallel(unknown)
+
+
+def test_degrees_and_devices_that_do_not_work_are_refused_with_those_that_do(tools, model, monkeypatch):
+    monkeypatch.delenv("FLUX2_CPU_RANKS", raising=False)
+    with pytest.raises(ValueError, match="4 GPUs were asked for, and there is no GPU that several ranks can use: the model runs on cpu.*FLUX2_CPU_RANKS=2"):
+        tools.parallel.parallel(model, 4)
+    monkeypatch.setenv("FLUX2_CPU_RANKS", "4")
+    with pytest.raises(ValueError, match="5 GPUs were asked for, and there is 4 ranks on the CPU.*Set gpus to 4"):
+        tools.parallel.parallel(model, 5)
+    with pytest.raises(ValueError, match="does not divide the 2 attention heads.*Ulysses 2 x ring 2"):
+        tools.parallel.parallel(model, 4, ulysses=4)
+    with pytest.raises(ValueError, match="makes 2 GPUs, and 4 are used"):
+        tools.parallel.parallel(model, 4, ulysses=2, ring=1)
+
+
+# --- who may join ----------------------------------------------------------------------------------------------------------
+
+def crew_waiting_for_one(tools, monkeypatch, port=0):
+    """A Crew that listens for one rank from elsewhere, at a free port of this machine."""
+    port = port or free_port()
+    monkeypatch.setenv("FLUX2_RANKS_LISTEN", f"127.0.0.1:{port}")
+    monkeypatch.setenv("FLUX2_RANKS_SECRET", "a secret of some length")
+    crew = tools.crew.Crew(tools.crew.Plan(2, 1, "cpu", (None,), elsewhere=1))
+    crew.start()
+    return crew, port
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def introduce(tools, port, secret="a secret of some length", host="far"):
+    channel = tools.protocol.connect(("127.0.0.1", port), secret, timeout=5)
+    channel.send({"is": "here", "rank": None, "pid": 1, "host": host, "local_rank": 0})
+    return channel
+
+
+def test_a_process_without_the_secret_cannot_join_and_disturbs_nobody(tools, monkeypatch):
+    crew, port = crew_waiting_for_one(tools, monkeypatch)
+    try:
+        silent = socket.create_connection(("127.0.0.1", port))
+        http = socket.create_connection(("127.0.0.1", port))
+        http.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"x" * 100)
+        with pytest.raises(tools.protocol.Stranger, match="secret|did not prove"):
+            introduce(tools, port, "another secret of some length").receive()
+        assert crew.members == []
+        channel = introduce(tools, port)
+        assert channel.receive()[0]["do"] == "configure" and [member.where for member in crew.members] == ["far GPU 0"]
+        silent.close(), http.close()
+    finally:
+        crew.stop()
+
+
+def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
+    crew, port = crew_waiting_for_one(tools, monkeypatch)
+    try:
+        channel = introduce(tools, port, host="oldhost")
+        asked = channel.receive()[0]
+        channel.send({"done": "configure", "number": asked["number"], "versions": {**tools.facts.versions(), "PyTorch": "2.6.0"}, "name": "Some GPU"})
+        with pytest.raises(tools.crew.RanksFailed) as caught:
+            crew.done("configure", 1, 10)
+        assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(caught.value) and "2.6.0 there" in str(caught.value)
+    finally:
+        crew.stop()
+
+
+def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{taken.getsockname()[1]}.*Another program has that port"):
+            crew_waiting_for_one(tools, monkeypatch, taken.getsockname()[1])
+    monkeypatch.setenv("FLUX2_RANKS_SECRET", "short")
+    with pytest.raises(ValueError, match="FLUX2_RANKS_SECRET is missing or shorter"):
+        tools.launch.listening_at()
+    monkeypatch.setenv("FLUX2_RANKS_LISTEN", "nonsense")
+    with pytest.raises(ValueError, match="should be an address of this machine and a port"):
+        tools.launch.listening_at()
+
+
+def test_ranks_that_never_join_are_said_and_can_be_cancelled(tools, monkeypatch):
+    monkeypatch.setattr(tools.crew, "REMOTE_STARTING", 1)
+    crew, _ = crew_waiting_for_one(tools, monkeypatch)
+    with pytest.raises(tools.crew.RanksFailed, match="0 of 1 ranks on other hosts joined within 1 seconds.*torchrun"):
+        crew.done("configure", 1, 20)
+
+
+def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
+    """The line of the README, with this machine as the other host."""
+    secret, port = "a secret of some length", free_port()
+    monkeypatch.setenv("FLUX2_RANKS_LISTEN", f"127.0.0.1:{port}")
+    monkeypatch.setenv("FLUX2_RANKS_SECRET", secret)
+    monkeypatch.setenv("FLUX2_CPU_RANKS", "1")
+    fresh = tools.load.load_model(model.cached_patcher_init[1][0])
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / "flux2/ranks/worker.py"), "--join",
+                                 f"127.0.0.1:{port}", "--comfyui", comfy], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ours = tools.parallel.parallel(fresh, 2)
+        assert difference(sample(tools, ours), sample(tools, model)) < SAME
+        assert "GPU 0" in tools.report.report(ours)[0]
+        crew, pid = tools.group.existing(fresh.model).crew, tools.group.existing(fresh.model).crew.members[0].pid
+        del fresh, ours
+        tools.management.unload_all_models()
+        gc.collect()
+        wait_until(lambda: not crew.started, 5)
+        time.sleep(0.5)
+        assert alive(pid), "it waits for the next group"
+    finally:
+        os.killpg(torchrun.pid, signal.SIGKILL)
+        torchrun.wait()
+    wait_until(lambda: not alive(pid), 5)
+
+
+# --- cancels, kills, memory ------------------------------------------------------------------------------------------------
+
+def in_a_step(group, action, delay=0.15):
+    """Run action() in the middle of the next step; returns (thread, [the moment])."""
+    moment = []
+
+    def work():
+        while group._pass is None:
+            time.sleep(0.002)
+        time.sleep(delay)
+        moment.append(time.perf_counter())
+        action()
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, moment
+
+
+def interrupted(tools, model, group, action, delay=0.15):
+    """(what a large sampling raised, seconds after `action` took place in the middle of a step)."""
+    thread, moment = in_a_step(group, action, delay)
+    with pytest.raises(BaseException) as caught:
+        sample(tools, model, **LARGE)
+    seconds = time.perf_counter() - moment[0]
+    thread.join()
+    return caught.value, seconds
+
+
+@pytest.fixture
+def expected(tools, model):
+    return sample(tools, model)
+
+
+def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, group, expected):
+    sample(tools, two)
+    before = [member.pid for member in group.crew.members], group._generation
+    for delay in (0.02, 0.3):
+        error, seconds = interrupted(tools, two, group, lambda: tools.management.interrupt_current_processing(True), delay)
+        assert isinstance(error, tools.management.InterruptProcessingException) and seconds < 2
+        assert difference(sample(tools, two), expected) < SAME
+    assert ([member.pid for member in group.crew.members], group._generation) == before, "no process and no connection was made anew"
+
+
+def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, group, expected):
+    sample(tools, two)
+
+    def hang_and_cancel():
+        os.kill(group.crew.members[0].pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        moment.append(time.perf_counter())
+        tools.management.interrupt_current_processing(True)
+    moment = []
+    error, _ = interrupted(tools, two, group, hang_and_cancel)
+    assert isinstance(error, tools.management.InterruptProcessingException) and time.perf_counter() - moment[0] < 2.5
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_a_killed_rank_is_named_and_the_next_prompt_rebuilds(tools, two, group, expected):
+    sample(tools, two)
+    pid = group.crew.members[0].pid
+    error, seconds = interrupted(tools, two, group, lambda: os.kill(pid, signal.SIGKILL))
+    assert isinstance(error, tools.crew.RanksFailed) and seconds < 10
+    assert "Rank 1 (this machine's CPU" in str(error) and "SIGKILL" in str(error) and "the next one starts the rank again" in str(error)
+    assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid != pid
+
+
+def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, group, expected):
+    """Also where rank 0 would not notice by an exchange: what a GPU computed after the loss is worthless, so the sampling must not go on with new
+    ranks."""
+    def kill(step, *_):
+        if step == 0:
+            os.kill(group.crew.members[0].pid, signal.SIGKILL)
+            wait_until(lambda: not group.crew.started, 5)
+    with pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*SIGKILL"):
+        sample(tools, two, steps=3, callback=kill)
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_a_rank_that_fails_before_the_exchanges_leaves_nobody_waiting_in_them(tools, two, group, expected, monkeypatch):
+    """As one that cannot allocate the inputs: it takes part in nothing, and gloo's waits end only with the process."""
+    from flux2_pack.flux2.ranks import group as module
+    sample(tools, two)
+
+    def unknown_kind(inputs, original=module.described):
+        data, kinds, tensors = original(inputs)
+        return data, [["no_dtype", shape] for _, shape in kinds], tensors
+    begun = time.monotonic()
+    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*no_dtype"):
+        patch.setattr(module, "described", unknown_kind)
+        sample(tools, two)
+    assert time.monotonic() - begun < 10
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_a_rank_out_of_memory_is_named_and_the_next_prompt_works(tools, two, group, expected):
+    sample(tools, two)
+    pid = group.crew.members[0].pid
+    with open(f"/proc/{pid}/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + 2 ** 20, resource.RLIM_INFINITY))
+    with pytest.raises(tools.crew.RanksFailed) as caught:
+        sample(tools, two, size=(64, 64))
+    if alive(pid):
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "Rank 1 (this machine's CPU" in str(caught.value) and "memory ran out" in str(caught.value) and "fp8 checkpoint" in str(caught.value)
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def wait_until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not after {seconds} seconds"
+        time.sleep(0.05)
+
+
+def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, expected):
+    """FLUX2_ROUNDS of them. Each is followed by a sampling that has to be right."""
+    chance, started, threads = random.Random(7), set(), threading.active_count()
+    for number in range(ROUNDS):
+        sample(tools, two)
+        pids = [member.pid for member in group.crew.members]
+        started.update(pids)
+        kill = chance.random() < 0.34
+        action = (lambda: os.kill(pids[0], signal.SIGKILL)) if kill else (lambda: tools.management.interrupt_current_processing(True))
+        try:
+            thread, _ = in_a_step(group, action, chance.random() * 0.8)
+            sample(tools, two, **LARGE)
+        except (tools.crew.RanksFailed if kill else tools.management.InterruptProcessingException):
+            pass
+        thread.join()
+        tools.management.interrupt_current_processing(False)
+        try:
+            assert difference(sample(tools, two), expected) < SAME, f"round {number}"
+        except tools.crew.RanksFailed:
+            assert kill, "only a rank that was killed after the last step may fail the next prompt"
+    started.update(member.pid for member in group.crew.members)
+    assert sum(map(alive, started)) <= 1 and threading.active_count() <= threads + 8
+
+
+def test_unloading_frees_every_rank(tools, two, group, expected, monkeypatch):
+    sample(tools, two)
+    member, pid = group.crew.members[0], group.crew.members[0].pid
+    time.sleep(1.2)
+    tools.management.unload_all_models()
+    wait_until(lambda: "drop" in member.done, 3)
+    assert member.done["drop"][1]["freed"] and alive(pid), "the process may be needed again"
+    assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid
+    monkeypatch.setattr(tools.group, "GRACE", 1)
+    time.sleep(1.2)
+    tools.management.unload_all_models()
+    wait_until(lambda: not alive(pid), 10)
+
+
+def test_a_cancel_while_the_ranks_start_leaves_nothing_for_long(tools, model, small_models, monkeypatch):
+    monkeypatch.setattr(tools.group, "GRACE", 1)
+    fresh = tools.load.load_model(str(small_models["model"]))
+    with ranks_on_cpu(2):
+        ours = tools.parallel.parallel(fresh)
+    group = tools.group.existing(fresh.model)
+    threading.Timer(0.5, tools.management.interrupt_current_processing).start()
+    begun = time.perf_counter()
+    with pytest.raises(tools.management.InterruptProcessingException):
+        sample(tools, ours)
+    assert time.perf_counter() - begun < 2.5
+    pids = [member.pid for member in group.crew.members]
+    wait_until(lambda: not any(map(alive, pids)), 8)

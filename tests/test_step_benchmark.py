@@ -1,0 +1,63 @@
+"""The step and klein benchmarks at small sizes: every peer computes the same thing, the table and the JSON are written. Speed is for GPUs.
+
+Each runs once as a child process, as its user would start it, with Triton's interpreter in the place of a GPU.
+"""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pack
+
+
+def run(script, *arguments, target):
+    """(data of the JSON file, standard output) of a benchmark that ran to its end."""
+    pytest.importorskip("triton")
+    pytest.importorskip("diffusers")
+    command = [sys.executable, pack.ROOT / "benchmarks" / script, "--small", "--compiler", "eager", "--json", target, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads(target.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == data and {"machine", "versions", "command", "cases"} <= data.keys() and "FILE" in data["command"]
+    return data, done.stdout
+
+
+def test_every_peer_takes_the_same_step_of_bf16_and_fp8_weights(comfy, tmp_path):
+    data, said = run("step.py", "--cases", "bf16-1024", "fp8-1024", "--rounds", "1", "--peers", "core", "core-compiled", "diffusers", "ours", "core+sdpa-math", "core+flash4",
+                     target=tmp_path / "step.json")
+    plain, fp8 = data["cases"]
+    assert [case["name"] for case in data["cases"]] == ["bf16-1024", "fp8-1024"] and plain["tokens"] == 12
+    for case, timed in ((plain, {"core", "core-compiled", "diffusers", "ours", "core+sdpa-math"}), (fp8, {"core", "core-compiled", "ours", "core+sdpa-math"})):
+        rows = {row["peer"]: row for row in case["rows"]}
+        assert {peer for peer, row in rows.items() if "ms" in row} == timed, said
+        assert all(rows[peer]["error_to_core"] < 1e-5 and rows[peer]["rounds"] == 1 and rows[peer]["min_ms"] <= rows[peer]["ms"] for peer in timed)
+        assert "'flash4' cannot run here" in rows["core+flash4"]["reason"] and case["core_ms"] == rows["core"]["ms"] and case["ours_ms"] == rows["ours"]["ms"]
+    assert plain["diffusers_ms"] == plain["diffusers_eager_ms"] and fp8["diffusers_ms"] is None and "no path for ComfyUI's fp8" in said
+
+
+def test_the_work_of_a_step_is_that_of_its_products_and_attention(comfy):
+    """Counted by PyTorch's own counter on a small model, and the published size by hand."""
+    sys.path.append(str(pack.ROOT / "benchmarks"))
+    try:
+        import full_size
+        import step
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+        with torch.inference_mode():
+            patcher = full_size.build(full_size.SMALL, torch.float32)
+            inputs = full_size.step_inputs(patcher, 256, 1, reference_pixels=64, text_tokens=100)
+            with FlopCounterMode(display=False) as counter:
+                full_size.step(patcher, inputs)
+        assert counter.get_total_flops() == pytest.approx(step.flops(full_size.SMALL, 256 + 16, 100), rel=0.02)
+        assert step.flops(full_size.DEV, 4096, 512) == pytest.approx(2.84e14, rel=0.01)
+    finally:
+        sys.path.remove(str(pack.ROOT / "benchmarks"))
+
+
+def test_whole_pictures_of_klein(comfy, tmp_path):
+    data, said = run("klein.py", "--cases", "klein-9b", "--rounds", "1", "--peers", "core", "diffusers", target=tmp_path / "klein.json")
+    case, = data["cases"]
+    assert case["name"] == "klein-9b-64" and all(case[column] > 0 for column in ("core_ms", "diffusers_ms")), said
+    assert all(row["picture"] == [1, 64, 64, 3] and row["stages"]["encode"] > 0 for row in case["rows"])
