@@ -3,14 +3,15 @@ and cancels.
 
   COMFYUI_PATH=... python benchmarks/parallel.py [--gpus 4 2] [--cases bf16-1024 bf16-2048 fp8-1024] [--backend flash4] [--fast] [--json FILE]
   COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 --rounds 50
+  COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 4 --checks
 
 Random weights at full size, made on every GPU from the same seed: right for speed, noise for pictures. The other ranks are processes as the node
 starts them; this one is rank 0. Milliseconds: CUDA events around whole steps on rank 0, medians after warm-up; the one-GPU step of the same case is
 measured in the same run, before. Error: the output against the one-GPU output, and beside it how far two of PyTorch's exact kernels are apart on one
 GPU. Exchange: the mean of all ranks per step, waiting included, and the bytes that left a rank in that time. Ready: seconds from the start of the
 processes until they had their weights and were connected (random weights are made faster than a file is read). The rounds sample a small model of the
-same shape, kill or cancel at random moments, and check latents, processes and the memory of every GPU. --small tries everything in a minute, on a CPU
-with FLUX2_CPU_RANKS=2 too.
+same shape, kill or cancel at random moments, and check latents, processes and the memory of every GPU. The checks sample one in float32, every kind of
+picture on every arrangement, and fail above 1e-6 of one GPU's latents. --small tries everything in a minute, on a CPU with FLUX2_CPU_RANKS=2 too.
 """
 import argparse
 import gc
@@ -53,10 +54,10 @@ class Tools:
 
 # --- models ----------------------------------------------------------------------------------------------------------------
 
-def made(maker, sizes):
+def made(maker, *arguments):
     """A MODEL that every rank can make again."""
-    patcher = maker(sizes)
-    patcher.cached_patcher_init = (maker, (sizes,))
+    patcher = maker(*arguments)
+    patcher.cached_patcher_init = (maker, arguments)
     return patcher
 
 
@@ -175,11 +176,13 @@ def free():
 
 # --- kills and cancels -----------------------------------------------------------------------------------------------------
 
-def sample(model, size, steps, seed=1):
+def sample(model, size, steps, seed=1, *, width=None, batch=1, text=64, references=(), method=None):
     import comfy.sample
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, 128, size, size), generator=generator)
-    cond = [[torch.randn((1, 64, model.model.diffusion_model.params.context_in_dim), generator=generator), {"guidance": 4.0}]]
+    noise = torch.randn((batch, 128, size, width or size), generator=generator)
+    extra = {"guidance": 4.0, **({"reference_latents": [torch.randn((1, 128, *one), generator=generator) for one in references]} if references else {}),
+             **({"reference_latents_method": method} if method else {})}
+    cond = [[torch.randn((1, text, model.model.diffusion_model.params.context_in_dim), generator=generator), extra]]
     return comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise), disable_pbar=True, seed=seed)
 
 
@@ -238,6 +241,44 @@ def disturbed(model, size, delay, action):
     return ended, seconds
 
 
+# --- every kind of picture -------------------------------------------------------------------------------------------------
+
+SAME = 1e-6  # relative, float32
+CHECKS = {"text to image": {}, "lengths that divide nothing": {"width": 13, "text": 601}, "batch 2": {"batch": 2}, "one reference": {"references": ((8, 6),)},
+          "two references": {"references": ((8, 6), (5, 9))}, "references at timestep zero": {"references": ((8, 6), (5, 9)), "method": "index_timestep_zero"},
+          "LoRA": {}}
+
+
+def with_lora(patcher, rank=4):
+    """The MODEL with a LoRA on a layer of each kind of block, as Load LoRA puts it there."""
+    import comfy.sd
+    generator, state = torch.Generator().manual_seed(5), {}
+    for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
+        rows, columns = patcher.model.diffusion_model.get_parameter(f"{name}.weight").shape
+        state[f"diffusion_model.{name}.lora_up.weight"] = torch.randn((rows, rank), generator=generator) * 0.05
+        state[f"diffusion_model.{name}.lora_down.weight"] = torch.randn((rank, columns), generator=generator) * 0.05
+    return comfy.sd.load_lora_for_models(patcher, None, state, 0.7, 0)[0]
+
+
+def checks(options):
+    """Latents of every kind of picture on every arrangement against those of one GPU. Exits with a sentence when one differs."""
+    patcher, rows = made(build, {**SMALL, "hidden_size": 1536}, torch.float32), []
+    for gpus in options.gpus:
+        for name, kind in CHECKS.items():
+            single = prepared(with_lora(patcher) if name == "LoRA" else patcher, "sdpa-math", False)
+            expected = sample(single, 17, 2, **kind)
+            for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, True):
+                model, plan = split(single, gpus, arranged.ulysses, arranged.ring)
+                rows.append({"name": name, "gpus": gpus, "ulysses": plan.ulysses, "ring": plan.ring,
+                             "error": difference(sample(model, 17, 2, **kind), expected)})
+                print(f"{name:<28} {gpus} GPUs, {arranged}: {rows[-1]['error']:.1e}", flush=True)
+    end(patcher)
+    write({"model": "random weights, float32", "allowed": SAME, "checks": rows}, options.json)
+    wrong = [f"{row['name']} on {row['gpus']} GPUs" for row in rows if not row["error"] <= SAME]
+    if wrong:
+        raise SystemExit(f"Other latents than on one GPU: {', '.join(wrong)}.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[4, 2], help="how many GPUs; another number starts new processes")
@@ -247,12 +288,13 @@ def main():
     parser.add_argument("--rings", action="store_true", help="arrangements with rings too")
     parser.add_argument("--head-groups", type=int, nargs="+", default=[1], help="into how many parts heads are cut for the exchange")
     parser.add_argument("--rounds", type=int, help="instead: so many kills and cancels at random moments, with the first of --gpus")
+    parser.add_argument("--checks", action="store_true", help="instead: every kind of picture in float32 against one GPU")
     parser.add_argument("--window", type=float, default=1.0, help="seconds from the start of a sampling in which they happen")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try every path")
     parser.add_argument("--json", help="file to write the result to")
     options = parser.parse_args()
     with torch.inference_mode():
-        rounds(options) if options.rounds else steps(options)
+        (rounds if options.rounds else checks if options.checks else steps)(options)
 
 
 if __name__ == "__main__":

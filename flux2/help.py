@@ -39,7 +39,7 @@ TOPICS = tuple((section, re.compile("|".join(parts), re.S)) for section, *parts 
     ("quantised-file", r"ComfyUI does not read that: use the bf16 file", r"is already quantised"),
     ("several-gpus", r"\b(Refused|NotReplicable|RanksFailed|RanksLost): ", r"Sequence parallel", r"GPUs were asked for", r"What works for \d+ GPUs",
      r"[Ss]everal GPUs", r"GPUs cannot share", r"[Uu]lysses degree", r"[Rr]ing degree", r"process groups were ended", r"address of this machine and a port",
-     r"other hosts may join", r"There is no ComfyUI on"),
+     r"other hosts may join", r"There is no ComfyUI on", r"In this pass attention was called"),
     ("fast-blocks", r"Fast Blocks cannot", r"blocks can be fused"),
     ("compiling", r"CompileRefused", r"Compile Blocks", r"torch\.compile failed", r"The mode can be"),
     ("update-comfyui", r"ComfyUI does not recognise .*Update ComfyUI"),

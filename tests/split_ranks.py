@@ -330,12 +330,18 @@ def out_of_memory(model, rank):
     model.model_options["transformer_options"]["optimized_attention_override"] = failing
 
 
+def skipped(model, rank):
+    """A cache of another pack skips a block, and is on one rank alone."""
+    if rank == 0:
+        model.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "single_block", 2)
+
+
 def too_few_tokens(model, rank):
     """No rank can do this; all of them say so."""
     model.set_model_post_input_patch(lambda inputs: {**inputs, "txt": inputs["txt"][:, :1], "txt_ids": inputs["txt_ids"][:, :1]})
 
 
-FAILURES = {function.__name__: function for function in (cancelled, cancelled_at_once, cancelled_on_the_way, out_of_memory, too_few_tokens)}
+FAILURES = {function.__name__: function for function in (cancelled, cancelled_at_once, cancelled_on_the_way, out_of_memory, skipped, too_few_tokens)}
 
 
 def failure(prepared, mesh, prepare_rank):

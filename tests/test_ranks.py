@@ -8,10 +8,12 @@ on this one is). That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +47,12 @@ def tools(comfy):
     from flux2_pack.flux2.ranks import carry, crew, facts, group, launch, machine, protocol, replica, report, wrap
     from flux2_pack.nodes import attention, parallel
     return SimpleNamespace(**locals(), management=sys.modules["comfy.model_management"], core=sys.modules["comfy"])
+
+
+@pytest.fixture(autouse=True)
+def what_is_edited_while_the_tests_run(tools):
+    """Is no other version: workers read the files of this moment, this process read them long ago."""
+    tools.facts.DIGEST = tools.facts.pack_digest()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,8 @@ def alive(pid):
         return False
 
 
-def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=(), method=None, cfg=1.0, sampler="euler", text=40, callback=None):
+def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=(), method=None, cfg=1.0, sampler="euler", text=40, negative=None,
+           callback=None):
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
@@ -97,7 +106,7 @@ def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=()
         extra["reference_latents"] = [noise(1, 128, *one) for one in references]
     if method:
         extra["reference_latents_method"] = method
-    start, conds = noise(batch, 128, *size), [[[noise(1, text, 192), extra]] for _ in range(2)]
+    start, conds = noise(batch, 128, *size), [[[noise(1, tokens, 192), extra]] for tokens in (text, negative or text)]
     with torch.inference_mode():
         return tools.core.sample.sample(model, start, steps, cfg, sampler, "simple", *conds, torch.zeros_like(start), disable_pbar=True, seed=seed,
                                         callback=callback)
@@ -143,6 +152,17 @@ def kv_cached(tools, model):
     return tools.comfy_extras.nodes_flux.FluxKVCache.execute(model).args[0]
 
 
+def kv_cached_beside_an_option_that_changes(tools, model):
+    """Another pack's function around the model numbers the passes."""
+    cached, numbers = kv_cached(tools, model), itertools.count()
+
+    def numbered(apply_model, given):
+        options = {**given["c"]["transformer_options"], "somebodys_number": next(numbers)}
+        return apply_model(given["input"], given["timestep"], **{**given["c"], "transformer_options": options})
+    cached.set_model_unet_function_wrapper(numbered)
+    return cached
+
+
 def easy_cached(tools, model):
     """EasyCache that skips half of the steps."""
     return tools.comfy_extras.nodes_easycache.EasyCacheNode.execute(model, 3.0, 0.0, 1.0, False).args[0]
@@ -154,9 +174,11 @@ def selected(tools, model, **options):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the node", "behind the node"])
 @pytest.mark.parametrize("patch, case, effect", [
-    (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3), (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4), (easy_cached, {"steps": 6}, 1e-3), (selected, {}, 0),
+    (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3), (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4),
+    (kv_cached, {"references": [(4, 5)], "steps": 3, "cfg": 3.0, "negative": 600}, 1e-4),
+    (kv_cached_beside_an_option_that_changes, {"references": [(4, 5)], "steps": 3}, 1e-4), (easy_cached, {"steps": 6}, 1e-3), (selected, {}, 0),
     (lambda tools, model: selected(tools, model, edge_backend="sdpa-flash", first_steps=1, last_blocks=2), {"steps": 3}, 0)],
-    ids=["LoRA", "Flux KV Cache", "EasyCache", "Select Attention", "a precision schedule"])
+    ids=["LoRA", "Flux KV Cache", "Flux KV Cache, prompts one by one", "Flux KV Cache, a changing option", "EasyCache", "Select Attention", "a precision schedule"])
 def test_what_is_on_the_model_works_with_two_ranks(tools, model, two, patch, case, effect, before):
     """effect: how far it moves the latents on one rank, so that a rank without it would show."""
     expected = sample(tools, patch(tools, model), **case)
@@ -221,6 +243,34 @@ def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, group, mon
     assert [entry for entry in asked if entry[0] not in ("forward", "finish")] == [("weights", 0), ("weights", 0), ("options", 0)]
 
 
+def damaged(crew, what, **content):
+    """A Crew.ask that damages one kind of message, so that every rank answers it with an error."""
+    ask = crew.ask
+    return lambda asked, tensors=(), **rest: ask(asked, tensors, **{**rest, **(content if asked == what else {})})
+
+
+def test_what_one_rank_could_not_take_over_is_sent_again(tools, model, two, group, monkeypatch):
+    """Others may have taken it over, so it is not known what any of them has."""
+    expected, ours = (sample(tools, lora(tools, model, 0.7)), sample(tools, selected(tools, model))), lora(tools, two, 0.7)
+    sample(tools, ours)
+    pids = [member.pid for member in group.crew.members]
+    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"):
+        patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
+        sample(tools, lora(tools, two, 0.7, seed=6))
+    assert difference(sample(tools, ours), expected[0]) < SAME
+    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"):
+        patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
+        sample(tools, lora(tools, two, 0.7, seed=6))
+    assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME, "no LoRA has to be said too"
+    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the model's options: This worker does not know 'x'"):
+        patch.setattr(group.crew, "ask", damaged(group.crew, "options", specs=[["x", {}]]))
+        sample(tools, two)
+    asked, ask = [], group.crew.ask
+    monkeypatch.setattr(group.crew, "ask", lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content))
+    assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME and "options" in asked
+    assert [member.pid for member in group.crew.members] == pids
+
+
 def test_host_memory_holds_no_copy_of_a_mapped_file(tools, tmp_path):
     import small_models as files
     made = {name: tensor.float() for name, tensor in files.diffusion_model(hidden=512).items()}
@@ -253,6 +303,24 @@ def test_a_replica_has_the_weights_of_rank_0_in_its_number_format(tools, small_m
     expected, found = (dict(one.named_parameters()) for one in (patcher.model, ours))
     assert expected.keys() == found.keys() and all(value.dtype == found[name].dtype and torch.equal(value.float(), found[name].float()) for name, value in expected.items())
     assert ours.manual_cast_dtype == patcher.model.manual_cast_dtype
+
+
+def test_weights_that_could_not_all_be_replaced_leave_no_old_patch_behind(tools, small_models, monkeypatch):
+    """Memory may run out half-way. What was patched before has to be known then, or it stays for every prompt that follows."""
+    monkeypatch.setattr(tools.core.model_patcher, "CoreModelPatcher", tools.core.model_patcher.CoreModelPatcher)
+    source = tools.replica.source_of(tools.load.load_model(str(small_models["model"])))
+    replica = tools.replica.Replica(source, "cpu")
+    first, last = (f"diffusion_model.{name}" for name in ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"))
+    plain = {name: tools.core.utils.get_attr(replica.model.model, name).clone() for name in (first, last)}
+
+    def patched(name):
+        return tools.replica.weights_of(SimpleNamespace(patches={name: [(1.0, ("diff", (torch.ones_like(plain[name]),)), 1.0, None, None)]}))
+    replica.set_weights(*patched(last))
+    with monkeypatch.context() as short, pytest.raises(MemoryError):
+        short.setattr(replica.model, "patch_weight_to_device", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+        replica.set_weights(*patched(first))
+    assert replica.set_weights({}, []) == 0
+    assert all(torch.equal(tools.core.utils.get_attr(replica.model.model, name), plain[name]) for name in plain)
 
 
 def anonymous():
@@ -318,6 +386,23 @@ def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two
     assert all(map(alive, pids)) and torch.isfinite(sample(tools, two, steps=1)).all() and [member.pid for member in group.crew.members] == pids
 
 
+def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, model, two, group, expected):
+    """As step caches of other packs do it, for the length of a call and past every option of the MODEL."""
+    network = model.model.diffusion_model
+
+    def somebodys_forward(*args, **kwargs):
+        return original(*args, **kwargs)
+    sample(tools, two)
+    pids, original = [member.pid for member in group.crew.members], network.forward_orig
+    network.forward_orig = somebodys_forward
+    try:
+        with pytest.raises(ValueError, match="Sequence parallel cannot carry the object patch 'diffusion_model.forward_orig' of test_ranks.*somebodys_forward"):
+            sample(tools, two)
+    finally:
+        del network.forward_orig
+    assert difference(sample(tools, two), expected) < SAME and [member.pid for member in group.crew.members] == pids
+
+
 def test_a_model_that_cannot_be_loaded_twice_is_refused_at_the_node(tools, model):
     with ranks_on_cpu(2):
         unknown = model.clone()
@@ -379,10 +464,21 @@ def test_a_process_without_the_secret_cannot_join_and_disturbs_nobody(tools, mon
             introduce(tools, port, "another secret of some length").receive()
         assert crew.members == []
         channel = introduce(tools, port)
+        assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000, "a host that is gone is noticed while data is on its way"
         assert channel.receive()[0]["do"] == "configure" and [member.where for member in crew.members] == ["far GPU 0"]
         silent.close(), http.close()
     finally:
         crew.stop()
+
+
+def test_the_secret_never_travels(tools, two, group, monkeypatch):
+    """Between hosts everything can be read on the way, and the keys of torch's store are sent as they are."""
+    sample(tools, two, steps=1)
+    asked, ask = [], group.crew.ask
+    monkeypatch.setattr(group.crew, "ask", lambda what, *rest, **content: asked.append(content) or ask(what, *rest, **content))
+    group.end_mesh()
+    sample(tools, two, steps=1)
+    assert any("prefix" in content for content in asked) and group.crew.secret not in str(asked)
 
 
 def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
@@ -396,6 +492,19 @@ def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
         assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(caught.value) and "2.6.0 there" in str(caught.value)
     finally:
         crew.stop()
+
+
+def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_path):
+    """A worker reads the files when it starts, rank 0 read them when ComfyUI did."""
+    shutil.copytree(ROOT / "attention", tmp_path / "attention")
+    shutil.copytree(ROOT / "flux2", tmp_path / "flux2")
+    seen = {tools.facts.DIGEST, tools.facts.pack_digest(tmp_path)}
+    assert len(seen) == 1
+    for name in ("attention/backends/sdpa.py", "attention/selection.py", "flux2/fast_blocks.py", "flux2/ranks/share.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("\n")
+        seen.add(tools.facts.pack_digest(tmp_path))
+    assert len(seen) == 5 and tools.facts.versions()["Flux 2 Attention"] == tools.facts.DIGEST
 
 
 def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
@@ -443,6 +552,19 @@ def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
     wait_until(lambda: not alive(pid), 5)
 
 
+def test_a_rank_that_starts_afresh_keeps_its_gpu(tools, monkeypatch):
+    """By exec, so it finds the environment that it made for itself: one GPU, which is not to be counted from again."""
+    from flux2_pack.flux2.ranks import worker
+    monkeypatch.delenv("FLUX2_RANKS_GPU", raising=False)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for _ in range(2):
+        worker.see_one_gpu()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == "5"
+    os.environ.pop("FLUX2_RANKS_GPU", None)
+
+
 # --- cancels, kills, memory ------------------------------------------------------------------------------------------------
 
 def in_a_step(group, action, delay=0.15):
@@ -483,6 +605,56 @@ def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, gro
         assert isinstance(error, tools.management.InterruptProcessingException) and seconds < 2
         assert difference(sample(tools, two), expected) < SAME
     assert ([member.pid for member in group.crew.members], group._generation) == before, "no process and no connection was made anew"
+
+
+def test_a_cancel_is_heard_by_a_rank_that_has_not_begun_the_pass(tools):
+    """Its two threads: the message to stop may be read before the pass has begun that was asked for just before it."""
+    from flux2_pack.flux2.ranks import worker
+    one = worker.Worker(None)
+    one.interrupt({"number": 7})
+    with one.interruptible(6):
+        assert not tools.management.processing_interrupted()
+    with one.interruptible(7):
+        assert tools.management.processing_interrupted()
+    assert not tools.management.processing_interrupted()
+
+
+def test_a_cancel_between_two_steps_begins_no_pass(tools, two, group, expected):
+    sample(tools, two)
+    asked = []
+
+    def cancel(step, *_):
+        asked.append(group.crew._number)
+        tools.management.interrupt_current_processing(True)
+    with pytest.raises(tools.management.InterruptProcessingException):
+        sample(tools, two, steps=3, callback=cancel)
+    assert len(asked) == 1 and group.crew._number == asked[0] + 1, "the end of the sampling is all that is asked for"
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, group, expected):
+    sample(tools, two)
+    pid, moment = group.crew.members[0].pid, []
+
+    def hang(step, *_):
+        if step == 1:
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(0.5, lambda: moment.append(time.perf_counter()) or tools.management.interrupt_current_processing(True)).start()
+            threading.Timer(6, os.kill, (pid, signal.SIGCONT)).start()
+    with pytest.raises(tools.management.InterruptProcessingException):
+        sample(tools, two, callback=hang)
+    assert time.perf_counter() - moment[0] < 2
+    os.kill(pid, signal.SIGCONT)
+    assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid
+
+
+def test_what_no_rank_can_do_is_said_by_rank_0_and_the_ranks_stay(tools, two, group, expected):
+    sample(tools, two)
+    pids = [member.pid for member in group.crew.members]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="^2 GPUs cannot share 1 tokens of the picture: use fewer GPUs or a larger picture"):
+            sample(tools, two, size=(1, 1))
+    assert difference(sample(tools, two), expected) < SAME and [member.pid for member in group.crew.members] == pids
 
 
 def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, group, expected):
@@ -550,6 +722,41 @@ def test_a_rank_out_of_memory_is_named_and_the_next_prompt_works(tools, two, gro
     assert difference(sample(tools, two), expected) < SAME
 
 
+def test_what_ends_the_ranks_is_heard_after_what_does_not(tools):
+    """Memory runs out on several ranks in the same step: the first takes part in what is left of it, the second cannot, and rank 0 would wait for it."""
+    ended = []
+    crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3), on_failure=lambda: ended.append(True))
+    crew._keeper = threading.current_thread()
+    first, second = (tools.crew.Member(rank, "somewhere") for rank in (1, 2))
+    crew._note(first, {"failed": "forward", "number": 4, "cause": "memory", "broken": False, "text": "memory ran out"})
+    assert crew.started and not ended
+    crew._note(second, {"failed": "forward", "number": 4, "cause": "memory", "broken": True, "text": "memory ran out"})
+    assert ended == [True] and not crew.started and crew.failure.startswith("Rank 1 (somewhere) could not compute its part of a step: memory ran out.")
+
+
+def test_a_rank_that_cannot_be_started_takes_those_before_it_along(tools, monkeypatch):
+    started, start = [], tools.launch.start
+
+    def no_more_than_one(*args):
+        if started:
+            raise OSError(11, "Resource temporarily unavailable")
+        started.append(start(*args))
+        return started[0]
+    monkeypatch.setattr(tools.launch, "start", no_more_than_one)
+    crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3))
+    crew.start()
+    with pytest.raises(tools.crew.RanksFailed, match="The other ranks could not be started: BlockingIOError: .*temporarily unavailable"):
+        crew.done("configure", 1, 20)
+    assert started[0].poll() is not None
+
+
+def test_ranks_that_do_not_stop_are_waited_for_together(tools):
+    """A cancel waits for it, with seven ranks as with one."""
+    hanging, begun = [subprocess.Popen(["sleep", "60"]) for _ in range(5)], time.monotonic()
+    tools.launch.end(hanging, 0.5)
+    assert time.monotonic() - begun < 1.5 and all(process.poll() is not None for process in hanging)
+
+
 def wait_until(true, seconds):
     deadline = time.monotonic() + seconds
     while not true():
@@ -559,7 +766,8 @@ def wait_until(true, seconds):
 
 def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, expected):
     """FLUX2_ROUNDS of them. Each is followed by a sampling that has to be right."""
-    chance, started, threads = random.Random(7), set(), threading.active_count()
+    sample(tools, two)
+    chance, started, threads, files = random.Random(7), set(), threading.active_count(), open_files()
     for number in range(ROUNDS):
         sample(tools, two)
         pids = [member.pid for member in group.crew.members]
@@ -578,7 +786,13 @@ def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, exp
         except tools.crew.RanksFailed:
             assert kill, "only a rank that was killed after the last step may fail the next prompt"
     started.update(member.pid for member in group.crew.members)
-    assert sum(map(alive, started)) <= 1 and threading.active_count() <= threads + 8
+    gc.collect()
+    assert sum(map(alive, started)) <= 1 and threading.active_count() <= threads + 8 and open_files() <= files + 8
+
+
+def open_files():
+    """Files, pipes and sockets, listening ones included, that this process holds."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_unloading_frees_every_rank(tools, two, group, expected, monkeypatch):

@@ -88,6 +88,14 @@ def test_a_rank_that_stops_does_not_hold_up_the_others(found, size, name, kind, 
 
 
 @pytest.mark.parametrize("size, name", ARRANGED)
+def test_a_block_that_is_skipped_on_one_rank_alone_is_said(found, size, name):
+    for number, rank in enumerate(found[size]):
+        seen = rank[name]["failures"]["skipped"]
+        assert ("attention was called 4 times" in seen["said"]) if number == 0 else (seen["said"] == "" and seen["nan"])
+        assert seen["intact"] and seen["after"] <= EXACT
+
+
+@pytest.mark.parametrize("size, name", ARRANGED)
 def test_too_few_tokens_are_refused_by_every_rank(found, size, name):
     for rank in found[size]:
         seen = rank[name]["failures"]["too_few_tokens"]

@@ -16,9 +16,9 @@ from typing import Callable
 
 from .values import Unsendable, flatten, restore
 
-SLOT = "optimized_attention_override"
+SLOT, OPTIONS = "optimized_attention_override", "options"
 # set per rank by core, or read by wrappers, which only rank 0 runs
-LOCAL_OPTIONS = {"wrappers", "callbacks", "patches", "patches_replace", SLOT, "uuids", "sigmas", "sample_sigmas", "prefetch_dynamic_vbars",
+LOCAL_OPTIONS = {"wrappers", "callbacks", "patches", "patches_replace", SLOT, "uuids", "cond_or_uncond", "sigmas", "sample_sigmas", "prefetch_dynamic_vbars",
                  "easycache", "reference_image_num_tokens", "block_type", "block_index", "total_blocks", "img_slice"}
 # callbacks at these moments can change modules and weights behind the patcher's back, on rank 0 alone
 CHANGING_CALLBACKS = ("on_load_after", "on_pre_run", "on_prepare_state", "on_inject_model")
@@ -61,11 +61,17 @@ def things(patcher, options):
         yield from (Thing("wrapper", (kind, key), wrapper) for key, wrappers in keyed.items() for wrapper in wrappers)
     if patcher is not None:
         yield from (Thing("object", name, value) for name, value in patcher.object_patches.items() if inside(name))
+        yield from (Thing("object", f"diffusion_model.{name}", value) for name, value in swapped(patcher.model.diffusion_model))
 
 
 def inside(name):
     """True for an object patch that changes the network; others (model_sampling, latent formats) belong to rank 0's sampler."""
     return name.startswith("diffusion_model") or name == "manual_cast_dtype"
+
+
+def swapped(network):
+    """(name, function) of each method of the network that somebody has put another in the place of, as step caches do for the length of a call."""
+    return [(name, value) for name, value in vars(network).items() if callable(value) and callable(getattr(type(network), name, None))]
 
 
 def carried(patcher, options):
@@ -100,6 +106,12 @@ def applied(model, specs, tools):
             raise Refused(f"This worker does not know '{name}': its copy of the pack is not that of rank 0. Use the same version on every host.")
         model = rows[name].apply(model, spec, tools) or model
     return model
+
+
+def without_options(specs):
+    """(specs without plain options, {name: value} of those)."""
+    plain = [spec for name, spec in specs if name == OPTIONS]
+    return [entry for entry in specs if entry[0] != OPTIONS], {name: restore(data, []) for name, data in plain}
 
 
 # --- what cannot be carried --------------------------------------------------------------------------------------------
@@ -232,7 +244,7 @@ def apply_object(model, spec, tools):
 
 
 ROWS = (
-    Row("options", find_plain("option"), apply_option),
+    Row(OPTIONS, find_plain("option"), apply_option),
     Row("object patches", find_plain("object"), apply_object),
     Row("Select Attention (FLUX.2)", find_selection, apply_selection),
     Row("Flux KV Cache", find_kv_cache, apply_kv_cache),

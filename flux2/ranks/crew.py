@@ -116,18 +116,17 @@ class Crew:
 
     def _keep(self):
         """The keeper thread. What it starts ends with it."""
-        processes = []
         try:
-            processes = self._start_processes()
+            self._start_processes()
             self._welcome_all()
             while not self.stopping.wait(POLL if self.busy else LOOK):
                 self._look()
                 self.look_after()
         except Exception as error:
-            said = isinstance(error, (RanksFailed, OSError))
+            said = isinstance(error, RanksFailed)
             self.fail(str(error) if said else f"The other ranks could not be started: {type(error).__name__}: {error}")
         finally:
-            self._end(processes)
+            self._end([member.process for member in self.members if member.process is not None])
 
     def _start_processes(self):
         address = self._listening.getsockname()[:2]
@@ -137,7 +136,6 @@ class Crew:
             member = Member(rank, "this machine's CPU" if gpu is None else f"cuda:{gpu}", process, pid=process.pid)
             self.members = [*self.members, member]
             in_thread(self._hear, member, name=f"output of rank {rank}")
-        return [member.process for member in self.members]
 
     def _hear(self, member):
         """A worker's output: kept for the text of a failure, and in ComfyUI's log at its debug level."""
@@ -161,7 +159,7 @@ class Crew:
         for member in self.members:
             if member.channel is not None:
                 quietly(member.channel.send, {"do": "stop"})
-        launch.end(processes, 0.3 if self.failure else 2.0)
+        launch.end(processes, 0.3 if self.failure or self.busy else 2.0)  # busy: a cancelled prompt is waiting for this
         for member in self.members:
             if member.channel is not None:
                 member.channel.close()
@@ -320,15 +318,17 @@ class Crew:
             self.fail(gone(member, member.ending() or f"its connection ended ({error})"), member=member)
 
     def fail(self, text, fatal=True, member=None):
-        """Keep the first failure; a fatal one lets nobody wait any longer. For `check` to raise. member: whose output belongs into the log."""
+        """Keep the first failure; a fatal one lets nobody wait any longer, also behind one that is not. For `check` to raise. member: whose output
+        belongs into the log."""
         with self.changed:
-            first = self.failure is None
+            first, ends = self.failure is None, fatal and not (self.failure and self.fatal)
             if first:
-                self.failure, self.fatal = text, fatal
+                self.failure = text
+            self.fatal = fatal if first else self.fatal or fatal
             self.changed.notify_all()
         if first:
             log.error("Sequence parallel: %s%s", text, "".join(f"\n  rank {member.rank}: {line}" for line in member.lines) if member else "")
-        if first and fatal:
+        if ends:
             self.on_failure()
             for other in self.members:  # a wait in gloo ends when the other side ends too: also a rank that is idle has to
                 if other.channel is not None:

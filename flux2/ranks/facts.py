@@ -1,5 +1,4 @@
 """What a rank is: versions that have to be equal on every rank, and the name of its device."""
-import functools
 import hashlib
 import platform
 from pathlib import Path
@@ -11,19 +10,21 @@ PACK = Path(__file__).resolve().parents[2]
 
 def versions():
     """{what: version}: those that decide whether ranks can exchange data and compute the same."""
-    found = {"PyTorch": torch.__version__, "ComfyUI": comfyui_version(), "Flux 2 Attention": pack_digest()}
+    found = {"PyTorch": torch.__version__, "ComfyUI": comfyui_version(), "Flux 2 Attention": DIGEST}
     if torch.cuda.is_available():
         found["RCCL" if torch.version.hip else "NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
-@functools.cache
-def pack_digest():
-    """Eight digits that change with the code that the ranks have to have in common, as it was when this process first asked."""
+def pack_digest(pack=PACK):
+    """Eight digits that change with the code that the ranks have to have in common: all that takes part in a forward pass."""
     code = hashlib.sha256()
-    for file in sorted(file for folder in ("attention/parallel", "flux2/split", "flux2/ranks") for file in (PACK / folder).glob("*.py")):
-        code.update(file.read_bytes())
+    for file in sorted(file for folder in ("attention", "flux2") for file in (pack / folder).rglob("*.py")):
+        code.update(file.relative_to(pack).as_posix().encode() + file.read_bytes())
     return code.hexdigest()[:8]
+
+
+DIGEST = pack_digest()  # of the code that this process runs: files may be updated while it does, and workers read them later
 
 
 def comfyui_version():

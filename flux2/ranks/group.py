@@ -14,6 +14,7 @@ that is gone ends all of them; the next sampling starts anew, its weights coming
 import atexit
 from contextlib import contextmanager
 import logging
+import secrets
 import threading
 import time
 import weakref
@@ -54,9 +55,14 @@ class Group:
     def _forget(self):
         """Nothing is known to be on the other ranks."""
         self.mesh = self.share = self._groups = self._store = None
-        self._source = self._loading = self._arranged = self._options = self._weights = None
-        self._sent, self._pass, self._idle_since, self._seen_loaded, self._asked_since = {}, None, None, False, None
-        self._generation, self._patcher_state = 0, None
+        self._source = self._loading = self._arranged = None
+        self._nothing_taken_over()
+        self._pass, self._idle_since, self._seen_loaded, self._asked_since = None, None, False, None
+        self._generation = 0
+
+    def _nothing_taken_over(self):
+        """The replicas are as they were loaded. _options, _weights: what every rank has, None while that is not known; see `update`."""
+        self._options, self._weights, self._sent, self._patcher_state = None, set(), {}, None
 
     @property
     def begun(self):
@@ -96,12 +102,12 @@ class Group:
         if source != self._source:
             self._make_room(patcher.model_size())
             self._source, self._loading = source, self.crew.ask("load", source=source)
-            self._options, self._weights, self._sent, self._patcher_state = None, None, {}, None
+            self._nothing_taken_over()
 
     def _make_room(self, size):
         """Other models leave the other ranks' GPUs when this one, of `size` bytes, would not fit beside them. ComfyUI does the same for rank 0 a
         little later."""
-        answers = self.crew.done("room", self.crew.ask("room"), ACKNOWLEDGING)
+        answers = self._answers("room", self.crew.ask("room"))
         free = [answer["free"] for answer in answers.values() if answer["free"] is not None]
         if free and min(free) < ROOM * size:
             for other in list(living):
@@ -122,6 +128,13 @@ class Group:
         self.seconds.setdefault(what, time.perf_counter() - self.crew.began)
         return answers
 
+    def _answers(self, what, number, patience=ACKNOWLEDGING):
+        """What every rank answers; a cancel of the user is heard meanwhile."""
+        def wait(waiting):
+            if self.cancelled():
+                raise RanksFailed("The prompt was cancelled.")
+        return self.crew.done(what, number, patience, wait)
+
     def _make_mesh(self, progress):
         """Process groups between all ranks, made by all of them at the same time. In a thread: a rank that dies meanwhile would hold this one up."""
         self.end_mesh()
@@ -129,7 +142,7 @@ class Group:
         far = next((member for member in self.crew.members if member.process is None), None)
         host = far.channel.socket.getsockname()[0] if far else launch.LOOPBACK
         self._store = self._store or groups.hosted_store(host)
-        prefix = f"{self.crew.secret}/{self._generation}"
+        prefix = f"{secrets.token_hex(16)}/{self._generation}"  # not to be guessed, and not the secret: keys of the store travel as they are
         number = self.crew.ask("mesh", mesh=self.plan.mesh(), size=self.plan.size, prefix=prefix, store=[host, self._store.port],
                                each=lambda member: {"host": member.address if member.process is None else host})
         made = InThread(lambda: self._own_mesh(prefix, host), unwanted=lambda made: made[0].end())
@@ -156,21 +169,24 @@ class Group:
         """Bring options and LoRA weights of every rank to those of this MODEL; acknowledged before anything is computed. Raises carry.Refused."""
         specs = carry.carried(patcher, options)
         if patcher is not None and patcher.patches_uuid != self._patcher_state:
+            self._patcher_state = None
             self._send_weights(patcher)
             self._patcher_state = patcher.patches_uuid
         if specs != self._options:
-            self.crew.done("options", self.crew.ask("options", specs=specs), ACKNOWLEDGING)
+            self._options = None  # one rank may refuse what another has taken over
+            self._answers("options", self.crew.ask("options", specs=specs))
             self._options = specs
 
     def _send_weights(self, patcher):
         """LoRA tensors that a rank has from before stay there: a new strength sends numbers alone."""
         data, tensors = replica.weights_of(patcher)
-        if not data and not self._weights:
+        if not data and self._weights == set():
             return
         numbers = [self._number_of(tensor) for tensor in tensors]
         new = {number: tensor for number, tensor in zip(numbers, tensors) if number not in (self._weights or ())}
+        self._weights = None  # until every rank says that it has these
         asked = self.crew.ask("weights", list(new.values()), new=list(new), numbers=numbers, patches=data)
-        for rank, answer in self.crew.done("weights", asked, ACKNOWLEDGING).items():
+        for rank, answer in self._answers("weights", asked).items():
             if answer["patched"] != len(patcher.patches):
                 raise RanksFailed(f"Rank {rank} patched {answer['patched']} weights, rank 0 has {len(patcher.patches)} to patch.")
         self._weights = set(numbers)
@@ -208,14 +224,11 @@ class Group:
 
     def _after(self, number, error):
         """Rank 0's pass raised. With the mesh whole, wait for the others to come to its end; else end them, and say who is the reason."""
-        if self.mesh.broken is None and self.crew.failure is None:
+        if self.mesh.broken is None and self.crew.started:
             self._interrupt(number)
-            try:
-                self.crew.done("forward", number, STOPPING)
-                return
-            except RanksFailed:
+            if not self._ended(number):
                 self.stop()
-                return
+            return
         deadline = time.perf_counter() + 4
         while self.crew.failure is None and self.crew.started and time.perf_counter() < deadline:
             time.sleep(0.02)
@@ -224,11 +237,22 @@ class Group:
         if isinstance(error, Exception):
             raise RanksFailed(failure or f"The exchange between the ranks failed: {error}") from error
 
+    def _ended(self, number):
+        """Whether every rank came to the end of a pass that rank 0 gave up. Why one of them failed in it is not told: rank 0 has its own reason."""
+        deadline = time.perf_counter() + STOPPING
+        while self.crew.started and time.perf_counter() < deadline:
+            try:
+                self.crew.done("forward", number, deadline - time.perf_counter())
+                return True
+            except RanksFailed:
+                continue
+        return False
+
     # --- a sampling, and after it
 
     def finish(self, patience=FINISHING):
         """The end of a sampling: every rank's times into `last`. Raises what went wrong on any rank, also in the last pass."""
-        answers = self.crew.done("finish", self.crew.ask("finish"), patience)
+        answers = self._answers("finish", self.crew.ask("finish"), patience)
         self.last = {rank: {"times": answer["times"], "attention": answer["attention"]} for rank, answer in answers.items()}
         if self.mesh is not None:
             if self.device.type == "cuda":
@@ -256,7 +280,8 @@ class Group:
             self.end_mesh()
             number = self.crew.ask("drop")
             log.info("Sequence parallel: the model was unloaded, and %d other ranks drop theirs.", self.plan.size - 1)
-            self._source = self._options = self._weights = self._patcher_state = None
+            self._source = None
+            self._nothing_taken_over()
             self._seen_loaded, self._idle_since = False, time.perf_counter()
         if wait:
             self.crew.done("drop", number, ACKNOWLEDGING)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 WORKER = Path(__file__).with_name("worker.py")
 SECRET, LISTEN, CPU_RANKS = "FLUX2_RANKS_SECRET", "FLUX2_RANKS_LISTEN", "FLUX2_CPU_RANKS"
@@ -75,10 +76,11 @@ def ending_of(process):
 
 
 def end(processes, patience=2.0):
-    """End processes that were asked to stop: wait a little, then kill. Returns when they are gone."""
+    """End processes that were asked to stop: wait a little for all of them together, then kill. Returns when they are gone."""
+    deadline = time.monotonic() + patience
     for process in processes:
         try:
-            process.wait(patience)
+            process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
     for process in processes:

@@ -4,7 +4,7 @@
   channel = welcome(accepted_socket, secret)            # rank 0
   channel.send({"do": "load", ...}, [tensor, ...]);  message, tensors = channel.receive()
 
-Nothing is unpickled, ever, and nothing but 80 bytes of fixed size is read from a peer before it is known. The proof: each side sends a nonce and then
+Nothing is unpickled, ever, and nothing but 96 bytes of fixed size is read from a peer before it is known. The proof: each side sends a nonce and then
 HMAC-SHA256(secret, own role, both nonces). The content is not encrypted: between hosts, use a network that you trust (the tensors of NCCL are not
 encrypted either). Needs the standard library alone until a tensor is sent, because a worker reports before it imports torch.
 """
@@ -124,9 +124,9 @@ def proof(secret, role, nonces):
 
 
 def keep_alive(sock):
-    """Notice within ten seconds that another host is gone; a dead process is noticed at once."""
+    """Notice within ten seconds that another host is gone, also while something is on its way there; a dead process is noticed at once."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 10_000)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

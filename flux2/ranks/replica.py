@@ -82,7 +82,7 @@ class Replica:
         self.model = load(source)
         self.network = self.model.model.diffusion_model
         self.originals = dict(self.model.model.named_parameters())
-        self._replaced = {}
+        self._replaced, self._patched, self._things, self._plain = {}, set(), None, {}
         for key in self.originals:
             self._place(key)
         for key, buffer in list(self.model.model.named_buffers()):
@@ -107,24 +107,33 @@ class Replica:
 
     def set_weights(self, data, tensors):
         """Replace the weight patches by these (see weights_of). Returns how many weights carry patches now."""
-        before, self.model.patches = set(self.model.patches), restore(data, tensors)
-        missing = sorted(set(self.model.patches) - set(self.originals))
+        patches = restore(data, tensors)
+        missing = sorted(set(patches) - set(self.originals))
         if missing:
             raise carry.Refused(f"The weight patches are for {missing[0]}, which the model on this rank does not have.")
-        for key in sorted(before | set(self.model.patches)):
+        self.model.patches = patches
+        self._patched |= set(patches)  # memory may run out half-way: until all are written, those of before count too
+        for key in sorted(self._patched):
             self._place(key)
-        return len(self.model.patches)
+        self._patched = set(patches)
+        return len(patches)
 
     def set_options(self, specs, tools):
-        """Carry these things (see carry.carried) and no others."""
-        self.current = carry.applied(self.model, specs, tools)
+        """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on the model stays as it is then,
+        with what it keeps between passes (the references of Flux KV Cache)."""
+        things, self._plain = carry.without_options(specs)
+        if things == self._things:
+            return
+        self._things = None
+        self.current = carry.applied(self.model, things, tools)
         for name, value in self._replaced.items():
             comfy.utils.set_attr(self.model.model, name, value)
         self._replaced = {name: comfy.utils.set_attr(self.model.model, name, value) for name, value in self.current.object_patches.items()}
+        self._things = things
 
     def options(self):
         """transformer_options for one forward pass."""
-        options = dict(self.current.model_options["transformer_options"])
+        options = {**self.current.model_options["transformer_options"], **self._plain}
         return {**options, "wrappers": self.current.wrappers, "callbacks": self.current.callbacks, "prefetch_dynamic_vbars": False}
 
     def sampled(self):

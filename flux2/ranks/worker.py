@@ -58,7 +58,7 @@ class Worker:
         self.channel, self.inbox = channel, queue.SimpleQueue()
         self.replica = self.mesh = self.groups = self.share = self.tools = None
         self.rank, self.device = 0, "cpu"
-        self.running, self.lock = None, threading.Lock()
+        self.running, self.stopped, self.lock = None, 0, threading.Lock()
         self.absent = False  # from exchanges in which the others are
 
     # --- two threads
@@ -110,11 +110,15 @@ class Worker:
         self.absent = False
 
     def interrupt(self, message):
-        """Stop computing forward pass `number`, if that is what this rank is doing."""
+        """Stop computing forward pass `number`, if that is what this rank is doing or will do next."""
         with self.lock:
-            if self.running == message["number"]:
-                import comfy.model_management
-                comfy.model_management.interrupt_current_processing(True)
+            self.stopped = message["number"]
+            self._heed()
+
+    def _heed(self):
+        if self.running == self.stopped:
+            import comfy.model_management
+            comfy.model_management.interrupt_current_processing(True)
 
     def end(self, message):
         """End what waits in the process groups."""
@@ -214,6 +218,7 @@ class Worker:
     def interruptible(self, number):
         with self.lock:
             self.running = number
+            self._heed()
         try:
             yield
         finally:
@@ -308,7 +313,8 @@ def options():
 def see_one_gpu():
     """Under torchrun every worker sees all GPUs of the host: keep the one of LOCAL_RANK. Rank 0 has done it for workers of its own."""
     index = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pack("flux2.ranks.launch").visible(index)
+    # kept for a start afresh (leave), which finds what is set here in the place of the host's own selection
+    chosen = os.environ.setdefault("FLUX2_RANKS_GPU", pack("flux2.ranks.launch").visible(index))
     os.environ.update(CUDA_VISIBLE_DEVICES=chosen, HIP_VISIBLE_DEVICES=chosen)
 
 

@@ -126,6 +126,7 @@ def passed(group, executor, patcher, inputs, options, work):
         group.at_rest()
     group.ready(Progress())
     group.update(patcher, options)
+    management.throw_exception_if_processing_interrupted()  # nobody has begun this pass, so nobody has to be called off
     with group.forward(executor.class_obj, inputs, moment_of(options)):
         return work()
 

@@ -156,6 +156,10 @@ class Pass:
         """What forward_orig returns on one GPU, from this rank's part (B, S, C): the picture's tokens of all ranks, then those of the references."""
         if self.plan is None:
             raise RuntimeError("This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share it.")
+        made, calls = self.mesh.attended - self.before, self.shared.calls
+        if made != calls and self.mesh.size > 1:  # the other ranks are in another exchange than this one
+            raise RuntimeError(f"In this pass attention was called {made} times, and the blocks of this model call it {calls} times: another node skips or "
+                               "repeats blocks, and the other GPUs do not know. Remove that node, or set gpus to 1.")
         whole = self.mesh.gather(out, self.plan.picture_lengths())
         self.finished = True
         if not self.plan.attended or not self.plan.references[-1][1]:
