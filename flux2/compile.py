@@ -155,7 +155,7 @@ class Runner:
 
     def __init__(self, plan, kind, block, layers):
         self.plan, self.kind, self.block, self.layers = plan, kind, block, layers
-        self.eager, self.foreign = block.forward, "forward" in vars(block)
+        self.eager, self.foreign = block.forward, getattr(block.forward, "__func__", None) is not type(block).forward
 
     def __call__(self, *args, transformer_options={}, **kwargs):
         comfy.model_management.throw_exception_if_processing_interrupted()  # the layers of a graph do not look

@@ -8,8 +8,7 @@ from collections import Counter
 
 import torch
 
-from comfy.ldm.flux.math import attention as rotated_attention
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.flux import layers as flux_layers, math as flux_math  # looked into at each call: packs put their own attention there
 from comfy.patcher_extension import WrappersMP
 
 from . import kernels
@@ -17,6 +16,7 @@ from .products import Products, norm_weight
 
 KEY = "flux2_fast_blocks"
 KINDS = ("double_block", "single_block")
+WRAPPED = "another pack wraps core's block, and what it does there would be lost"
 
 
 class FastLog:
@@ -95,7 +95,15 @@ def unsuitable(block, kind):
     size = getattr(getattr(norm, "query_norm", None), "weight", torch.empty(0)).numel()
     if size < 2 or size & (size - 1):
         return f"its heads have {size} elements, and the kernels want a power of two"
+    if any(part.eps is not None for part in (norm.query_norm, norm.key_norm, *text_norms(block))):
+        return "its q and k norms have an epsilon of their own, and the kernels take PyTorch's default"
     return None
+
+
+def text_norms(block):
+    """The q and k norms of a double block's text side; none of a single block."""
+    norm = getattr(getattr(block, "txt_attn", None), "norm", None)
+    return (norm.query_norm, norm.key_norm) if norm else ()
 
 
 class Replacement:
@@ -103,16 +111,21 @@ class Replacement:
 
     def __init__(self, fast, block, log, products, before):
         self.fast, self.block, self.log, self.products, self.before = fast, block, log, products, before
+        # whoever compiles the whole model would find nothing in the closure that original_call looks into
+        self.untraced = torch.compiler.disable(Replacement.answer)
 
     def __call__(self, args, extra):
+        return self.untraced(self, args, extra)
+
+    def answer(self, args, extra):
         if self.before is None:
             return self.run(args, extra["original_block"])
         return self.before(args, {**extra, "original_block": lambda inner: self.run(inner, extra["original_block"])})
 
     def run(self, args, original):
-        block, given = original_call(original, self.block)
-        segment, reason = segment_of(given, args["vec"])
-        reason = reason or uncomputable(args)
+        block, given = original_call(original)
+        segment, reason = segment_of(given, args["vec"]) if type(block) is type(self.block) else (None, WRAPPED)
+        reason = reason or changed_inside(block) or uncomputable(args)
         if reason:
             self.count(self.log.left, reason)
             return original(args)
@@ -125,21 +138,34 @@ class Replacement:
             counter[key] += 1
 
 
-def original_call(original, block):
-    """(the block module, the keyword arguments) that core's own call of a block would use.
+def original_call(original):
+    """(the block module, the keyword arguments) that core's own call of a block would use; None for what it does not close over.
 
-    Core hands a replacement neither: they are what its inner function closes over. One that closes over nothing of the kind gives
-    (the module found when the blocks were installed, None).
+    Core hands a replacement neither: they are what its inner function closes over. One that closes over no block is not core's.
     """
     names = getattr(getattr(original, "__code__", None), "co_freevars", ())
     held = dict(zip(names, (cell.cell_contents for cell in getattr(original, "__closure__", None) or ())))
-    return held.get("block", block), held.get("extra_kwargs")
+    block = held.get("block")
+    return getattr(block, "_orig_mod", block), held.get("extra_kwargs")  # torch.compile wraps the modules that it is given
+
+
+def changed_inside(block):
+    """Why a block's own forward is not core's, or not all that a call of it does, as a sentence; None when it is."""
+    foreign = getattr(block.forward, "__func__", None) is not type(block).forward
+    foreign = foreign and getattr(block.forward, "foreign", True)  # Compile Blocks puts its own there, and knows whether another's was there before
+    if foreign or type(block).forward.__module__ != flux_layers.__name__:
+        return "another pack has put a function of its own in the place of the block's"
+    if block._forward_hooks or block._forward_pre_hooks:
+        return "another pack has a hook on the block"
+    if flux_layers.attention is not flux_math.attention:
+        return "another pack has put a function of its own in the place of FLUX's attention"
+    return None
 
 
 def segment_of(given, vec):
     """((start, end) of the tokens that the modulation's second row is for, reason). reason: why a call cannot be fused, or None."""
     if given is None:
-        return ((0, 0), None) if rows(vec) == 1 else (None, "another pack wraps core's block, which hides what tokens the second modulation is for")
+        return ((0, 0), None) if rows(vec) == 1 else (None, "core does not say what tokens the second modulation is for")
     others = sorted(set(given) - {"modulation_dims_img", "modulation_dims"})
     if others:
         return None, f"core passes arguments that the fused blocks do not know: {', '.join(others)}"
@@ -250,10 +276,10 @@ def attend(heads, args, place):
         for patch in patches["attn1_patch"]:
             out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
             q, k, v, pe, mask = (out.get(name, old) for name, old in zip(("q", "k", "v", "pe", "attn_mask"), (q, k, v, pe, mask)))
-        attn = rotated_attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+        attn = flux_layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
     else:
         q, k, v = (t.transpose(1, 2) for t in heads(pe))
-        attn = optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options)
+        attn = flux_math.optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options)
     for patch in patches.get("attn1_output_patch", ()):
         attn = patch(attn, extra)
     return attn

@@ -1,7 +1,7 @@
 """Fused transformer blocks for a MODEL."""
 from comfy_api.latest import io
 
-from ..flux2 import fast_blocks, kernels, row_fp8
+from ..flux2 import compiler, fast_blocks, kernels, row_fp8
 
 CATEGORY = "Flux 2"
 CHECKPOINT, FP8 = "checkpoint", "fp8"
@@ -27,7 +27,8 @@ class Flux2FastBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision=CHECKPOINT) -> io.NodeOutput:
-        reason = kernels.unavailable(model.load_device)
+        device = model.load_device
+        reason = kernels.unavailable(device) or (compiler.unavailable(device) if device.type == "cuda" else None)
         if reason:
             raise RuntimeError(f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing.")
         patched = model.clone()

@@ -3,11 +3,14 @@
 Run by test_fast_blocks.py in a process of its own: Triton asks for TRITON_INTERPRET when it is imported. The interpreter computes in numpy and has no bfloat16;
 that is measured on a GPU by benchmarks/fast_check.py.
 """
+import json
 import os
 import types
 
 import pytest
 import torch
+
+import small_models as maker
 
 CLOSE = 1e-6
 ALL = {"fast": 6, "left": {}}  # the small model has two double and four single blocks
@@ -183,6 +186,63 @@ def test_a_lora_on_every_layer_and_its_strength(tools, flux2):
     assert torch.equal(*outs)
 
 
+LOADS = {"--lowvram": 0.5, "--novram": 0.0}  # the share of the weights that is loaded; the others are cast, and get their LoRA, when they are called
+
+
+@pytest.mark.parametrize("mode", LOADS)
+def test_a_lora_on_weights_that_are_not_loaded_and_a_model_unloaded_between_two_prompts(tools, flux2, mode):
+    """By ComfyUI's own loading, as with --lowvram and --novram, norms included; then unloaded and loaded whole."""
+    network, given, g = flux2.model.diffusion_model, inputs({}), torch.Generator().manual_seed(8)
+    model, device = fast(tools, flux2), torch.device("cpu")
+    change = {f"diffusion_model.{name}": ("diff", (torch.randn(w.shape, generator=g) * 0.02,)) for name, w in network.named_parameters() if "blocks" in name}
+    assert len(model.add_patches(change, 0.7)) == len(change)
+    plain = forward(flux2, given)
+    model.patch_model(device, lowvram_model_memory=max(0.1, LOADS[mode] * model.model_size()))
+    late = [name for name, module in network.named_modules() if "blocks" in name and getattr(module, "weight_function", None)]
+    assert (0 < len(late) < len(change)) if LOADS[mode] else len(late) == len(change)
+    out, expected = forward(model, given), forward(flux2, given)
+    assert tools.fast_blocks.log_of(model).as_data() == ALL
+    model.detach()
+    assert torch.equal(forward(flux2, given), plain)
+    model.patch_model(device)
+    again = forward(model, given)
+    model.detach()
+    assert relative(out, expected) < CLOSE and relative(again, out) < CLOSE and relative(expected, plain) > 1e-3
+
+
+def fp8_checkpoint(tools, monkeypatch, native, without_scale):
+    """A MODEL of an fp8 checkpoint. native: its products run in fp8, as on a GPU that has them; one layer has no input scale."""
+    monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: native)
+    weights = maker.diffusion_model(dtype=torch.float32)
+    layers = [name.removesuffix(".weight") for name in weights if "_blocks." in name and "norm" not in name]
+    for layer in layers:
+        scale = weights[f"{layer}.weight"].abs().max() / 448
+        weights |= {f"{layer}.weight": (weights[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
+        weights |= {f"{layer}.input_scale": torch.tensor(0.02)} if layer != without_scale else {}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})}
+    return tools.comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata)
+
+
+def test_the_kernels_of_an_fp8_checkpoint_write_the_input_of_its_products(tools, monkeypatch):
+    """With the checkpoint's scale, except where the layer would not quantise its input: there the LoRA comes when it is called."""
+    from comfy.quant_ops import QuantizedTensor
+    given, without_scale = inputs({}), "single_blocks.1.linear1"
+    exact = forward(fp8_checkpoint(tools, monkeypatch, False, without_scale), given)
+    core, seen = fp8_checkpoint(tools, monkeypatch, True, without_scale), {}
+    network = core.model.diffusion_model
+    for name, layer in network.named_modules():
+        if getattr(layer, "layout_type", None):
+            layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+    network.single_blocks[2].linear2.weight_function = [lambda weight: weight]
+    expected = forward(core, given)
+    assert not any(isinstance(x, QuantizedTensor) for x in seen.values())
+    out = forward(fast(tools, core), given)
+    scales = {name: x.params.scale.item() for name, x in seen.items() if isinstance(x, QuantizedTensor)}
+    left = {f"double_blocks.{n}.{side}_attn.proj" for n in range(2) for side in ("img", "txt")} | {"single_blocks.2.linear2"}
+    assert set(seen) - set(scales) == left and scales.pop(without_scale) == 1 and set(scales.values()) == {torch.tensor(0.02).item()}
+    assert 0 < relative(out, exact) < 3 * relative(expected, exact)  # the interpreter rounds fp8 towards zero: twice the error of a GPU
+
+
 def test_float16_overflow_is_mended_as_in_core(tools):
     from flux2_pack.flux2.kernels.norm import add_gated
     x, delta = torch.full((1, 2, 8), 60000.0).half(), torch.tensor([60000.0, -60000.0, float("nan"), 1, 2, 3, 4, 5]).half().expand(1, 2, 8).contiguous()
@@ -199,20 +259,102 @@ def test_the_report_says_what_was_fused(tools, flux2):
     assert "Fused blocks: 6 of 6 block calls." in output.args[1] and output.ui["flux2_attention"][0]["fast_blocks"] == ALL
 
 
-def test_calls_that_cannot_be_fused_are_left_to_core_and_counted(tools, flux2):
-    model, given = fast(tools, flux2), inputs({"references": 1, "method": "index_timestep_zero"})
+def test_what_another_pack_does_around_cores_block_is_not_lost(tools, flux2):
+    """A replacement that keeps ours, and hands it an original block of its own: the call is left to that, and counted."""
+    model, given = fast(tools, flux2), inputs({})
+    ours = model.model_options["transformer_options"]["patches_replace"]["dit"][("single_block", 0)]
 
-    def hiding(args, extra):
-        inner = extra["original_block"]
-        return inner(args)
-    replacement = model.model_options["transformer_options"]["patches_replace"]["dit"][("single_block", 0)]
-    wrapped = model.clone()
-    wrapped.set_model_patch_replace(lambda args, extra: replacement(args, {"original_block": lambda a: hiding(a, extra)}), "dit", "single_block", 0)
-    assert relative(forward(wrapped, given), forward(flux2, given)) < CLOSE
-    data = tools.fast_blocks.log_of(model).as_data()
-    assert data["fast"] == 5 and list(data["left"].values()) == [1] and "second modulation" in next(iter(data["left"]))
-    text = tools.fast_blocks.log_of(model).as_text()
+    def stronger(original):
+        return lambda args: {"img": original(args)["img"] * 1.5}
+    core, wrapped = flux2.clone(), model.clone()
+    core.set_model_patch_replace(lambda args, extra: stronger(extra["original_block"])(args), "dit", "single_block", 0)
+    wrapped.set_model_patch_replace(lambda args, extra: ours(args, {"original_block": stronger(extra["original_block"])}), "dit", "single_block", 0)
+    expected = forward(core, given)
+    assert relative(forward(wrapped, given), expected) < CLOSE and relative(expected, forward(flux2, given)) > 1e-3
+    data, text = tools.fast_blocks.log_of(model).as_data(), tools.fast_blocks.log_of(model).as_text()
+    assert data["fast"] == 5 and list(data["left"].values()) == [1] and "another pack wraps core's block" in next(iter(data["left"]))
     assert "5 of 6 block calls" in text and "left to ComfyUI's block, 1 calls" in text
+
+
+def test_a_block_or_an_attention_that_another_pack_has_changed_from_inside_stays_so(tools, flux2, monkeypatch):
+    from comfy.ldm.flux import layers, math
+    network, given, original = flux2.model.diffusion_model, inputs({}), math.optimized_attention
+    plain = forward(flux2, given)
+
+    def both():
+        """(error to core's, calls left to core's blocks and why), with the change in both."""
+        model, expected = fast(tools, flux2), forward(flux2, given)
+        assert relative(expected, plain) > 1e-4
+        return relative(forward(model, given), expected), tools.fast_blocks.log_of(model).as_data()["left"]
+    with monkeypatch.context() as patch:  # as packs do that put one attention kernel everywhere
+        patch.setattr(math, "optimized_attention", lambda *args, **kwargs: original(*args, **kwargs) * 1.2)
+        error, left = both()
+        assert error < CLOSE and not left
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "attention", lambda *args, **kwargs: math.attention(*args, **kwargs) * 1.2)
+        error, left = both()
+        assert error < CLOSE and left == {"another pack has put a function of its own in the place of FLUX's attention": 6}
+    block = network.single_blocks[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "forward", lambda *args, **kwargs: type(block).forward(block, *args, **kwargs) * 1.1)
+        error, left = both()
+        assert error < CLOSE and left == {"another pack has put a function of its own in the place of the block's": 1}
+    assert "forward" in vars(block)  # packs, too, put back what they found there: the class's own function, now the block's
+    hook = network.double_blocks[1].register_forward_hook(lambda module, args, out: (out[0] * 1.1, out[1]))
+    error, left = both()
+    hook.remove()
+    del block.forward
+    assert error < CLOSE and left == {"another pack has a hook on the block": 1}
+
+
+COMPILED = {"the whole model": ["diffusion_model"], "block by block": [f"diffusion_model.{kind}_blocks.{n}" for kind in ("double", "single") for n in range(2)]}
+
+
+@pytest.mark.parametrize("keys", COMPILED)
+def test_a_model_that_cores_node_compiles_keeps_its_fused_blocks(tools, flux2, keys):
+    """Two references at timestep zero: what core tells a block only in a closure must reach the kernels here too."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    given, model = inputs({"references": 2, "method": "index_timestep_zero"}), fast(tools, flux2)
+    set_torch_compile_wrapper(model=model, backend="eager", keys=COMPILED[keys])
+    assert relative(forward(model, given), forward(flux2, given)) < CLOSE
+    assert tools.fast_blocks.log_of(model).as_data() == ALL
+
+
+def test_compile_blocks_leaves_them_too(tools, flux2):
+    from flux2_pack.flux2 import compile
+    given, model = inputs({}), fast(tools, flux2)
+    compile.install(model, compile.Plan(backend="eager"))
+    assert relative(forward(model, given), forward(flux2, given)) < CLOSE
+    assert tools.fast_blocks.log_of(model).as_data() == ALL and not compile.plan_of(model).log.graphs
+
+
+def test_a_block_with_another_epsilon_in_its_norms_is_not_fused(tools, flux2, monkeypatch):
+    block = flux2.model.diffusion_model.double_blocks[0]
+    monkeypatch.setattr(block.txt_attn.norm.key_norm, "eps", 1e-3)
+    _, reasons = tools.fast_blocks.install(flux2.clone())
+    assert list(reasons) == [("double_block", 0)] and "epsilon" in reasons["double_block", 0]
+
+
+def far(shape, apart):
+    """A float16 tensor whose tokens lie `apart` elements from one another, in memory that is reserved and not used."""
+    batch, tokens, width = shape
+    return torch.empty(tokens * apart, dtype=torch.float16).as_strided(shape, (0, apart, 1)).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_offsets_beyond_32_bits(comfy, monkeypatch):
+    """As at 4096x4096 with references, where the output of a block's first product has more than 2**31 elements."""
+    from triton.runtime import interpreter
+    from flux2_pack.flux2.kernels import heads, norm, quantise, swiglu
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # copies a tensor's whole storage, onto itself on a CPU
+    x, weight, scales = far((1, 3, 192), 2 ** 30), torch.ones(32, dtype=torch.float16), torch.empty(1, 3, 1)
+    near, shift, scale = x.contiguous(), *torch.zeros(1, 1, 384, dtype=torch.float16).chunk(2, -1)
+    for far_out, near_out in ((norm.norm_modulate(x, shift, scale), norm.norm_modulate(near, shift, scale)), (swiglu.swiglu(x), swiglu.swiglu(near)),
+                              *zip(heads.single_qkv(x, 2, weight, weight, None), heads.single_qkv(near, 2, weight, weight, None)),
+                              *zip(heads.joint_qkv(near, x, 2, (weight, weight), (weight, weight), None), heads.joint_qkv(near, near, 2, (weight, weight), (weight, weight), None)),
+                              (quantise.quantise_rows(x, scales).float(), quantise.quantise_rows(near, scales).float())):
+        assert torch.equal(far_out, near_out)
+    expected = norm.add_gated(near.clone(), near, scale + 1)
+    assert torch.equal(norm.add_gated(x, near, scale + 1), expected)
 
 
 def test_it_refuses_a_cpu_without_the_interpreter_and_models_of_another_kind(tools, flux2, monkeypatch):
@@ -225,6 +367,21 @@ def test_it_refuses_a_cpu_without_the_interpreter_and_models_of_another_kind(too
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="this model computes on 'cpu'"):
         tools.node.execute(flux2)
+
+
+@pytest.mark.parametrize("lacking, said", [("compiler", "no C compiler, and Triton needs one"), ("headers", "Python's headers are not installed")])
+def test_what_triton_lacks_to_start_a_kernel_is_said_by_the_node(tools, flux2, monkeypatch, lacking, said):
+    """And not by a failure of gcc in the middle of the first step."""
+    import torch.utils._triton as triton
+    from flux2_pack.flux2 import compiler
+    model = flux2.clone()
+    model.load_device = torch.device("cuda", 0)
+    monkeypatch.setattr(triton, "has_triton", lambda: True)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None if lacking == "compiler" else name)
+    monkeypatch.setattr(compiler.os.path, "isfile", lambda path: lacking != "headers")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(RuntimeError, match=f"Fast Blocks cannot run here: .*{said}.*Remove the node"):
+        tools.node.execute(model)
 
 
 def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):
@@ -280,3 +437,56 @@ def test_products_that_fp8_leaves_alone_are_said(tools):
     text = rows.as_text()
     assert "no product was computed so" in text and "quantised already (fp8)" in text and "24 x 32 is no multiple of 16" in text
     assert rows.suits(torch.nn.Linear(32, 32))
+
+
+def test_copies_leave_room_for_the_vae_when_a_sampling_ends(tools, flux2, monkeypatch):
+    from flux2_pack.flux2 import row_fp8
+    from flux2_pack.flux2.kernels import quantise
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
+    monkeypatch.setattr(row_fp8, "unavailable", lambda model: None)
+    model = tools.node.execute(flux2, "fp8").args[0]
+    rows, given = tools.fast_blocks.log_of(model).rows, inputs({})
+    out = forward(model, given)
+    assert len(rows.copies) == 24
+    model.cleanup()  # what ComfyUI's samplers do at the end
+    assert not rows.copies and "24 weights were kept in fp8 meanwhile" in rows.as_text()
+    assert torch.equal(forward(model, given), out)
+
+
+def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
+    """As partial unloading does, of which ComfyUI tells nobody."""
+    from flux2_pack.flux2 import row_fp8
+    from flux2_pack.flux2.kernels import quantise
+    monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
+    rows, linear, like = row_fp8.RowFp8(), tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16), torch.empty(1, 1, 32, dtype=torch.bfloat16)
+    linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16), requires_grad=False)
+    rows.weight(linear, like)
+    assert list(rows.copies) == [linear]
+    linear.weight, linear.weight_function = torch.nn.Parameter(linear.weight * 2, requires_grad=False), [lambda weight: weight * 3]
+    _, scales, _ = rows.weight(linear, like)
+    assert torch.allclose(scales, torch.full((1, 16), 6 / 448)) and not rows.copies
+
+
+def test_fp8_leaves_weights_in_formats_that_it_does_not_know(tools):
+    """Packs that load GGUF and the like keep packed bytes in a tensor class of their own, in a layer that is a Linear."""
+    from flux2_pack.flux2 import row_fp8
+
+    class Packed(torch.Tensor):
+        pass
+    rows, linear = row_fp8.RowFp8(), torch.nn.Linear(32, 32)
+    for weight in (torch.zeros(32, 18, dtype=torch.uint8).as_subclass(Packed), torch.zeros(32, 32, dtype=torch.int8)):
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        assert not rows.suits(linear)
+    assert "a layer's weight is kept in a format of its own (Packed, torch.uint8)" in rows.as_text() and "torch.int8" in rows.as_text()
+
+
+def test_fp8_asks_for_a_model_that_computes_in_bfloat16(tools, flux2, monkeypatch):
+    from flux2_pack.flux2 import row_fp8
+    monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    for stored, computed, fits in ((torch.float8_e4m3fn, torch.float16, False), (torch.float8_e4m3fn, torch.bfloat16, True), (torch.bfloat16, None, True),
+                                   (torch.float16, None, False), (torch.bfloat16, torch.float32, False)):
+        monkeypatch.setattr(flux2.model, "get_dtype", lambda: stored)
+        monkeypatch.setattr(flux2.model, "manual_cast_dtype", computed)
+        reason = row_fp8.unavailable(flux2)
+        assert (reason is None) == fits and (fits or str(computed or stored) in reason)
