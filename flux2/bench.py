@@ -109,8 +109,9 @@ class Capture:
 
 def captured(model, size, positive):
     """[Captured] of one step at a Size. What the model raises passes through."""
-    guest = Capture(patch.occupant(model))
-    compare.run(compare.watched(model, guest), job(model, size, positive, 1), None)
+    guest, step = Capture(patch.occupant(model)), job(model, size, positive, 1)
+    compare.settle(model, step)
+    compare.run(compare.watched(model, guest), step, None)
     return list(guest.kinds.values())
 
 

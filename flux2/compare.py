@@ -3,7 +3,7 @@
 A variant is a Candidate: a name and a transform of the MODEL, so backends, fused blocks, more GPUs or a LoRA are all compared in the same way. Who looks
 at attention calls is an argument (`make_probe`). Models are cloned, never changed. Not covered: video and other nested latents.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import copy
 import statistics
 import time
@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from . import help, patch
 
 KEY = "flux2_compare"
+COMPILED = "torch_compile_kwargs"  # what core's helper for compiling leaves in model_options
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,26 @@ def record(candidate, model, job, make_probe, on_step=lambda: None):
     found = Recording(candidate.name)
     try:
         found.model = candidate.transform(model)
+        settle(model if candidate.selects else found.model, job)
         found.probe = make_probe(patch.occupant(found.model), checked_steps(job.steps))
         sample(watched(found.model, found.probe), job, found, on_step)
     except Exception as error:  # whatever it is, it is this candidate's reason; a cancel is no Exception and ends everything
-        found.error = help.bare(str(error).strip()) or type(error).__name__
+        found.error = reason_of(error)
         comfy.model_management.soft_empty_cache()
     return found
+
+
+def reason_of(error):
+    """Why something did not run: the error's sentence; with its type where it is a mere word, as a KeyError's is."""
+    text = help.bare(str(error).strip())
+    return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def settle(model, job):
+    """Run one step of a MODEL that core's helper has compiled, as it came. Its graphs are traced in the first run and never look at transformer_options
+    again: traced with a guest of ours they would keep it, and the user's next picture would fail or come from another kernel."""
+    if COMPILED in model.model_options:
+        run(model, replace(job, sigmas=job.sigmas[:2]), None)
 
 
 def watched(model, probe):

@@ -30,7 +30,6 @@ class Source:
     path: str
     device: str = "default"
     padding: str = "zeros"
-    memory: str = "auto"  # a memory mode; changes no result
     memory: str = "auto"  # one of memory.MODES; changes nothing in what is encoded
     options: tuple = ()  # further (name, value) pairs that may change what a prompt is encoded to, such as the attention kernel
     kind: str = ""  # a key of FAMILIES

@@ -4,7 +4,7 @@
   cache.write(key, conditioning, notes)      # key: any JSON value; conditioning as CLIPTextEncode gives it
   cache.read(key)                            # (conditioning, notes), or None
 
-Nothing in a file is executable and nothing is believed: header, key and a digest of the tensors are checked, and what does not fit is a miss
+Nothing in a file is executable and nothing is believed: header, key and a digest of the content are checked, and what does not fit is a miss
 that the next write replaces. Files appear whole (written beside, then renamed), so processes share a folder without locks. Above the limit the
 entries that were used least recently go. Only files named like entries are ever removed. Needs torch and safetensors alone.
 """
@@ -43,7 +43,7 @@ class PromptCache:
         try:
             _, metadata = read_header(path)
             tensors = safetensors.torch.load(path.read_bytes())
-            if metadata.get("format") != FORMAT or metadata.get("key") != name_of(key) or metadata.get("digest") != digest_of(tensors):
+            if metadata.get("format") != FORMAT or metadata.get("key") != name_of(key) or metadata.get("digest") != digest_of(tensors, metadata["plain"], metadata["notes"]):
                 return None
             plain, notes = json.loads(metadata["plain"]), json.loads(metadata["notes"])
             cond = tensors.pop(MAIN)
@@ -111,13 +111,14 @@ def packed(name, conditioning, notes):
     if strange or MAIN in extra:
         raise ValueError(f"it carries {', '.join(strange) or MAIN}, which cannot be kept")
     tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    metadata = {"format": FORMAT, "key": name, "digest": digest_of(tensors), "plain": json.dumps(plain), "notes": json.dumps(list(notes))}
+    texts = {"plain": json.dumps(plain), "notes": json.dumps(list(notes))}
+    metadata = {"format": FORMAT, "key": name, "digest": digest_of(tensors, *texts.values()), **texts}
     return safetensors.torch.save(tensors, metadata)
 
 
-def digest_of(tensors):
-    """Hexadecimal digest of named tensors: names, formats, shapes and bytes."""
-    digest = hashlib.sha256()
+def digest_of(tensors, *texts):
+    """Hexadecimal digest of texts and named tensors: names, formats, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(texts).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")

@@ -18,6 +18,7 @@ from .writer import ADVICE, direct, parts_of, writer_of
 
 MOST_IMAGES = 4
 MOST_TOKENS = 2048  # of a request; the reference cuts there too
+LEAST_TEMPERATURE = 1e-4
 SHOW_EVERY = 0.25  # seconds between two looks at the growing text
 GENERATE = """You write prompts for FLUX.2, a model that paints pictures from text. Rework the request you are given into a richer prompt whose subject and intent are untouched.
 
@@ -121,14 +122,23 @@ def write(clip, writer, inner, asked, settings, show):
     with comfy.model_management.cuda_device_context(device), seeded(settings.seed, device), direct(writer), torch.no_grad():
         out = writer.network.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **choice(settings), max_new_tokens=settings.max_tokens,
-            eos_token_id=end, pad_token_id=inner.pad_token, stopping_criteria=[watch(length, settings.max_tokens, inner, show)])
+            eos_token_id=end, pad_token_id=inner.pad_token, logits_processor=[only_numbers],
+            stopping_criteria=[watch(length, settings.max_tokens, inner, show)])
     written = out[0, length:].tolist()
     return written[:-1] if written and written[-1] == end else written
 
 
 def choice(settings):
-    """How transformers chooses a token: the likeliest, or drawn from all of them."""
-    return {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature > 0 else {"do_sample": False}
+    """How transformers chooses a token: the likeliest, or drawn from all of them. A temperature next to nothing would overflow and means the likeliest."""
+    drawn = settings.temperature > LEAST_TEMPERATURE
+    return {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if drawn else {"do_sample": False}
+
+
+def only_numbers(ids, scores):
+    """Refuse scores to choose a token from that are NaN: drawing from them would end a GPU's context, and everything in the server with it."""
+    if scores.isnan().any():
+        raise ValueError("Mistral wrote nothing: its numbers overflowed. Load the text encoder from bf16 weights, and take LoRAs off its CLIP.")
+    return scores
 
 
 def watch(length, most, inner, show):

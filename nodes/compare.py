@@ -1,5 +1,6 @@
 """Is another attention good enough, and is it faster? Two nodes that answer with pictures and numbers from the user's own model and card."""
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from ..attention.measure import Control, Evidence, Timing, Verdict
 from ..attention.probe import AttentionProbe
 from ..flux2 import bench as model_bench
 from ..flux2 import compare as runs
-from ..flux2 import help, patch
+from ..flux2 import patch
 from . import figures
 from .attention import CATEGORY, NO_SECOND, Flux2SelectAttention, known_slugs
 
@@ -23,6 +24,7 @@ from .attention import CATEGORY, NO_SECOND, Flux2SelectAttention, known_slugs
 CONTROL_ORDER = ("sdpa-math", "sdpa-efficient", "sdpa-cudnn", "sdpa-flash", "sdpa")
 SLOTS = ("a", "b", "c", "d")
 AS_CONNECTED = "as connected"
+COMPILED_BEFORE = "No attention call reached this backend: a model that was compiled keeps the kernels it was compiled with. Measure it before it is compiled."
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
@@ -62,6 +64,8 @@ def elsewhere(recording, expected):
 
 def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
     """(Comparison, IMAGE side by side, IMAGE of differences). reference: slug; candidates: [Candidate]. ValueError when the reference cannot run."""
+    if not job.steps:  # everything would be equal, and the verdict a bare pass
+        raise ValueError("The schedule has no step, so there is nothing to compare with. Connect sigmas with at least one step and a denoise above 0.")
     def record(candidate):
         found = runs.record(candidate, model, job, AttentionProbe, tick)
         found.ran, calls = log_of(found.model)  # now: a later candidate of a compiled model could still add to this log
@@ -261,7 +265,9 @@ def call_rows(model, size, positive, slugs, repeat, tick):
         calls = model_bench.captured(model, size, positive)
     except Exception as error:  # a picture too large for this card, say: the other sizes go on
         comfy.model_management.soft_empty_cache()
-        return [Measured(str(size), AS_CONNECTED, "attention", reason=f"The model could not run this size: {help.bare(str(error))}")]
+        return [Measured(str(size), AS_CONNECTED, "attention", reason=f"The model could not run this size: {runs.reason_of(error)}")]
+    if not calls:
+        return [Measured(str(size), AS_CONNECTED, "attention", reason="No attention call of this model could be seen, as in compiled blocks. Measure the model before it is compiled.")]
     free = comfy.model_management.get_free_memory(model.load_device) / 2
     return [bench.bench_backend(str(size), call, slug, repeat, tick, free) for call in calls for slug in slugs]
 
@@ -271,11 +277,12 @@ def step_row(model, size, positive, slug, repeat, tick):
     row = Measured(str(size), slug, STEP, exact=slug not in registry.ROWS or registry.row(slug).exact)
     try:
         chosen = model if slug == AS_CONNECTED else backend_candidate(slug).transform(model)
-        row.timing = Timing.of(model_bench.step_times(chosen, size, positive, repeat, tick))
-        row.kernel = "" if slug == AS_CONNECTED else log_of(chosen)[0]
+        timing = Timing.of(model_bench.step_times(chosen, size, positive, repeat, tick))
+        row.kernel, calls = ("", None) if slug == AS_CONNECTED else log_of(chosen)
+        row.timing, row.reason = (None, COMPILED_BEFORE) if calls == 0 else (timing, "")
     except Exception as error:  # this backend at this size is out, with the reason; the others go on
         comfy.model_management.soft_empty_cache()
-        row.reason = help.bare(str(error).strip()) or type(error).__name__
+        row.reason = runs.reason_of(error)
     return row
 
 
@@ -293,14 +300,26 @@ def ticks(model, sizes, wanted, call_repeat, step_repeat):
     return max(1, len(sizes) * (slugs * (bench.WARM_UP + call_repeat) + (slugs + 2) * (step_repeat + 1) * bool(step_repeat)))
 
 
+def save(data):
+    """Write a benchmark into ComfyUI's output folder and say where. A disk that refuses costs only the file: what was measured is on the node."""
+    try:
+        return f"Saved as {write_json(data)} in ComfyUI's output folder."
+    except OSError as error:
+        return f"The JSON file could not be saved in ComfyUI's output folder: {error.strerror or error}. Make room or give ComfyUI the right to write there."
+
+
 def write_json(data):
-    """Write a benchmark into ComfyUI's output folder; returns its path below that folder."""
-    name = os.path.join("flux2_attention", f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    path = os.path.join(folder_paths.get_output_directory(), name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as handle:
-        json.dump(data, handle, indent=1)
-    return name
+    """A new file in the output folder, never in the place of another one (two ComfyUI may share it); returns its path below that folder."""
+    folder, stamp = "flux2_attention", time.strftime("%Y%m%d-%H%M%S")
+    os.makedirs(os.path.join(folder_paths.get_output_directory(), folder), exist_ok=True)
+    for again in itertools.count(1):
+        name = os.path.join(folder, f"benchmark-{stamp}{f'-{again}' if again > 1 else ''}.json")
+        try:
+            with open(os.path.join(folder_paths.get_output_directory(), name), "x", encoding="utf-8") as handle:
+                json.dump(data, handle, indent=1)
+            return name
+        except FileExistsError:
+            continue
 
 
 class Flux2BenchmarkAttention(io.ComfyNode):
@@ -345,7 +364,7 @@ class Flux2BenchmarkAttention(io.ComfyNode):
         found = benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, tick)
         found.notes += [sentence for sentence in figures.absent() if sentence == figures.NO_CHART]
         data = measure.plain(found.as_data())
-        text = f"{found.as_text()}\n\nSaved as {write_json(data)} in ComfyUI's output folder."
+        text = f"{found.as_text()}\n\n{save(data)}"
         return io.NodeOutput(figures.chart(found), text, ui={**ui.PreviewText(text).as_dict(), "flux2_benchmark": [data]})
 
 

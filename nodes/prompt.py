@@ -1,4 +1,5 @@
 """Prompts: encode them once and keep the result, encode many, and let Mistral 3 write a better one."""
+import hashlib
 import os
 from pathlib import Path
 
@@ -89,6 +90,10 @@ class Flux2EncodePrompts(io.ComfyNode):
                      io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP)])
 
     @classmethod
+    def fingerprint_inputs(cls, file=NO_FILE, **others):
+        return content_of(file or NO_FILE)  # None where another node gives the name
+
+    @classmethod
     def execute(cls, clip, prompts, file=NO_FILE, split=SPLITS[0], long_prompts="cut at 512 tokens", cache_gib=2.0) -> io.NodeOutput:
         texts = gather(prompts, file, split)
         done = encode_all(clip, texts, store(cache_gib), LONG[long_prompts])
@@ -100,12 +105,25 @@ def gather(text, file, split):
     """The prompts of a text and of a file in the input folder. ValueError when there are none, or the file cannot be read."""
     found = prompt_text.split(text, split)
     if file.strip():
-        root = folder_paths.get_input_directory()
-        there = sorted(path.name for path in Path(root).glob("*.txt"))
-        found += prompt_text.split(prompt_text.read_file(locate(file.strip(), there, [root], "input")), split)
+        found += prompt_text.split(text_of(file), split)
     if not found:
         raise ValueError("There is no prompt to encode: the text and the file are empty. Write a prompt on each line, or name a text file of ComfyUI's input folder.")
     return found
+
+
+def text_of(file):
+    """The text of a file in the input folder. ValueError when it cannot be read."""
+    root = folder_paths.get_input_directory()
+    there = sorted(path.name for path in Path(root).glob("*.txt"))
+    return prompt_text.read_file(locate(file.strip(), there, [root], "input"))
+
+
+def content_of(file):
+    """A digest of a file in the input folder, so that ComfyUI runs the node again after an edit; the same for all that cannot be read."""
+    try:
+        return hashlib.sha256(text_of(file).encode()).hexdigest() if file.strip() else ""
+    except ValueError:  # execute says what is wrong
+        return ""
 
 
 def list_report(texts, done):

@@ -1,8 +1,9 @@
 """The compare and benchmark nodes on a real FLUX.2 MODEL: faults are caught, exact kernels are not, whatever fails is a row; and both run headless.
 
-Faults and exact kernels of other rounding are fake backends (fault_backends.py). Nothing here depends on the weights: any small FLUX.2 will do.
-Not covered: GPU kernels, which docs/ has figures for.
+Faults and exact kernels of other rounding are fake backends (fault_backends.py), judged on the small model that was trained to draw: random weights make
+flat scores, which forgive. All other tests take any small FLUX.2. Not covered: GPU kernels, which docs/ has figures for.
 """
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 import fault_backends as fakes
+from comfy_server import drawing_models
 from fault_backends import FAITHFUL, FAULTS, GROSS, slug
 from server_fixture import SCRIPTS
 
 STEPS, PIXELS = 3, (128, 96)
+PROMPT = "a small red star above a large blue circle on a grey background"
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +35,25 @@ def tools(comfy):
     return types.SimpleNamespace(comfy=comfy, nodes=nodes, figures=figures, measure=measure, bench=bench, runs=compare, patch=patch)
 
 
-@pytest.fixture(scope="module")
-def models(tools, small_models):
-    """{dtype that it computes in: MODEL}. On a CPU ComfyUI would compute bfloat16 weights in float32; a GPU does not, and neither does this."""
+def computing_in(dtype, tools, path):
+    """MODEL of a file that computes in `dtype`. On a CPU ComfyUI would compute bfloat16 weights in float32; a GPU does not, and neither does this."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tools.comfy.model_management, "unet_manual_cast", lambda *_, **__: None)
-        return {dtype: tools.comfy.sd.load_diffusion_model(str(small_models["model"]), model_options={"dtype": dtype}) for dtype in (torch.float32, torch.bfloat16)}
+        return tools.comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
 
 
 @pytest.fixture(scope="module")
-def flux2(models):
-    return models[torch.float32]
+def flux2(tools, small_models):
+    return computing_in(torch.float32, tools, small_models["model"])
+
+
+@pytest.fixture(scope="module")
+def drawn_prompt(tools):
+    """The conditioning of a prompt that the trained model draws."""
+    from flux2_pack.flux2 import load, prompts
+    with torch.inference_mode():
+        done = prompts.encode(load.load_text_encoder(drawing_models()["text_encoders"][0]), PROMPT)
+    return [[context, {**values, "guidance": 4.0}] for context, values in done.conditioning]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +61,8 @@ def vae(tools, small_models):
     return tools.comfy.sd.VAE(sd=tools.comfy.utils.load_torch_file(str(small_models["vae"])))
 
 
-def job(tools, model, steps=STEPS, seed=0):
-    return tools.bench.job(model, tools.bench.Size(*PIXELS), tools.bench.random_conditioning(model, seed), steps, seed)
+def job(tools, model, steps=STEPS, seed=0, positive=None):
+    return tools.bench.job(model, tools.bench.Size(*PIXELS), positive or tools.bench.random_conditioning(model, seed), steps, seed)
 
 
 def compared(tools, model, slugs, reference="sdpa", vae=None, **options):
@@ -67,10 +78,11 @@ def rows(comparison):
 # --- faults and faithful kernels -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def judged(request, tools, models):
-    """{name: Row} of every faithful kernel and every fault, in two number formats."""
+def judged(request, tools, drawn_prompt):
+    """{name: Row} of every faithful kernel and every fault on the trained model, in two number formats."""
+    model = computing_in(request.param, tools, drawing_models()["diffusion_models"][0])
     with fakes.registered():
-        found, _, _ = compared(tools, models[request.param], [slug(f) for f in (*FAITHFUL, *FAULTS)])
+        found, _, _ = compared(tools, model, [slug(f) for f in (*FAITHFUL, *FAULTS)], positive=drawn_prompt)
     assert found.control.name == "control: sdpa-math against sdpa"
     print(found.as_text())
     return rows(found)
@@ -156,6 +168,18 @@ def test_a_reference_that_cannot_run_stops_with_its_reason(tools, flux2):
         compared(tools, flux2, ["sdpa"], reference="flash4")
 
 
+def test_a_schedule_without_steps_gets_no_verdict(tools, flux2):
+    """core's schedulers give one for denoise 0; everything is equal then, and "same as rounding noise" would be a bare pass."""
+    for sigmas in (torch.FloatTensor([]), torch.zeros(1)):
+        with pytest.raises(ValueError, match="schedule has no step, so there is nothing to compare with.*denoise above 0"):
+            tools.nodes.compare(flux2, dataclasses.replace(job(tools, flux2), sigmas=sigmas), "sdpa", [])
+
+
+def test_a_reason_is_more_than_a_word(tools):
+    said = tools.runs.reason_of
+    assert said(KeyError("slot")) == "KeyError: 'slot'" and said(RuntimeError()) == "RuntimeError" and said(RuntimeError("It is too large.")) == "It is too large."
+
+
 def test_a_cancel_is_not_a_row(tools, flux2):
     cancel = tools.comfy.model_management.InterruptProcessingException
 
@@ -187,12 +211,20 @@ def test_a_precision_schedule_is_exact_where_it_says_so(tools, flux2):
     assert last.relative < without.evidence.latents[-1].relative
 
 
-def test_a_prepared_model_and_a_guider_are_candidates_like_any(tools, flux2):
-    nodes = tools.nodes
+def progress(tools, monkeypatch):
+    """A list that gets (value, total) of every move of ComfyUI's progress bar."""
+    moved = []
+    monkeypatch.setattr(tools.comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, node_id=None: moved.append((value, total)))
+    return moved
+
+
+def test_a_prepared_model_and_a_guider_are_candidates_like_any(tools, flux2, monkeypatch):
+    nodes, moved = tools.nodes, progress(tools, monkeypatch)
     prepared = nodes.Flux2SelectAttention.execute(flux2, "sdpa-math").args[0]
     base = job(tools, flux2)
     with torch.inference_mode():
         output = nodes.Flux2CompareAttention.execute(flux2, base.latent, base.sampler, base.sigmas, 0, guider=base.guider, candidate_1="sdpa-math", model_a=prepared, model_b=flux2)
+    assert len(moved) > 3 and moved == sorted(moved) and {total for _, total in moved} == {5 * STEPS}, "reference, three candidates, the control"
     data, = output.ui["flux2_compare"]
     names = [row["name"] for row in data["candidates"]]
     assert names == ["sdpa-math", "model_a (sdpa-math)", "model_b"] and output.ui["text"][0] == output.args[2]
@@ -208,13 +240,33 @@ def test_a_prompt_or_a_guider_is_needed_and_not_both(tools, flux2, given):
         tools.nodes.Flux2CompareAttention.execute(flux2, base.latent, base.sampler, base.sigmas, 0, **inputs)
 
 
-def test_a_model_compiled_before_the_selection_is_not_believed(tools, flux2):
-    """Its graph may keep the attention of the selection that it was compiled with: such a row says so instead of comparing a backend with itself."""
+def compiled_as_by_core(model):
+    """A clone, its blocks compiled without guards on transformer_options, as core's node and its followers do."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     torch._dynamo.reset()
-    model = flux2.clone(disable_dynamic=True)
-    set_torch_compile_wrapper(model=model, backend="aot_eager", options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]},
+    clone = model.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model=clone, backend="aot_eager", options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]},
                               keys=[f"diffusion_model.{kind}_blocks.{i}" for kind, n in (("double", 2), ("single", 4)) for i in range(n)])
+    return clone
+
+
+@pytest.mark.parametrize("node", ["compare", "compare as model_a", "benchmark"])
+def test_a_compiled_model_still_draws_the_same_afterwards(tools, flux2, node):
+    """Its graphs are traced in the first run. Were that a run of these nodes, they would keep our guest, and the next picture would fail or differ."""
+    model = compiled_as_by_core(flux2)
+    with torch.inference_mode():
+        if node == "benchmark":
+            found = tools.nodes.benchmark(model, [tools.bench.Size(*PIXELS)], wanted=["sdpa-math"], call_repeat=1, step_repeat=1)
+            assert next(row for row in found.rows if row.backend == "as connected" and row.call == "step").timing
+        else:
+            prepared = [tools.nodes.model_candidate("a", model)] if node != "compare" else []
+            tools.nodes.compare(flux2 if prepared else model, job(tools, flux2, steps=2), "sdpa-math", prepared)
+        assert torch.equal(tools.runs.run(model, job(tools, model, steps=2), None), tools.runs.run(flux2, job(tools, flux2, steps=2), None))
+
+
+def test_a_model_compiled_before_the_selection_is_not_believed(tools, flux2):
+    """Its graph may keep the attention of the selection that it was compiled with: such a row says so instead of comparing a backend with itself."""
+    model = compiled_as_by_core(flux2)
     found, _, _ = compared(tools, model, ["sdpa-math"], steps=2)
     row, = found.rows
     whole = "sdpa-math (PyTorch math), 12 calls"
@@ -257,9 +309,11 @@ def test_without_matplotlib_and_scikit_image_there_are_numbers_and_a_sentence(to
 
 def test_the_benchmark_times_the_models_own_calls_and_steps(tools, flux2, monkeypatch, tmp_path):
     import folder_paths
+    moved = progress(tools, monkeypatch)
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     with fakes.registered(), torch.inference_mode():
         output = tools.nodes.Flux2BenchmarkAttention.execute(flux2, "64x48, 64x64", backends="sdpa, sdpa-math, flash4, fake-raises", call_repeat=2, step_repeat=1)
+    assert len(moved) > 5 and moved == sorted(moved) and {total for _, total in moved} == {50}
     chart, text = output.args
     data = json.loads(next((tmp_path / "flux2_attention").glob("benchmark-*.json")).read_text())
     assert data == output.ui["flux2_benchmark"][0] and data["machine"]["torch"] == torch.__version__
@@ -271,6 +325,34 @@ def test_the_benchmark_times_the_models_own_calls_and_steps(tools, flux2, monkey
     assert steps.keys() == {"as connected", "auto", "sdpa", "sdpa-math", "fake-raises"} and "illegal memory" in steps["fake-raises"]["reason"]
     assert data["missing"].keys() == {"flash4"} and "needs an NVIDIA GPU" in text and "illegal memory" in text
     assert chart.shape[0] == 1 and chart.shape[-1] == 3 and chart.shape[2] >= 900
+
+
+def hide_calls(tools, monkeypatch):
+    """As in a compiled model: the guest of the override slot sees nothing, and a backend selected afterwards gets no call."""
+    monkeypatch.setattr(tools.bench.Capture, "keep", lambda *_: None)
+    monkeypatch.setattr(tools.nodes, "log_of", lambda model: ("", 0))
+
+
+def test_the_benchmark_says_when_attention_calls_are_hidden(tools, flux2, monkeypatch):
+    hide_calls(tools, monkeypatch)
+    with torch.inference_mode():
+        found = tools.nodes.benchmark(flux2, tools.bench.sizes("64x64"), wanted=["sdpa"], call_repeat=1, step_repeat=1)
+    calls, connected, *selected = found.rows
+    assert calls.timing is None and "No attention call of this model could be seen" in calls.reason and "before it is compiled" in calls.reason
+    assert connected.timing and all(row.timing is None and "No attention call reached this backend" in row.reason for row in selected)
+    assert calls.reason in found.as_text()
+
+
+def test_results_never_replace_one_another(tools, monkeypatch, tmp_path):
+    """Two benchmarks in one second, or two ComfyUI processes with one output folder; and a disk that refuses costs only the file."""
+    import folder_paths
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(tools.nodes.time, "strftime", lambda _: "20260101-000000")
+    said = [tools.nodes.save({"run": number}) for number in range(3)]
+    files = sorted((tmp_path / "flux2_attention").iterdir())
+    assert sorted(json.loads(file.read_text())["run"] for file in files) == [0, 1, 2] and all(file.name in "".join(said) for file in files)
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(files[0]))
+    assert "could not be saved" in tools.nodes.save({}) and "Not a directory" in tools.nodes.save({})
 
 
 def test_the_benchmark_stops_when_it_is_cancelled(tools, flux2):
@@ -352,7 +434,7 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
     accuracy, fast = (path.read_text() for path in measured_pages.pages(tmp_path, tmp_path / "docs"))
     assert "| `sdpa-math` | same as rounding noise |" in accuracy and "| `flash4` | did not run |" in accuracy and "pip install --pre flash-attn-4" in accuracy
     assert "What random weights can tell" in accuracy and "small weights" in accuracy and "Thresholds: rounding noise up to 2 times" in accuracy
-    assert "| `sdpa` |" in fast and "| `as connected` |" in fast and "cannot run there: `flash4`" in fast
+    assert "| `sdpa` |" in fast and "| `as connected` |" in fast and "- `flash4`: It needs an NVIDIA GPU" in fast
     assert measured_pages.pages(tmp_path / "docs", tmp_path) == []
 
 

@@ -49,6 +49,7 @@ def flip(data):
 
 DAMAGE = {"cut off": lambda data: data[:len(data) // 2], "empty": lambda data: b"", "text": lambda data: b"not a tensor file " * 9, "one bit": flip,
           "no header": lambda data: data[8:], "another entry": lambda data: packed(name_of("other"), conditioning(), []),
+          "one bit of a name": lambda data: data.replace(b"pooled_output", b"pooled_nutput"),
           "foreign metadata": lambda data: packed(name_of(KEY), conditioning(), []).replace(b'"format":"1"', b'"format":"2"'),
           "pickle": lambda data: b"\x80\x04." * 9, "huge header": lambda data: b"\xff" * 8 + data[8:]}
 

@@ -307,6 +307,16 @@ def test_reference_padding_is_encoded_one_by_one(tools, small_models):
         assert_same(one.conditioning, as_core(tools, clip, text))
 
 
+def test_a_list_moves_a_progress_bar(tools, mistral, cache, monkeypatch):
+    import comfy.utils
+    steps = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, node_id=None: steps.append((value, total)))
+    for _ in ("encoded", "from disk"):
+        steps.clear()
+        tools.prompts.encode_all(mistral, LIST, cache)
+        assert steps[-1] == (10, 10) and steps == sorted(steps), "ten different prompts"
+
+
 def test_a_list_stops_when_it_is_cancelled(tools, mistral):
     import comfy.model_management
     comfy.model_management.interrupt_current_processing()
@@ -344,6 +354,19 @@ def test_bad_lists_are_said(tools, nodes, mistral, tmp_path):
                        ("picture.txt", "not UTF-8")):
         with pytest.raises(ValueError, match=said):
             nodes.Flux2EncodePrompts.execute(mistral, " \n", file)
+
+
+def test_an_edited_prompt_file_is_read_again(nodes, tmp_path):
+    """ComfyUI keeps a node's outputs while its inputs are the same, and the name of an edited file is."""
+    def mark(file="more.txt"):
+        return nodes.Flux2EncodePrompts.fingerprint_inputs(clip=None, prompts="a cat", file=file, split="each line", long_prompts=None, cache_gib=1.0)
+    path = tmp_path / "input" / "more.txt"
+    path.write_text("a dog\n")
+    first = mark()
+    assert mark() == first
+    path.write_text("a fox\n")
+    assert mark() != first and mark("") == mark(None) != first
+    assert mark("gone.txt") == mark("../user"), "execute says what is wrong with it"
 
 
 def test_the_clear_button_empties_the_folder(tools, nodes, mistral, monkeypatch):

@@ -64,6 +64,18 @@ def test_a_list_makes_as_many_outputs(server, names, clear):
     assert shown[:3] == ["a cat", "a dog", "a tree"] and shown[3].startswith("3 prompts: 0 from disk, 3 encoded.")
 
 
+def test_an_edited_prompt_file_is_read_by_the_next_run(server, names, clear):
+    """The workflow stays the same, and ComfyUI would show the outputs of the first run."""
+    file = server.base / "input" / "prompts-of-a-test.txt"
+    workflow = {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
+                "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="", file=file.name), "show": node("PreviewAny", source=["list", 1])}
+    try:
+        shown = [(file.write_text(text), reports(run(server, workflow)))[1] for text in ("a cat\n", "a dog\na fox\n")]
+    finally:
+        file.unlink(missing_ok=True)
+    assert shown == [["a cat"], ["a dog", "a fox"]]
+
+
 @pytest.mark.parametrize("inputs, said", [({"prompts": " ", "file": ""}, "There is no prompt to encode"), ({"prompts": "", "file": "none.txt"}, "There is no 'none.txt'")])
 def test_bad_lists_are_said(server, names, inputs, said):
     workflow = {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),

@@ -204,8 +204,8 @@ def test_it_ends_at_the_end_token(tools, clip, monkeypatch):
 def test_cancelling_stops_within_a_second(tools, clip, where, monkeypatch):
     stopped = []
     if where == "inside a layer":  # each layer takes so long that a token takes seconds, as on a CPU with the real weights
-        layer = tools.writer.writer_of(clip, None, None).network.model.language_model.layers[4]
-        monkeypatch.setattr(layer, "forward", lambda *a, original=layer.forward, **k: (time.sleep(0.05), original(*a, **k))[1])
+        for layer in tools.writer.writer_of(clip, None, None).network.model.language_model.layers:
+            monkeypatch.setattr(layer, "forward", lambda *a, original=layer.forward, **k: (time.sleep(0.06), original(*a, **k))[1])
 
     def cancel():
         time.sleep(0.4)
@@ -302,6 +302,19 @@ def test_encoders_that_cannot_write_are_refused_before_they_are_loaded(tools, sm
         assert not tools.lazy.is_loaded(clip)
     with pytest.raises(ValueError, match="not from Load FLUX.2 Text Encoder"):
         tools.upsample.upsample(tools.load.load_text_encoder(small_models["text_encoder"]), PROMPT)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.15])
+def test_numbers_that_overflow_are_said(tools, clip, monkeypatch, temperature):
+    """As float16 weights give them. Drawing from them ends the GPU's context, and with it the server; taking the likeliest writes rubbish."""
+    head = tools.writer.writer_of(clip, None, None).network.lm_head
+    monkeypatch.setattr(head, "forward", lambda x, original=head.forward: original(x) * float("nan"))
+    with pytest.raises(ValueError, match="Mistral wrote nothing: its numbers overflowed.*bf16"):
+        tools.upsample.upsample(clip, PROMPT, [], tools.Settings(0, temperature, 4))
+
+
+def test_a_temperature_next_to_nothing_is_none(tools, clip):
+    assert tools.upsample.upsample(clip, PROMPT, [], tools.Settings(0, 1e-40, 12))[0] == greedy(tools, clip, tokens=12)
 
 
 def test_without_a_vision_tower_it_writes_from_text_alone(tools, tmp_path):
