@@ -11,18 +11,20 @@ import argparse
 import json
 from pathlib import Path
 
+import step_parts
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "-"
 ACCURACY = """# How exact each attention backend is
 
 Made by `scripts/measured_pages.py` from runs of the node Compare Attention; each section names its command. *Attention error* is the largest relative error of a
 block's attention against float32 on the same inputs; *x control* divides an error by that of two exact kernels on the same noise, because every block amplifies
-the last bit; *latent error* is the relative error of the last latent against the reference's. A verdict is always one of "same as rounding noise", "slightly
-different picture" and "different picture", by the thresholds below its table.
+the last bit; *latent error* is the relative error of the last latent against the reference's. A verdict is one of "same as rounding noise", "slightly
+different picture" and "different picture", by the thresholds below its table, or "no verdict" where there was no second exact kernel to tell rounding noise by.
 
 **What random weights can tell:** the error of each attention call at full size, and whether it is rounding. **What they cannot:** how a picture changes. Their scores
-are flat and have no outliers, so quantised kernels look better than on a real model, and what attention gets wrong hardly reaches the picture. The small trained
-model shows what happens to pictures; how large the change is on FLUX.2 itself, the node tells on your own card.
+are flat and have no outliers, so a quantised kernel's error can be smaller or larger than on a real model, and what attention gets wrong hardly reaches the picture. The
+small trained model shows what happens to pictures; how large the change is on FLUX.2 itself, the node tells on your own card.
 """
 SPEED = """# How fast each attention backend is
 
@@ -30,7 +32,9 @@ Made by `scripts/measured_pages.py` from runs of the node Benchmark Attention; e
 and slowest run beside them, on tensors that the model really handed to its attention. *Error* is relative, against float32. Whole steps are forward passes inside
 ComfyUI's sampler; *as connected* is the model without a selected backend.
 
-Random weights cost the same time as trained ones. A small model's times, and any on a CPU, only show that the measuring works.
+Random weights cost the same time as trained ones, but say little about the *error* of a quantised kernel on trained ones (accuracy.md). A small model's times, and any
+on a CPU, only show that the measuring works. `sdpa-math` is not tried on a single call whose score matrix could take more than half of the free memory; whole steps try it
+in any case.
 """
 
 
@@ -92,8 +96,15 @@ def speed(result):
         lines += [f"**{size}, {'a whole step' if call == 'step' else f'one attention call: {call}'}**", ""]
         lines += [*markdown(["backend", "ms", "spread", "TFLOP/s", "error", "what ran"], map(speed_row, timed)),
                   *reasons((r["backend"], r["reason"]) for r in rows), ""]
-    missing = sorted(result["missing"])
-    return lines + ([f"Not measured, because it was not installed there or cannot run there: {', '.join(f'`{slug}`' for slug in missing)}.", ""] if missing else [])
+    return lines + (["Not measured, because it could not run there:", *absent(result["missing"]), ""] if result["missing"] else [])
+
+
+def absent(missing):
+    """A line for each reason, with the backends that it kept from running: {slug: [sentences]} -> Markdown."""
+    alike = {}
+    for slug, sentences in sorted(missing.items()):
+        alike.setdefault(" ".join(" ".join(sentences).split()), []).append(slug)
+    return ["", *(f"- {', '.join(f'`{slug}`' for slug in slugs)}: {why}" for why, slugs in alike.items())]
 
 
 def speed_row(row):
@@ -124,6 +135,17 @@ def step_row(row, core_ms):
             number(row["share_of_ceiling"], ".0%"), number(row["peak_gib"], ".1f"), number(row["kernels"], "d"), number(row["error_to_core"], ".1e")]
 
 
+def parts(results):
+    """The section of docs/steps.md on where the time goes, or nothing where a part was not measured. results: the folder."""
+    names = ("step", "fast-check", "speed", "power")
+    files = {name: Path(results) / f"{name}-h200.json" for name in names}
+    if not all(file.is_file() for file in files.values()):
+        return []
+    step, check, speed, power = (json.loads(files[name].read_text()) for name in names)
+    rows = [step_parts.row(case, check, speed) for case in step["cases"] if case["name"] in step_parts.SIZES]
+    return ["## Where the time goes", "", *markdown(step_parts.HEADER, rows), "", step_parts.notes(check, power), ""]
+
+
 PAGES = {"accuracy": (ACCURACY, accuracy), "speed": (SPEED, speed), "step": (STEP, step)}
 NAMES = {"step": "steps"}  # of the pages, where they differ
 
@@ -135,7 +157,7 @@ def pages(results, docs):
         found = [json.loads(file.read_text()) for file in sorted(Path(results).glob(f"{kind}-*.json"))]
         found = [result for result in found if kind != "step" or "tflop" in result["cases"][0]]  # step-attention-*.json is an older kind
         if found:
-            text = "\n".join([opening, *(line for result in found for line in section(result))])
+            text = "\n".join([opening, *(line for result in found for line in section(result)), *(parts(results) if kind == "step" else [])])
             path = Path(docs) / f"{NAMES.get(kind, kind)}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text.rstrip() + "\n")
