@@ -46,13 +46,13 @@ def check_backend(slug):
 
 
 def read(path):
-    """(text, data). NotConvertible when there is no JSON."""
+    """(text with its own ends of lines, data). NotConvertible when there is no JSON."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         return text, json.loads(text)
     except OSError as error:
         raise NotConvertible(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotConvertible(f"{path} is not a workflow: a JSON file was expected ({error}). "
                              "To convert a picture, open it in ComfyUI and save the workflow.") from None
 
@@ -118,11 +118,11 @@ def undo(data):
 
 
 def in_the_style_of(text, data):
-    """JSON with the indentation, spacing and escapes of another JSON text."""
+    """JSON with the indentation, spacing, ends of lines and escapes of another JSON text."""
     indent = re.match(r"\s*\{\r?\n([ \t]+)\"", text)
     separators = (",", ": " if '": ' in text else ":") if indent else ((", ", ": ") if '": ' in text else (",", ":"))
     written = json.dumps(data, indent=indent and indent[1], separators=separators, ensure_ascii=text.isascii() and "\\u" in text)
-    return written + ("\n" if text.endswith("\n") else "")
+    return (written + "\n" * text.endswith("\n")).replace("\n", "\r\n" if "\r\n" in text else "\n")  # JSON has no ends of lines inside its strings
 
 
 def target(path, output, undone):
@@ -137,22 +137,29 @@ def target(path, output, undone):
     return path
 
 
+def write(path, text):
+    """In UTF-8 whatever the console's or system's own encoding is, and with the ends of lines as they are. path: None for the standard output."""
+    data = text.encode("utf-8")
+    try:
+        path.write_bytes(data) if path else sys.stdout.buffer.write(data)
+    except OSError as error:
+        raise NotConvertible(f"{path or 'the standard output'} cannot be written ({error.strerror}).") from None
+
+
 def run(args):
     check_backend(args.backend)
     text, data = read(args.file)
     result, report = undo(data) if args.undo else convert(data, args.backend, args.node)
-    out, written = target(args.file, args.output, args.undo), in_the_style_of(text, result)
-    if out is None:
-        sys.stdout.write(written)
-    else:
-        out.write_text(written, encoding="utf-8")
+    out = target(args.file, args.output, args.undo)
+    write(out, in_the_style_of(text, result))
     print("\n".join([*report, *([f"wrote {out}"] if out else [])]), file=sys.stderr if out is None else sys.stdout)
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name in another script must not stop a console that cannot show it
     try:
         run(parse())
-    except (NotConvertible, OSError) as error:
+    except (NotConvertible, OSError, UnicodeEncodeError) as error:  # the last: half a letter, which JSON can hold and UTF-8 cannot
         raise SystemExit(f"convert_workflow: {error}") from None
 
 

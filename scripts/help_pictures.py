@@ -3,14 +3,14 @@
 
   python scripts/help_pictures.py [NAME ...]      write web/docs/images/NAME.webp, all of them or those named
 
-Each picture is a workflow that really runs and the nodes that are shown of it; the others are taken away after the run. Needs Chromium (see tests/browser.py) and about
-three minutes on two cores. Run it after a change of a node's inputs or of what it shows.
+Each picture is a workflow that really runs and the nodes that are shown of it; the others are taken away after the run. What needs a GPU, minutes of compiling
+or the whole of Mistral is shown as it is before a run. Needs Chromium (see tests/browser.py) and about four minutes on two cores. Run it after a change of a node's inputs or of what it shows.
 """
 import io
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import environment
@@ -69,6 +69,21 @@ def with_prompt_node():
     return workflow
 
 
+def with_prompt_list():
+    workflow = fill(DRAWN)
+    prompts = f"{PROMPT}\na green ring to the left of a yellow square on a grey background"
+    workflow["5"] = entry("Flux2EncodePrompts", "Encode Prompt List (FLUX.2)", clip=["2", 0], prompts=prompts)
+    return workflow
+
+
+def with_improved_prompt():
+    workflow = fill(DRAWN)
+    workflow["writer"] = entry("Flux2UpsamplePrompt", "Improve Prompt with Mistral (FLUX.2)", clip=["2", 0], text="a fox in a library", seed=42,
+                               temperature=0.15, max_tokens=512)
+    put(workflow, "CLIPTextEncode", text=["writer", 0])
+    return workflow
+
+
 def info():
     return {"1": entry("Flux2ModelInfo", "FLUX.2 Model Info", file_name=f"diffusion_models/{default_models()['diffusion_models']}")}
 
@@ -79,6 +94,12 @@ PICTURES = {
     "attention-report": lambda: Picture(fill(DRAWN), {"Flux2AttentionReport": (LEFT, TOP, 560, 270)}),
     "encode-prompt": lambda: Picture(with_prompt_node(), {"Flux2EncodePrompt": (LEFT, TOP, 420, 340)}),
     "model-info": lambda: Picture(info(), {"Flux2ModelInfo": (LEFT, TOP, 520, 260)}),
+    "fast-blocks": lambda: Picture(fill(replace(DRAWN, fast_blocks="checkpoint")), stack(Flux2LoadModel=110, Flux2SelectAttention=230, Flux2FastBlocks=60), run=False),
+    "compile-blocks": lambda: Picture(fill(replace(DRAWN, compile_blocks=True)), stack(Flux2SelectAttention=230, Flux2CompileBlocks=90), run=False),
+    "warm-up": lambda: Picture(fill(replace(DRAWN, warmup="256x256, 512x512", warmup_steps=2)), {"Flux2WarmUp": (LEFT, TOP, 480, 380)}),
+    "sequence-parallel": lambda: Picture(fill(replace(DRAWN, gpus=4)), stack(Flux2SelectAttention=230, Flux2SequenceParallel=110), run=False),
+    "encode-prompt-list": lambda: Picture(with_prompt_list(), {"Flux2EncodePrompts": (LEFT, TOP, 480, 540)}),
+    "improve-prompt": lambda: Picture(with_improved_prompt(), {"Flux2UpsamplePrompt": (LEFT, TOP, 420, 420)}, run=False),
     "compare": lambda: Picture(compared()),
     "benchmark": lambda: Picture(benchmarked()),
 }

@@ -9,6 +9,7 @@ checks that against transformers); its model, sampling, LoRA and VAE are ComfyUI
 import copy
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -383,13 +384,36 @@ def test_the_command_line_writes_beside_the_file_and_overwrites_nothing(tmp_path
     assert piped.stdout.encode() == file.read_bytes() and "went back" in piped.stderr
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_way_back_keeps_the_ends_of_lines(tmp_path, newline):
+    file = tmp_path / "图 é.json"
+    file.write_bytes(newline.join(official_files()["image_flux2_text_to_image"].read_text().splitlines()).encode())
+    done = command(file)
+    assert done.returncode == 0 and command(tmp_path / "图 é-attention.json", "--undo").returncode == 0
+    assert (tmp_path / "图 é-original.json").read_bytes() == file.read_bytes()
+
+
+def test_a_console_without_unicode_stops_nothing(tmp_path):
+    """Windows gives a pipe the letters of one region only; JSON is UTF-8 everywhere."""
+    file = tmp_path / "图.json"
+    file.write_text(json.dumps({"1": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux2 图.safetensors"}}}, ensure_ascii=False), encoding="utf-8")
+    console = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    piped, beside = (subprocess.run([sys.executable, SCRIPTS / "convert_workflow.py", file, *output], capture_output=True, timeout=60, env=console)
+                     for output in (["-o", "-"], []))
+    assert json.loads(piped.stdout)["1"]["inputs"]["model_name"] == "flux2 图.safetensors" and beside.returncode == 0, (piped.stderr, beside.stderr)
+
+
 def test_the_command_line_refuses_in_one_sentence(tmp_path):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
-    for file, said in ((tmp_path / "none.json", "cannot be read"), (picture, "is not a workflow"),
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    for file, said in ((tmp_path / "none.json", "cannot be read"), (picture, "is not a workflow"), (deep, "is not a workflow"),
                        (official_folder() / "api_flux2.json", "There are none in this workflow")):
         done = command(file)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    done = command(official_files()["image_flux2"], "-o", tmp_path)
+    assert done.returncode == 1 and done.stderr == f"convert_workflow: {tmp_path} cannot be written (Is a directory).\n"
     done = command(official_files()["image_flux2"], "--backend", "flash9", "-o", "-")
     assert done.returncode == 1 and "no attention backend 'flash9'. The backends are: auto, sdpa," in done.stderr and not done.stdout
 

@@ -83,6 +83,10 @@ def test_pages_name_related_nodes_that_exist(infos):
         assert named & known, name
 
 
+def test_every_page_shows_its_node():
+    assert [file.stem for file in sorted(PAGES.glob("*.md")) if not NO_PICTURE.search(file.read_text())] == []
+
+
 def test_pictures_are_there_and_small():
     used = {name: file for file in PAGES.glob("*.md") for name in NO_PICTURE.findall(file.read_text())}
     files = {f"images/{file.name}": file for file in (PAGES / "images").iterdir()}

@@ -274,20 +274,33 @@ def test_the_settings_lead_to_the_dialog(shared_page, shots):
     page.wait_for("!document.querySelector('[role=dialog]')")
 
 
-def test_the_menu_leads_to_the_dialog(shared_page, shots):
-    from selenium.webdriver.common.action_chains import ActionChains
+def menu_item(page, label, seconds=browser.SECONDS_TO_ANSWER):
+    """The visible menu entry that begins with the label, once it is there."""
     from selenium.webdriver.common.by import By
-    page, items = shared_page, "[...document.querySelectorAll('[role=menuitem]')].filter(item => item.offsetParent && item.innerText.trim().startsWith(args[0]))"
+    page.wait_for("[...document.querySelectorAll('[role=menuitem]')].some(item => item.offsetParent && item.innerText.trim().startsWith(args[0]))", seconds, [label])
+    return next(item for item in page.driver.find_elements(By.CSS_SELECTOR, "[role=menuitem]") if item.is_displayed() and item.text.strip().startswith(label))
+
+
+def open_below(page, label, wanted):
+    """Rest the mouse on a menu entry until the wanted entry below it is there. A menu that is still sliding in misses the mouse, so it comes again, as a person's would."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    for _ in range(10):
+        item = menu_item(page, label)
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'nearest'})", item)
+        ActionChains(page.driver).move_to_element_with_offset(item, 3, 3).move_to_element(item).perform()
+        with contextlib.suppress(TimeoutError):
+            return menu_item(page, wanted, seconds=3)
+    raise AssertionError(f"the menu entry {label} never showed {wanted}")
+
+
+def test_the_menu_leads_to_the_dialog(shared_page, shots):
+    from selenium.webdriver.common.by import By
+    page, path = shared_page, ("Extensions", "Flux 2 Attention", "Backends on this machine")
     page.driver.find_element(By.CSS_SELECTOR, ".comfy-menu-button-wrapper").click()
-    for label in ("Extensions", "Flux 2 Attention"):
-        page.wait_for(f"{items}.length", arguments=[label])
-        page.js(f"{items}[0].scrollIntoView()", label)
-        item = next(found for found in page.driver.find_elements(By.CSS_SELECTOR, "[role=menuitem]") if found.text.strip().startswith(label))
-        ActionChains(page.driver).move_to_element(item).perform()
-    label = "Backends on this machine"
-    page.wait_for(f"{items}.length", arguments=[label])
+    for label, wanted in zip(path, path[1:]):
+        item = open_below(page, label, wanted)
     page.screenshot(shots / "menu.png")
-    next(found for found in page.driver.find_elements(By.CSS_SELECTOR, "[role=menuitem]") if found.text.strip() == label).click()
+    item.click()
     page.wait_for("document.querySelectorAll('.flux2-backends tr').length > 3")
     close_dialog(page)
 

@@ -5,6 +5,8 @@ import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const KEEPING = ["Flux2EncodePrompt", "Flux2EncodePrompts"];
 const NODES = [...KEEPING, "Flux2UpsamplePrompt"];
+const PLACEHOLDER = "After a run: what was done, and what in the prompt FLUX.2 does not read as written.";
+const PLACEHOLDERS = { Flux2UpsamplePrompt: "After a run: the better prompt, and how long it took to write." };
 const WIDGET = "report";
 const BUTTON = "clear prompts kept on disk";
 const ROUTE = "/flux2_attention/prompt_cache/clear";
@@ -16,7 +18,7 @@ function addText(node) {
   widget.options = { ...widget.options, read_only: true, serialize: false };
   if (widget.element) {
     widget.element.readOnly = true;
-    widget.element.placeholder = "After a run: what was done, and what in the prompt FLUX.2 does not read as written.";
+    widget.element.placeholder = PLACEHOLDERS[node.comfyClass] ?? PLACEHOLDER;
   }
 }
 
