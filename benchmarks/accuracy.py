@@ -64,12 +64,13 @@ def candidates(args, nodes):
     return nodes.unnamed_twice(found)
 
 
-def command(arguments):
-    words = [word for word in arguments]
+def shareable(script, arguments):
+    """The command as somebody else would type it: without the places of this machine."""
+    words = list(arguments)
     for flag in ("--save", "--aiter-source"):
         if flag in words:
             words[words.index(flag) + 1] = "FILE" if flag == "--save" else "FOLDER"
-    return " ".join(["python benchmarks/accuracy.py", *(f'"{w}"' if " " in w else w for w in words)])
+    return " ".join([f"python benchmarks/{script}", *(f'"{w}"' if " " in w else w for w in words)])
 
 
 def main():
@@ -94,7 +95,7 @@ def main():
         model, positive, vae = globals()[args.weights](args)
         job = nodes.model_bench.job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
         found, *_ = nodes.compare(model, job, args.reference, candidates(args, nodes), vae)
-        data = {**nodes.measure.plain(found.as_data()), "weights": TEXTS[args.weights], "command": command(sys.argv[1:])}
+        data = {**nodes.measure.plain(found.as_data()), "weights": TEXTS[args.weights], "command": shareable("accuracy.py", sys.argv[1:])}
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(json.dumps(data, indent=1) + "\n")

@@ -37,6 +37,19 @@ def test_every_peer_takes_the_same_step_of_bf16_and_fp8_weights(comfy, tmp_path)
     assert plain["diffusers_ms"] == plain["diffusers_eager_ms"] and fp8["diffusers_ms"] is None and "no path for ComfyUI's fp8" in said
 
 
+def test_the_benchmark_node_without_a_server(tmp_path):
+    """What docs/speed.md is made from; the program that also lends AITER's kernels to another card."""
+    target = tmp_path / "speed-here.json"
+    command = [sys.executable, pack.ROOT / "benchmarks" / "speed.py", "--weights", "small", "--sizes", "128x128", "--backends", "sdpa-math", "flash4",
+               "--call-repeat", "2", "--step-repeat", "1", "--save", target]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads(target.read_text())
+    timed = {(row["backend"], row["call"] == "step") for row in data["rows"] if row["timing"]}
+    assert ("sdpa-math", False) in timed and ("sdpa-math", True) in timed and data["missing"]["flash4"]
+    assert data["weights"] == "random weights, FLUX.2 small" and data["command"].endswith("--save FILE") and str(tmp_path) not in target.read_text()
+
+
 def test_the_work_of_a_step_is_that_of_its_products_and_attention(comfy):
     """Counted by PyTorch's own counter on a small model, and the published size by hand."""
     sys.path.append(str(pack.ROOT / "benchmarks"))
