@@ -4,10 +4,11 @@
   python benchmarks/train_small.py --out OUT --minutes 9                                     everything from nothing, in one run or in several:
   python benchmarks/train_small.py --out OUT --minutes 8 --resume FOLDER                     next run, from the files of the one before
   python benchmarks/train_small.py --out OUT --minutes 9 --autoencoder tests/data/small_flux2    all but a trained autoencoder
+  python benchmarks/train_small.py --out OUT --minutes 48 --resume FOLDER --batch 32 --pool 128 --edits 0.75 --rate 0.15 --examined 0 --bf16    on a CPU: refine edits
   python benchmarks/train_small.py --export tests/data/small_flux2 --resume FOLDER           the weights to ship
   python benchmarks/train_small.py --out OUT --smoke                                         every stage, tiny, on a CPU, within a minute
 
-Needs torch and safetensors; one GPU with 40 GB or more. OUT gets three bf16 weight files (the average of the last steps; training goes on from
+Needs torch and safetensors; for a training from nothing one GPU with 40 GB or more. OUT gets three bf16 weight files (the average of the last steps; training goes on from
 them), progress.json and a sheet of pictures, every 100 seconds and at the end. The learning rate falls at the end of every run and rises again in
 the next: each run ends with weights that can be used. All data is drawn; the seed is --seed plus the number of the run.
 """
@@ -26,7 +27,7 @@ from small import encoder, files, sampling, scenes, tokens, train_autoencoder, t
 from small.autoencoder import Autoencoder  # noqa: E402
 from small.progress import log  # noqa: E402
 
-ENDING, EXAMINED = 14, 96  # seconds kept for the last check and the files; pictures of a check, and as many edits
+ENDING = 14  # seconds kept for the last check and the files
 BLOCKS = {block: block.forward for block in (transformer.DoubleBlock, transformer.SingleBlock, encoder.Layer)}
 RECIPE = "drawn scenes and edits; supervised text encoder; flow matching with model guidance; benchmarks/train_small.py, docs/small-model.md"
 
@@ -45,6 +46,10 @@ def parse(arguments=None):
     add("--text-batch", type=int, default=512, help="captions in a step of the text encoder")
     add("--autoencoder-batch", type=int, default=32, help="pictures of 256 x 256 in a step of the autoencoder; twice as many crops")
     add("--pool", type=int, default=12288, help="encoded scenes kept on the device; half as many edits")
+    add("--edits", type=float, default=train_flow.EDITS, help="share of the flow's steps that train edits")
+    add("--rate", type=float, default=1.0, help="share of the flow's learning rates, for a run that refines; small batches want less")
+    add("--examined", type=int, default=96, help="pictures of a check, and as many edits; 0 for no checks")
+    add("--bf16", action="store_true", help="bf16 products on a CPU too")
     add("--seed", type=int, default=20261124)
     add("--eager", action="store_true", help="do not compile")
     add("--smoke", action="store_true", help="tiny sizes and seconds instead of minutes")
@@ -63,16 +68,15 @@ def parse(arguments=None):
 def smoke(args):
     """Settings with which every stage runs on a CPU in a few seconds."""
     args.minutes, args.autoencoder_minutes, args.text_minutes, args.eager = 0.1, 0.02, 0.02, True
-    args.batch, args.autoencoder_batch, args.text_batch, args.pool = 2, 2, 8, 4
+    args.batch, args.autoencoder_batch, args.text_batch, args.pool, args.examined = 2, 2, 8, 4, 4
     return args
 
 
 # --- set up --------------------------------------------------------------------------------------------------------------
 
-def autocast_on(device):
-    if device == "cpu":
-        return contextlib.nullcontext
-    return lambda: torch.autocast("cuda", torch.bfloat16)
+def autocast_on(device, wanted):
+    """bf16 autocast on a GPU, and on a CPU where it is wanted."""
+    return (lambda: torch.autocast(device, torch.bfloat16)) if device != "cpu" or wanted else contextlib.nullcontext
 
 
 def speed_up(eager):
@@ -123,7 +127,7 @@ class Run:
     def __init__(self, args):
         self.args, self.started = args, time.monotonic()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.autocast, self.painter = autocast_on(self.device), speed_up(args.eager or self.device == "cpu")
+        self.autocast, self.painter = autocast_on(self.device, args.bf16), speed_up(args.eager or self.device == "cpu")
         self.models, self.progress = gathered(args, self.device)
         self.generator = torch.Generator(self.device).manual_seed(args.seed + self.progress["runs"])
         self.progress["runs"] += 1
@@ -165,7 +169,7 @@ class Run:
         log(f"flow starts {self.spent:.0f} s into the run; filling the pools")
         maker = train_flow.Maker(*frozen, self.painter, self.generator, self.autocast)
         flow = train_flow.Flow(model, copy.deepcopy(model), maker, self.args.batch, self.args.pool, self.autocast,
-                               0.0 if self.progress["transformer"] else train_flow.GUIDED)
+                               0.0 if self.progress["transformer"] else train_flow.GUIDED, self.args.edits, self.args.rate)
         if not self.progress["transformer"]:
             train_flow.match_scale(model, flow.pools[0].entries)
         log(f"pools filled {self.spent:.0f} s into the run")
@@ -177,7 +181,9 @@ class Run:
         """Write the averages, then look at what they draw."""
         self.progress |= {"steps": before["steps"] + flow.steps, "pictures": before["pictures"] + flow.pictures}
         self.save()
-        self.examination = self.examination or sampling.Examination(4 if self.args.smoke else EXAMINED, self.device)
+        if not self.args.examined:
+            return
+        self.examination = self.examination or sampling.Examination(self.args.examined, self.device)
         line, drawn = self.examination.sit(self.models, self.autocast, steps=2 if self.args.smoke else sampling.STEPS)
         log(f"check at {share:.3f} of the run, {self.spent:.0f} s into it: {line}")
         sampling.write_png(self.args.out / "sheet.png", torch.nn.functional.avg_pool2d(drawn, 2), min(16, len(drawn)))

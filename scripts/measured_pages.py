@@ -24,7 +24,8 @@ different picture" and "different picture", by the thresholds below its table, o
 
 **What random weights can tell:** the error of each attention call at full size, and whether it is rounding. **What they cannot:** how a picture changes. Their scores
 are flat and have no outliers, so a quantised kernel's error can be smaller or larger than on a real model, and what attention gets wrong hardly reaches the picture. The
-small trained model shows what happens to pictures; how large the change is on FLUX.2 itself, the node tells on your own card.
+small trained model shows what happens to pictures; how large the change is on FLUX.2 itself, the node tells on your own card. (It was trained further, on edits, after its
+section was measured.)
 """
 SPEED = """# How fast each attention backend is
 

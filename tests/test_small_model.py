@@ -360,9 +360,9 @@ def small_flow(monkeypatch, **settings):
 
 def test_training_steps_lower_the_loss(monkeypatch):
     flow = small_flow(monkeypatch)
-    losses = [flow.step(0.1).item() for _ in range(40)]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
-    assert flow.steps == 40 and all(value.isfinite().all() for value in flow.average.models["transformer"].parameters())
+    losses = [flow.step(0.1).item() for _ in range(60)]
+    assert sum(losses[-6:]) < 0.6 * sum(losses[:6]), losses  # six: twice a scene, a scene and an edit
+    assert flow.steps == 60 and all(value.isfinite().all() for value in flow.average.models["transformer"].parameters())
 
 
 def test_guidance_moves_the_target_by_what_the_prompt_does(monkeypatch):
@@ -374,6 +374,26 @@ def test_guidance_moves_the_target_by_what_the_prompt_does(monkeypatch):
     difference = of(text) - of(empty.expand_as(text))
     assert not moved[0].any() and relative_error(moved[1], 2 * train_flow.STRENGTH * difference[1]) < 1e-3
     assert relative_error(moved[2], 4 * train_flow.STRENGTH * difference[2]) < 1e-3
+
+
+def test_the_weight_of_an_edit_does_not_tell_which_shape_it_changes():
+    """Weight on the changed shape alone taught the model to change all of them."""
+    before = scenes.sample(64, generator(3), (0, 1, 1), for_edits=True)
+    weight, (_, task, target, _) = train_flow.touchable(before), scenes.edit(before, generator(4))
+    place = (scenes.centres(before) / 16).long()  # the image token under each object's centre
+    at_shapes = weight.gather(1, 16 * place[..., 1] + place[..., 0])
+    assert (at_shapes[before.shown] == 1).all() and (weight.mean(1) < 0.7).all()
+    hats, rows = place.gather(1, target[:, None, None].expand(-1, 1, 2))[:, 0], torch.arange(64)[task == scenes.HAT]
+    assert (weight[rows, 16 * (hats[rows, 1] - 5) + hats[rows, 0]] == 1).all()  # five tokens up: in the cell above
+
+
+def test_guidance_is_trained_on_scenes_alone(monkeypatch):
+    flow = small_flow(monkeypatch)
+    guided = []
+    monkeypatch.setattr(flow, "effect", lambda noisy, reference, *_: (guided.append(reference is None), torch.zeros_like(noisy))[1])
+    for _ in range(6):
+        flow.step(1.0 - 0.2)
+    assert flow.kinds == [4, 2] and guided == [True] * 4
 
 
 def test_the_loss_forgives_what_the_decoder_does_not_read():

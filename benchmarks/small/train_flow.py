@@ -4,7 +4,7 @@
 
 Latents and text states are made ahead, into pools, and used several times each with other noise: a step is the transformer alone. Every LONG-th
 step feeds the 512 text rows of inference, the others LONGEST rows at the same positions, which costs less than half. From GUIDED on, half of each
-batch gets the target moved by what the prompt does to the prediction of the running average (model guidance, Tang et al. 2025): so the guidance
+batch of scenes gets the target moved by what the prompt does to the prediction of the running average (model guidance, Tang et al. 2025): so the guidance
 input has an effect, and the pictures are learnt from all the same.
 """
 import time as clocks
@@ -26,8 +26,8 @@ DROPPED = 0.1  # share of empty prompts
 SHIFT, UNIFORM = 3.0, 0.1  # shift of the noise levels towards more noise; share of them that is uniform
 GUIDANCE, STRENGTH = (1.0, 6.0), 0.25  # range of the guidance input; classifier-free scale is 1 + (guidance - 1) * STRENGTH
 REUSED, TOGETHER = 12, 8  # how often a drawn picture is used; of how many steps the new ones are made at once
-EDITS, LONG = 3, 8  # every third step trains edits, every eighth all text rows
-SHAPES, TOUCHED = 3.0, 6.0  # additional weight of the loss in cells with a shape, and in those that an edit changes
+EDITS, LONG = 1 / 3, 8  # share of steps that train edits; every eighth of either kind has all text rows
+SHAPES, TOUCHABLE = 3.0, 6.0  # additional weight of the loss in cells with a shape, and in those that an edit could change
 UNSEEN = 0.1  # weight of the error in those dimensions of the latent that the decoder does not read
 
 
@@ -82,11 +82,8 @@ class Maker:
         return {"latent": self.latents(table), "text": self.states(phrases), "weight": 1 + SHAPES * inside(table.cell, table.shown)}
 
     def edits(self, rows):
-        before, after, phrases, (task, target, _) = train_text.edit_captions(rows, self.generator)
-        cell = before.cell.gather(1, target[:, None])
-        hat = torch.where((task == scenes.HAT)[:, None], cell - 3, cell)
-        touched = inside(torch.cat([cell, hat], dim=1), torch.ones_like(cell, dtype=torch.bool).expand(-1, 2))
-        return {"latent": self.latents(after), "reference": self.latents(before), "text": self.states(phrases), "weight": 1 + TOUCHED * touched}
+        before, after, phrases, _ = train_text.edit_captions(rows, self.generator)
+        return {"latent": self.latents(after), "reference": self.latents(before), "text": self.states(phrases), "weight": 1 + TOUCHABLE * touchable(before)}
 
     @torch.no_grad()
     def latents(self, table):
@@ -120,6 +117,12 @@ def inside(cell, shown):
     return ((cell[:, :, None] == of_token) & shown[:, :, None]).any(1).float()
 
 
+def touchable(before):
+    """(B, 256) 1.0 for the image tokens that some edit of a scene could change: the cells of its shapes, and those above them, where hats go. The same
+    for every edit of it: weight on the changed cells alone would reward a model that is unsure which shape is meant for changing all of them."""
+    return inside(torch.cat([before.cell, before.cell - 3], dim=1), before.shown.repeat(1, 2))
+
+
 class Pool:
     """A fixed number of entries {name: (rows, ...)}, of which some are made anew now and then."""
 
@@ -143,31 +146,34 @@ class Pool:
 
 class Flow:
     """The state of the training: the transformer, its average, pools and the optimiser. `batch` counts pictures of steps with LONGEST text rows and
-    no reference; others have as many tokens. `guided` is the share of the run from which guidance has an effect."""
+    no reference; others have as many tokens. `guided` is the share of the run from which guidance has an effect: on scenes alone. What an instruction does to a
+    picture includes what it leaves unclear, which shape is meant say, and guidance would exaggerate that too."""
 
-    def __init__(self, model, copy, maker, batch, pool, autocast, guided=GUIDED):
-        self.model, self.generator, self.autocast, self.batch, self.guided = model, maker.generator, autocast, batch, guided
+    def __init__(self, model, copy, maker, batch, pool, autocast, guided=GUIDED, edits=EDITS, rate=1.0):
+        self.model, self.generator, self.autocast, self.batch, self.guided, self.edits = model, maker.generator, autocast, batch, guided, edits
         self.average = Average({"transformer": model}, {"transformer": copy})
         self.pools = [Pool(max(rows, 2), make, maker.generator) for rows, make in ((pool, maker.scenes), (pool // 2, maker.edits))]
         self.seen_matrix, self.nothing = seen(maker.autoencoder), maker.nothing()
-        self.optimiser = Optimiser(*halves({"transformer": model}), RATES)
+        self.optimiser = Optimiser(*halves({"transformer": model}), tuple(rate * full for full in RATES))
         self.steps = self.pictures = 0
+        self.kinds = [0, 0]  # steps of scenes, of edits
         self.failures = 0
 
     def plan(self, share):
         """(edits?, text rows, pictures) of the next step."""
-        edits, count = self.steps % EDITS == EDITS - 1, self.steps // EDITS
-        rows = ROWS if share >= FULL_ROWS or count % LONG == LONG - 1 else captions.LONGEST
+        edits = int((self.steps + 1) * self.edits) > int(self.steps * self.edits)
+        rows = ROWS if share >= FULL_ROWS or self.kinds[edits] % LONG == LONG - 1 else captions.LONGEST
         length = rows + (512 if edits else 256)
         return edits, rows, max(2, self.batch * (captions.LONGEST + 256) // length // 8 * 8)
 
     def step(self, share):
         """One step; returns the loss, not yet waited for."""
         edits, rows, batch = self.plan(share)
-        if self.steps // EDITS % TOGETHER == 0:
+        if self.kinds[edits] % TOGETHER == 0:
             self.pools[edits].refresh(max(1, batch * TOGETHER // REUSED))
-        loss = self.loss(self.pools[edits].draw(batch), rows, share >= self.guided)
+        loss = self.loss(self.pools[edits].draw(batch), rows, share >= self.guided and not edits)
         loss.backward()
+        self.kinds[edits] += 1
         self.steps, self.pictures = self.steps + 1, self.pictures + batch
         self.optimiser.step(min(1.0, self.steps / WARM) * min(1.0, 0.02 + (1 - share) / (1 - DECAY)))
         self.average.update()
