@@ -9,7 +9,7 @@
   python benchmarks/train_small.py --out OUT --smoke                                         every stage, tiny, on a CPU, within a minute
 
 Needs torch and safetensors; for a training from nothing one GPU with 40 GB or more. OUT gets three bf16 weight files (the average of the last steps; training goes on from
-them), progress.json and a sheet of pictures, every 100 seconds and at the end. The learning rate falls at the end of every run and rises again in
+them), progress.json and, with --examined above 0, a sheet of pictures, every 100 seconds and at the end. The learning rate falls at the end of every run and rises again in
 the next: each run ends with weights that can be used. All data is drawn; the seed is --seed plus the number of the run.
 """
 import argparse

@@ -45,7 +45,8 @@ Made by `scripts/measured_pages.py` from runs of `benchmarks/step.py`: one forwa
 attention; *core-attention* the same with `auto`; *ours* adds Fast Blocks; *ours-fp8* is Fast Blocks with `precision: fp8` on the same bf16 weights; *diffusers* uses the fastest
 of its attention backends on that card, eager or with compiled blocks. All share one set of weights and are timed in rounds that go around all of them; milliseconds are
 medians with the fastest and slowest run. Random weights cost the same time as trained ones, and their outputs are noise: *distance from core's output* is relative, and only
-says that the same thing was computed; peaks behind an *ours-fp8* row contain its fp8 copies of the weights. Two exact attention kernels under core's own blocks are 1.2e-2 to 1.3e-2 apart on such weights in bf16 (docs/accuracy.md); no such control was measured in fp8.
+says that the same thing was computed; peaks behind an *ours-fp8* row contain its fp8 copies of the weights, which are made anew for each
+sampling: that time is not in the medians. The first version of the fused blocks was measured; since then they look more closely at which calls they may compute. Two exact attention kernels under core's own blocks are 1.2e-2 to 1.3e-2 apart on such weights in bf16 (docs/accuracy.md); no such control was measured in fp8.
 """
 
 

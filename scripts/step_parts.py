@@ -26,7 +26,7 @@ def kernel_ms(check, tokens, names):
 
 def attention_ms(speed, size):
     """Milliseconds of the fastest exact attention call of that size in a result of the benchmark node."""
-    calls = [r["timing"]["ms"] for r in speed["rows"] if r["size"] == size and r["call"] != "step" and r["timing"] and not r["backend"].startswith("sage")]
+    calls = [r["timing"]["ms"] for r in speed["rows"] if r["size"] == size and r["call"] != "step" and r["timing"] and r["exact"]]
     return min(calls)
 
 

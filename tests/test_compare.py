@@ -438,6 +438,13 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
     assert measured_pages.pages(tmp_path / "docs", tmp_path) == []
 
 
+def test_the_parts_of_a_step_take_the_fastest_exact_attention():
+    import step_parts
+    row = lambda backend, ms, exact, call="attention": {"size": "1024x1024", "backend": backend, "call": call, "exact": exact, "timing": ms and {"ms": ms}}
+    rows = [row("sdpa", 2.0, True), row("flash4", 1.5, True), row("aiter-sage", 1.0, False), row("sdpa-math", None, True), row("auto", 0.5, True, "step")]
+    assert step_parts.attention_ms({"rows": rows}, "1024x1024") == 1.5
+
+
 def test_the_pages_in_the_repository_are_those_of_its_results(tmp_path):
     import measured_pages
     written = measured_pages.pages(measured_pages.ROOT / "benchmarks" / "results", tmp_path)
