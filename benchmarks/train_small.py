@@ -47,6 +47,8 @@ def parse(arguments=None):
     add("--autoencoder-batch", type=int, default=32, help="pictures of 256 x 256 in a step of the autoencoder; twice as many crops")
     add("--pool", type=int, default=12288, help="encoded scenes kept on the device; half as many edits")
     add("--edits", type=float, default=train_flow.EDITS, help="share of the flow's steps that train edits")
+    add("--edit-counts", type=float, nargs=3, default=train_text.EDIT_COUNTS, help="how often edited scenes have one, two and three shapes")
+    add("--edit-tasks", type=float, nargs=3, default=(1, 1, 1), help="how often an edit changes a colour, removes a shape and adds a hat")
     add("--rate", type=float, default=1.0, help="share of the flow's learning rates, for a run that refines; small batches want less")
     add("--examined", type=int, default=96, help="pictures of a check, and as many edits; 0 for no checks")
     add("--bf16", action="store_true", help="bf16 products on a CPU too")
@@ -167,7 +169,8 @@ class Run:
         frozen = [self.models[kind].requires_grad_(False) for kind in ("autoencoder", "text_encoder")]
         model = self.models["transformer"]
         log(f"flow starts {self.spent:.0f} s into the run; filling the pools")
-        maker = train_flow.Maker(*frozen, self.painter, self.generator, self.autocast)
+        maker = train_flow.Maker(*frozen, self.painter, self.generator, self.autocast,
+                                 edits={"counts": self.args.edit_counts, "tasks": self.args.edit_tasks})
         flow = train_flow.Flow(model, copy.deepcopy(model), maker, self.args.batch, self.args.pool, self.autocast,
                                0.0 if self.progress["transformer"] else train_flow.GUIDED, self.args.edits, self.args.rate)
         if not self.progress["transformer"]:

@@ -123,10 +123,10 @@ def is_held_out(scenes):
 RECOLOUR, REMOVE, HAT = range(3)
 
 
-def edit(scenes, generator):
-    """(edited scenes, task (B,), target object (B,), new colour (B,)). A scene with one object never loses it."""
+def edit(scenes, generator, tasks=(1, 1, 1)):
+    """(edited scenes, task (B,), target object (B,), new colour (B,)). A scene with one object never loses it. `tasks`: weights of the three."""
     dice, rows = Dice(generator), len(scenes)
-    task = dice.weighted((1, 1, 1), rows)
+    task = dice.weighted(tasks, rows)
     task = torch.where((task == REMOVE) & (scenes.count == 1), 2 * dice.below(2, rows), task)
     target = (dice.uniform(rows) * scenes.count).long()
     colour = _free_colour(scenes, dice)

@@ -71,18 +71,18 @@ def noise_levels(rows, generator):
 # --- what is trained on --------------------------------------------------------------------------------------------------
 
 class Maker:
-    """Entries of the pools: latents, text states and weights, bf16 on the device."""
+    """Entries of the pools: latents, text states and weights, bf16 on the device. `edits`: how often which, as edit_captions takes it."""
 
-    def __init__(self, autoencoder, encoder, painter, generator, autocast, chunk=128):
+    def __init__(self, autoencoder, encoder, painter, generator, autocast, chunk=128, edits=None):
         self.autoencoder, self.encoder, self.painter, self.autocast, self.chunk = autoencoder, encoder, painter, autocast, chunk
-        self.generator, self.ids = generator, captions.Ids(generator.device)
+        self.generator, self.ids, self.edited = generator, captions.Ids(generator.device), edits or {}
 
     def scenes(self, rows):
         table, phrases = train_text.scene_captions(rows, self.generator)
         return {"latent": self.latents(table), "text": self.states(phrases), "weight": 1 + SHAPES * inside(table.cell, table.shown)}
 
     def edits(self, rows):
-        before, after, phrases, _ = train_text.edit_captions(rows, self.generator)
+        before, after, phrases, _ = train_text.edit_captions(rows, self.generator, **self.edited)
         return {"latent": self.latents(after), "reference": self.latents(before), "text": self.states(phrases), "weight": 1 + TOUCHABLE * touchable(before)}
 
     @torch.no_grad()

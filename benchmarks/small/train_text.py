@@ -55,10 +55,11 @@ def scene_captions(rows, generator, **options):
     return captions.compose(scenes.sample(rows, generator, COUNTS, **options), generator)
 
 
-def edit_captions(rows, generator, **options):
-    """(scenes before, scenes after, phrases, target (B,)). A hat of no said colour has the usual one."""
-    before = scenes.sample(rows, generator, EDIT_COUNTS, for_edits=True, **options)
-    _, task, target, colour = scenes.edit(before, generator)
+def edit_captions(rows, generator, counts=EDIT_COUNTS, tasks=(1, 1, 1), **options):
+    """(scenes before, scenes after, phrases, target (B,)). A hat of no said colour has the usual one. `counts` and `tasks` are weights: of one, two and
+    three objects, and of recolouring, removing and hats."""
+    before = scenes.sample(rows, generator, counts, for_edits=True, **options)
+    _, task, target, colour = scenes.edit(before, generator, tasks)
     named = scenes.Dice(generator).chance(NAMED, rows)
     colour = torch.where((task == scenes.HAT) & ~named, scenes.usual_hat(before), colour)
     return before, scenes.apply(before, task, target, colour), captions.instruct(before, task, target, colour, generator, named=named), \
