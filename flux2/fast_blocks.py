@@ -5,6 +5,7 @@ whatever override the model carries. A block, or a call of one, that cannot be c
 the reason. What a block computes was read from comfy/ldm/flux/layers.py (DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
 """
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from comfy.ldm.flux import layers as flux_layers, math as flux_math  # looked in
 from comfy.patcher_extension import WrappersMP
 
 from . import kernels
+from .handover import Handover, Reader, counted
 from .products import Products, norm_weight
 
 KEY = "flux2_fast_blocks"
@@ -50,19 +52,21 @@ def install(model, rows=None):
     rows: a row_fp8.RowFp8 to compute the products of bf16 layers in fp8, or None. Raises ValueError when no block can be replaced, with the reasons.
     """
     inner = model.model.diffusion_model
-    log, products, reasons, number = FastLog(rows), Products(rows), {}, 0
+    log, tools, reasons, number = FastLog(rows), Tools(Products(rows), Handover()), {}, 0
     for kind, fast in zip(KINDS, (double_block, single_block)):
-        for index, block in enumerate(getattr(inner, f"{kind}s", ())):
+        after = None  # from the last block to the first, so that each knows what follows
+        for index, block in reversed(list(enumerate(getattr(inner, f"{kind}s", ())))):
             reason = unsuitable(block, kind)
             if reason:
-                reasons[(kind, index)] = reason
+                reasons[(kind, index)], after = reason, None
                 continue
-            model.set_model_patch_replace(Replacement(fast, block, log, products, replaced(model, kind, index)), "dit", kind, index)
+            after = Replacement(fast, block, log, tools, replaced(model, kind, index), after)
+            model.set_model_patch_replace(after, "dit", kind, index)
             number += 1
     if not number:
         raise ValueError(f"None of this model's blocks can be fused: {'; '.join(sorted(set(reasons.values()))) or 'it has no blocks of the FLUX kind'}.")
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counting(log))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counting(log, tools.handover))
     model.model_options["transformer_options"][KEY] = log
     return log, reasons
 
@@ -72,11 +76,14 @@ def log_of(model):
     return model.model_options.get("transformer_options", {}).get(KEY)
 
 
-def counting(log):
-    """A sampler wrapper: a sampling begins with an empty log."""
+def counting(log, handover):
+    """A sampler wrapper: a sampling begins with an empty log, and one that was cut short leaves no tensor behind."""
     def wrapper(executor, *args, **kwargs):
         log.begin()
-        return executor(*args, **kwargs)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            handover.forget()
     return wrapper
 
 
@@ -109,8 +116,11 @@ def text_norms(block):
 class Replacement:
     """One block's entry in patches_replace["dit"]: the fused block, or core's where this call cannot be fused."""
 
-    def __init__(self, fast, block, log, products, before):
-        self.fast, self.block, self.log, self.products, self.before = fast, block, log, products, before
+    def __init__(self, fast, block, log, tools, before, after=None):
+        self.fast, self.block, self.log, self.tools, self.before = fast, block, log, tools, before
+        # what the next block reads is written ahead where nobody stands between, and both get the same modulation
+        ahead = after is not None and not (before or after.before or block.modulation or after.block.modulation)
+        self.readers = readers(after.block) if ahead else {}
         # whoever compiles the whole model would find nothing in the closure that original_call looks into
         self.untraced = torch.compiler.disable(Replacement.answer)
 
@@ -131,11 +141,33 @@ class Replacement:
             return original(args)
         self.count(self.log.fast, self.fast.__name__)
         with on_device(args["img"]):
-            return self.fast(block, args, segment, self.products)
+            return self.fast(block, args, segment, self.tools._replace(readers=self.readers if block is self.block else {}))
 
     def count(self, counter, key):
         if not torch.compiler.is_compiling():
             counter[key] += 1
+
+
+class Tools(NamedTuple):
+    """What a fused block computes with. readers: of the next block, by the name of the hidden states; none where nothing is to be written ahead."""
+    products: Products
+    handover: Handover
+    readers: dict = {}
+
+    def finish(self, name, x, delta, gate, mod, **options):
+        """x += delta * gate, the last step of a block; with what the next one reads where it may be written ahead, under `mod`."""
+        reader = self.readers.get(name)
+        if reader is None:
+            self.handover.add(x, delta, gate, **options)
+        else:
+            self.handover.add_and_note(x, delta, gate, reader, mod, self.products.scale_for(reader.linear, x), **options)
+
+
+def readers(block):
+    """{name of the hidden states: Reader} of what a block reads first."""
+    if hasattr(block, "pre_norm"):
+        return {"joint": Reader(block.pre_norm, block.linear1)}
+    return {name: Reader(getattr(block, f"{name}_norm1"), getattr(block, f"{name}_attn").qkv) for name in ("img", "txt")}
 
 
 def original_call(original):
@@ -204,15 +236,15 @@ def on_device(tensor):
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 
-def double_block(block, args, segment, products=Products()):
+def double_block(block, args, segment, tools=Tools(Products(), Handover())):
     """{"img", "txt"} after a DoubleStreamBlock. args as core gives them to a replacement: img, txt, vec, pe, attn_mask, transformer_options."""
     from .kernels.heads import joint_qkv
-    img, txt, heads = args["img"], args["txt"], block.num_heads
+    img, txt = (counted(args[name]) if name in tools.readers else args[name] for name in ("img", "txt"))
     image, text = (block.img_mod(args["vec"]), block.txt_mod(args["vec"])) if block.modulation else args["vec"]
-    img_side, txt_side = Side(block, "img", img, image, segment, products), Side(block, "txt", txt, text, (0, 0), products)
+    img_side, txt_side = Side(block, "img", img, image, segment, tools), Side(block, "txt", txt, text, (0, 0), tools)
     weights = txt_side.norm_weights(), img_side.norm_weights()
     place = [txt.shape[1], txt.shape[1] + img.shape[1]]
-    attn = attend(lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), heads, *weights, pe), args, {"img_slice": place})
+    attn = attend(lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), block.num_heads, *weights, pe), args, {"img_slice": place})
     img_side.finish(attn[:, txt.shape[1]:], finite=False)  # core mends float16 images once, after the last double block
     txt_side.finish(attn[:, :txt.shape[1]], finite=txt.dtype == torch.float16)
     return {"img": img, "txt": txt}
@@ -221,46 +253,44 @@ def double_block(block, args, segment, products=Products()):
 class Side:
     """The image or the text side of a double block: what it computes before and after the joint attention."""
 
-    def __init__(self, block, name, x, modulations, segment, products):
-        self.name, self.x, self.segment, (self.first, self.second), self.products = name, x, segment, modulations, products
+    def __init__(self, block, name, x, modulations, segment, tools):
+        self.name, self.x, self.segment, (self.first, self.second), self.tools = name, x, segment, modulations, tools
         self.attn, self.mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
-        self.norm1, self.norm2 = getattr(block, f"{name}_norm1"), getattr(block, f"{name}_norm2")
+        self.reader, self.norm2 = readers(block)[name], getattr(block, f"{name}_norm2")
 
     def norm_weights(self):
         return norm_weight(self.attn.norm.query_norm, self.x), norm_weight(self.attn.norm.key_norm, self.x)
 
     def qkv(self):
-        return self.products.product(self.attn.qkv, self.x, lambda scale: self.normed(self.first, self.norm1, scale), f"{self.name}_attn.qkv")
-
-    def normed(self, mod, norm, scale):
-        from .kernels.norm import norm_modulate
-        return norm_modulate(self.x, mod.shift, mod.scale, segment=self.segment, eps=norm.eps, fp8_scale=scale)
+        return self.tools.products.product(self.attn.qkv, self.x, lambda scale: self.tools.handover.normed(
+            self.x, self.reader, self.first, scale, segment=self.segment), f"{self.name}_attn.qkv")
 
     def finish(self, attn, finite):
         """Add what the attention output and the feed-forward part give to x, in place."""
-        from .kernels.norm import add_gated, add_gated_norm_modulate
+        from .kernels.norm import add_gated_norm_modulate, norm_modulate
         from .kernels.swiglu import swiglu
-        projected = self.products.projection(self.attn.proj, attn, f"{self.name}_attn.proj")
-        hidden = self.products.product(self.mlp[0], self.x, lambda scale: add_gated_norm_modulate(
-            self.x, projected, self.first.gate, self.second.shift, self.second.scale, segment=self.segment, eps=self.norm2.eps, fp8_scale=scale),
-            f"{self.name}_mlp.0", lambda scale: self.normed(self.second, self.norm2, scale))
-        out = self.products.product(self.mlp[2], self.x, lambda scale: swiglu(hidden, fp8_scale=scale), f"{self.name}_mlp.2")
-        add_gated(self.x, out, self.second.gate, segment=self.segment, finite=finite)
+        products, mod, options = self.tools.products, self.second, {"segment": self.segment, "eps": self.norm2.eps}
+        projected = products.projection(self.attn.proj, attn, f"{self.name}_attn.proj")
+        hidden = products.product(
+            self.mlp[0], self.x, lambda scale: add_gated_norm_modulate(self.x, projected, self.first.gate, mod.shift, mod.scale, fp8_scale=scale, **options),
+            f"{self.name}_mlp.0", lambda scale: norm_modulate(self.x, mod.shift, mod.scale, fp8_scale=scale, **options))
+        out = products.product(self.mlp[2], self.x, lambda scale: swiglu(hidden, fp8_scale=scale), f"{self.name}_mlp.2")
+        self.tools.finish(self.name, self.x, out, mod.gate, self.first, segment=self.segment, finite=finite)
 
 
-def single_block(block, args, segment, products=Products()):
+def single_block(block, args, segment, tools=Tools(Products(), Handover())):
     """{"img"} after a SingleStreamBlock, where img is text and image joined."""
     from .kernels.heads import single_qkv
-    from .kernels.norm import add_gated, norm_modulate
     from .kernels.swiglu import swiglu
-    x = args["img"]
+    products, x = tools.products, counted(args["img"]) if tools.readers else args["img"]
     mod = block.modulation(args["vec"])[0] if block.modulation else args["vec"]
-    both = products.product(block.linear1, x, lambda scale: norm_modulate(
-        x, mod.shift, mod.scale, segment=segment, eps=block.pre_norm.eps, fp8_scale=scale), "linear1")
+    both = products.product(block.linear1, x, lambda scale: tools.handover.normed(x, readers(block)["joint"], mod, scale, segment=segment), "linear1")
     weights = norm_weight(block.norm.query_norm, x), norm_weight(block.norm.key_norm, x)
     attn = attend(lambda pe: single_qkv(both, block.num_heads, *weights, pe), args, {})
-    out = products.product(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
-    add_gated(x, out, mod.gate, segment=segment, finite=x.dtype == torch.float16)
+    given = products.input(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
+    del both, attn  # the largest tensors of a step: gone before the product's output is allocated
+    out = products.apply(block.linear2, x, given, "linear2")
+    tools.finish("joint", x, out, mod.gate, mod, segment=segment, finite=x.dtype == torch.float16)
     return {"img": x}
 
 

@@ -4,10 +4,18 @@ The modules do the casting, offloading, patching and quantising as they do in co
 tensor to write it as fp8: the kernel in front writes fp8, with the checkpoint's input scale, and hands the module a quantised tensor.
 """
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
+
+
+class Input(NamedTuple):
+    """What a linear layer is given: data (B, S, K), the scale that fp8 data are over, and a sample of the exact product where the error is wanted."""
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    exact: torch.Tensor | None
 
 
 class Products:
@@ -22,19 +30,36 @@ class Products:
         write(None) gives a tensor of like's dtype; write(a scalar tensor) gives fp8 e4m3 over that scale, and is asked for that only when the
         layer itself would quantise its input so; write((B, S, 1)) fills in a scale for each token. again(None): the same without side effects.
         """
+        return self.apply(linear, like, self.input(linear, like, write, name, again), name)
+
+    def input(self, linear, like, write, name, again=None):
+        """The first half of product: nothing that write() reads is needed any more."""
+        scale = self.scale_for(linear, like)
+        data = write(scale)
+        exact = self.rows.exact(linear, name, again or write) if self.rows and scale is not None and scale.ndim == 3 else None
+        return Input(data, scale, exact)
+
+    def apply(self, linear, like, given, name):
+        """The second half of product: (B, S, N)."""
+        data, scale, _ = given
+        if scale is None:
+            return linear(data)
+        if scale.ndim == 3:
+            return self.rows.product(linear, like, given, name)
+        return linear(as_quantised(data, scale, like.dtype)).unflatten(0, data.shape[:2])
+
+    def scale_for(self, linear, like):
+        """What write() is asked for: None, a scalar, or (B, S, 1) to be filled in."""
         in_rows, scale = self.rows and self.rows.suits(linear), input_scale(linear, like.device)
-        if scale is not None:
-            quantised = write(scale)
-            return linear(as_quantised(quantised, scale, like.dtype)).unflatten(0, quantised.shape[:2])
-        if in_rows:
-            return self.rows.product(linear, like, write, name, again)
-        return linear(write(None))
+        if scale is None and in_rows:
+            return torch.empty((*like.shape[:2], 1), device=like.device, dtype=torch.float32)
+        return scale
 
     def projection(self, linear, attn, name):
         """linear applied to the attention output (B, S, N), which no kernel of ours writes."""
         from .kernels.quantise import quantise_rows
         if self.rows and self.rows.suits(linear):
-            return self.rows.product(linear, attn, lambda scales: attn if scales is None else quantise_rows(attn, scales), name, None)
+            return self.product(linear, attn, lambda scales: attn if scales is None else quantise_rows(attn, scales), name)
         return linear(attn)
 
 

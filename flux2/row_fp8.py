@@ -45,14 +45,17 @@ class RowFp8:
             self.left.add(reason)
         return reason is None
 
-    def product(self, linear, like, write, name, again):
-        """As products.Products.product, in fp8: (B, S, out)."""
-        scales = torch.empty((*like.shape[:2], 1), device=like.device, dtype=torch.float32)
-        data = write(scales)
+    def exact(self, linear, name, write):
+        """Some tokens' products (SAMPLE, out) by the layer itself, on the input that write(None) gives, for a kind of layer not seen yet; else None."""
+        return None if name in self.errors or torch.compiler.is_compiling() else linear(write(None)[:1, :SAMPLE])[0].float()
+
+    def product(self, linear, like, given, name):
+        """The product of a products.Input, in fp8: (B, S, out)."""
         weight, weight_scale, bias = self.weight(linear, like)
-        out = torch._scaled_mm(data.flatten(0, 1), weight.t(), scales.flatten(0, 1), weight_scale, bias=bias, out_dtype=like.dtype, use_fast_accum=True)
-        if name not in self.errors and not torch.compiler.is_compiling():
-            self.errors[name] = sample_error(linear, (again or write)(None), out)
+        out = torch._scaled_mm(given.data.flatten(0, 1), weight.t(), given.scale.flatten(0, 1), weight_scale, bias=bias, out_dtype=like.dtype,
+                               use_fast_accum=True)
+        if given.exact is not None:
+            self.errors[name] = sample_error(given.exact, out)
         return out.unflatten(0, like.shape[:2])
 
     def weight(self, linear, like):
@@ -85,9 +88,8 @@ def resident(linear, like):
     return linear.weight.device == like.device and not hasattr(linear, "_v") and not linear.weight_function
 
 
-def sample_error(linear, x, out):
-    """Relative error of some tokens' products, out (B*S, N), against the layer itself on the unquantised x (B, S, K)."""
-    exact = linear(x[:1, :SAMPLE])[0].float()
+def sample_error(exact, out):
+    """Relative error of products out (B*S, N) against the exact ones of its first tokens."""
     return ((out[:exact.shape[0]].float() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 

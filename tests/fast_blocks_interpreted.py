@@ -3,6 +3,7 @@
 Run by test_fast_blocks.py in a process of its own: Triton asks for TRITON_INTERPRET when it is imported. The interpreter computes in numpy and has no bfloat16;
 that is measured on a GPU by benchmarks/fast_check.py.
 """
+import itertools
 import json
 import os
 import types
@@ -90,8 +91,67 @@ def counted(monkeypatch):
 def test_the_fast_path_is_live_and_has_as_many_kernels_as_it_should(tools, flux2, monkeypatch):
     counts = counted(monkeypatch)
     forward(fast(tools, flux2), inputs({}))
-    # a double block: norm, add+norm, SwiGLU and add on each side, q/k/v once; a single block: norm, q/k/v, SwiGLU, add
-    assert counts == {"norm_modulate": 2 * 2 + 4, "add_gated_norm_modulate": 2 * 2, "add_gated": 2 * 2 + 4, "swiglu": 2 * 2 + 4, "joint_qkv": 2, "single_qkv": 4}
+    # a double block: add+norm, SwiGLU and add+norm on each side, q/k/v once; a single block: q/k/v, SwiGLU, add+norm. The first of a kind also
+    # has a norm before, and the last one an add without a norm
+    assert counts == {"norm_modulate": 2 + 1, "add_gated_norm_modulate": 2 * 2 + 2 + 3, "add_gated": 2 + 1, "swiglu": 2 * 2 + 4, "joint_qkv": 2, "single_qkv": 4}
+
+
+def test_what_is_changed_between_blocks_is_seen(tools, flux2, monkeypatch):
+    """A note is for hidden states that nobody has written to: with a ControlNet each block that follows one of its additions norms anew."""
+    counts, given = counted(monkeypatch), inputs({})
+    given["control"] = {"input": [torch.randn(1, 4, 256), None], "output": [torch.randn(1, 4, 256), None, torch.randn(1, 3, 256)]}
+    out, expected = forward(fast(tools, flux2), given), forward(flux2, given)
+    assert relative(out, expected) < CLOSE and relative(expected, forward(flux2, inputs({}))) > 1e-3
+    assert counts["norm_modulate"] == 3 + 1 + 2  # the second double block's image, the second and the fourth single block
+
+
+def test_a_sampling_that_is_cut_short_leaves_no_tensor_behind(tools, flux2, monkeypatch):
+    model, calls = fast(tools, flux2), itertools.count()
+    handover = model.model_options["transformer_options"]["patches_replace"]["dit"][("single_block", 0)].tools.handover
+    monkeypatch.setattr(tools.fast_blocks, "uncomputable", lambda args: 1 / 0 if next(calls) == 3 else None)
+    (wrapper,) = model.wrappers["outer_sample"]["flux2_fast_blocks"]
+
+    def sampling():
+        with pytest.raises(ZeroDivisionError):
+            forward(model, inputs({}))
+        assert len(handover.notes) == 1  # written by the first single block, for the one that failed
+        raise InterruptedError
+    with pytest.raises(InterruptedError):
+        wrapper(sampling)
+    assert not handover.notes
+
+
+def peak_bytes(work, path):
+    """The most bytes that PyTorch held at once while work ran, above what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    profiled.export_chrome_trace(str(path))
+    changes = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])))
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_a_block_needs_less_memory_than_cores(tools, flux2, kind, tmp_path, monkeypatch):
+    from comfy.ldm.flux import math as flux_math
+    from comfy.ldm.flux.layers import EmbedND, ModulationOut
+    from comfy.ldm.modules.attention import attention_pytorch
+    from flux2_pack.flux2.kernels import heads, norm, swiglu
+    monkeypatch.setattr(flux_math, "optimized_attention", attention_pytorch)  # core's choice for a CPU copies q, k and v
+    for kernel in (norm._residual_norm, heads._qkv, swiglu._swiglu):  # allocated for, not launched: the interpreter holds tensors until its next launch
+        monkeypatch.setattr(kernel, "run", lambda *args, **kwargs: None)
+    block, fused = getattr(flux2.model.diffusion_model, f"{kind}_blocks")[0], getattr(tools.fast_blocks, f"{kind}_block")
+    rows, text, mod = 256, 32, ModulationOut(*torch.zeros(3, 1, 1, 256))
+    names, lengths = (("img", "txt"), (rows - text, text)) if kind == "double" else (("img",), (rows,))
+    options = {"vec": ((mod, mod), (mod, mod)) if kind == "double" else mod, "pe": EmbedND(128, 2000, [32] * 4)(torch.zeros(1, rows, 4))}
+
+    @torch.inference_mode()
+    def peak(compute):
+        return peak_bytes(lambda: compute([torch.zeros(1, length, 256) for length in lengths]), tmp_path / "trace.json") / (rows * 256 * 4)
+    ours = peak(lambda streams: fused(block, {**dict(zip(names, streams)), **options, "transformer_options": {}}, (0, 0)))
+    cores = peak(lambda streams: block(*streams, **options))
+    assert 10 < ours < cores - 1  # in hidden states of all tokens
 
 
 def test_the_model_without_the_node_is_as_before_and_twice_is_once(tools, flux2, monkeypatch):
