@@ -41,6 +41,11 @@ def setting(module, **values):
         setattr(module, name, value)
 
 
+def launchable(option):
+    """Whether a program of so many warps has no more threads than a GPU runs in one, 1024: AMD Instinct's warps have 64."""
+    return option[1].get("WARPS", 1) * torch.cuda.get_device_properties(0).warp_size <= 1024
+
+
 def kernels():
     """[{kernel, length, options, ms, gb_per_s}]: every kernel with every option, and a plain copy of the same size beside it."""
     rows = []
@@ -62,7 +67,7 @@ def kernels():
                  "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N:]), [(swiglu, {})]),
                  "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N:], attn, fp8_scale=one), [(swiglu, {})])}
         for name, (traffic, work, options) in works.items():
-            for module, values in options:
+            for module, values in filter(launchable, options):
                 with setting(module, **values):
                     ms = summary(times_in_rounds({"": work}, 15, 3)[""])["ms"]
                 rows.append({"kernel": name, "length": length, "options": values, "ms": ms, "gb_per_s": round(traffic / ms / 1e6)})

@@ -141,7 +141,11 @@ class Replacement:
             return original(args)
         self.count(self.log.fast, self.fast.__name__)
         with on_device(args["img"]):
-            return self.fast(block, args, segment, self.tools._replace(readers=self.readers if block is self.block else {}))
+            return self.fast(block, args, segment, self.tools._replace(readers=self.readers) if block is self.block else Tools(self.tools.products, Handover()))
+
+    def cleanup(self):
+        """ComfyUI calls it when a sampling ends, in the other ranks of a parallel one too."""
+        self.tools.handover.forget()
 
     def count(self, counter, key):
         if not torch.compiler.is_compiling():
@@ -154,13 +158,16 @@ class Tools(NamedTuple):
     handover: Handover
     readers: dict = {}
 
-    def finish(self, name, x, delta, gate, mod, **options):
-        """x += delta * gate, the last step of a block; with what the next one reads where it may be written ahead, under `mod`."""
+    def finish(self, name, given, x, delta, gate, mod, **options):
+        """x += delta * gate, the last step of a block; with what the next one reads where it may be written ahead, under `mod`.
+
+        given: x as core gave it. Where x is an alias of it, somebody may yet write through the other one, uncounted: then only the next block writes ahead.
+        """
         reader = self.readers.get(name)
-        if reader is None:
-            self.handover.add(x, delta, gate, **options)
+        if reader is None or x is not given or reader.linear in self.handover.missed:
+            self.handover.add(name, x, delta, gate, **options)
         else:
-            self.handover.add_and_note(x, delta, gate, reader, mod, self.products.scale_for(reader.linear, x), **options)
+            self.handover.add_and_note(name, x, delta, gate, reader, mod, self.products.scale_for(reader.linear, x), **options)
 
 
 def readers(block):
@@ -241,7 +248,7 @@ def double_block(block, args, segment, tools=Tools(Products(), Handover())):
     from .kernels.heads import joint_qkv
     img, txt = (counted(args[name]) if name in tools.readers else args[name] for name in ("img", "txt"))
     image, text = (block.img_mod(args["vec"]), block.txt_mod(args["vec"])) if block.modulation else args["vec"]
-    img_side, txt_side = Side(block, "img", img, image, segment, tools), Side(block, "txt", txt, text, (0, 0), tools)
+    img_side, txt_side = Side(block, "img", args["img"], img, image, segment, tools), Side(block, "txt", args["txt"], txt, text, (0, 0), tools)
     weights = txt_side.norm_weights(), img_side.norm_weights()
     place = [txt.shape[1], txt.shape[1] + img.shape[1]]
     attn = attend(lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), block.num_heads, *weights, pe), args, {"img_slice": place})
@@ -253,8 +260,8 @@ def double_block(block, args, segment, tools=Tools(Products(), Handover())):
 class Side:
     """The image or the text side of a double block: what it computes before and after the joint attention."""
 
-    def __init__(self, block, name, x, modulations, segment, tools):
-        self.name, self.x, self.segment, (self.first, self.second), self.tools = name, x, segment, modulations, tools
+    def __init__(self, block, name, given, x, modulations, segment, tools):
+        self.name, self.given, self.x, self.segment, (self.first, self.second), self.tools = name, given, x, segment, modulations, tools
         self.attn, self.mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
         self.reader, self.norm2 = readers(block)[name], getattr(block, f"{name}_norm2")
 
@@ -263,7 +270,7 @@ class Side:
 
     def qkv(self):
         return self.tools.products.product(self.attn.qkv, self.x, lambda scale: self.tools.handover.normed(
-            self.x, self.reader, self.first, scale, segment=self.segment), f"{self.name}_attn.qkv")
+            self.name, self.x, self.reader, self.first, scale, segment=self.segment), f"{self.name}_attn.qkv")
 
     def finish(self, attn, finite):
         """Add what the attention output and the feed-forward part give to x, in place."""
@@ -275,7 +282,7 @@ class Side:
             self.mlp[0], self.x, lambda scale: add_gated_norm_modulate(self.x, projected, self.first.gate, mod.shift, mod.scale, fp8_scale=scale, **options),
             f"{self.name}_mlp.0", lambda scale: norm_modulate(self.x, mod.shift, mod.scale, fp8_scale=scale, **options))
         out = products.product(self.mlp[2], self.x, lambda scale: swiglu(hidden, fp8_scale=scale), f"{self.name}_mlp.2")
-        self.tools.finish(self.name, self.x, out, mod.gate, self.first, segment=self.segment, finite=finite)
+        self.tools.finish(self.name, self.given, self.x, out, mod.gate, self.first, segment=self.segment, finite=finite)
 
 
 def single_block(block, args, segment, tools=Tools(Products(), Handover())):
@@ -284,13 +291,13 @@ def single_block(block, args, segment, tools=Tools(Products(), Handover())):
     from .kernels.swiglu import swiglu
     products, x = tools.products, counted(args["img"]) if tools.readers else args["img"]
     mod = block.modulation(args["vec"])[0] if block.modulation else args["vec"]
-    both = products.product(block.linear1, x, lambda scale: tools.handover.normed(x, readers(block)["joint"], mod, scale, segment=segment), "linear1")
+    both = products.product(block.linear1, x, lambda scale: tools.handover.normed("joint", x, readers(block)["joint"], mod, scale, segment=segment), "linear1")
     weights = norm_weight(block.norm.query_norm, x), norm_weight(block.norm.key_norm, x)
     attn = attend(lambda pe: single_qkv(both, block.num_heads, *weights, pe), args, {})
     given = products.input(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
     del both, attn  # the largest tensors of a step: gone before the product's output is allocated
     out = products.apply(block.linear2, x, given, "linear2")
-    tools.finish("joint", x, out, mod.gate, mod, segment=segment, finite=x.dtype == torch.float16)
+    tools.finish("joint", args["img"], x, out, mod.gate, mod, segment=segment, finite=x.dtype == torch.float16)
     return {"img": x}
 
 

@@ -19,42 +19,48 @@ class Note(NamedTuple):
     normed: torch.Tensor
     x: torch.Tensor
     version: int
-    mod: object
+    shift: torch.Tensor
+    scale: torch.Tensor
     segment: tuple
-    scale: torch.Tensor | None
+    linear: torch.nn.Module
+    fp8_scale: torch.Tensor | None
 
-    def fits(self, x, mod, segment, scale):
-        return self.x is x and self.version == x._version and self.mod is mod and self.segment == segment and per(self.scale) == per(scale)
+    def fits(self, x, reader, mod, segment, fp8_scale):
+        same = self.x is x and self.version == x._version and self.shift is mod.shift and self.scale is mod.scale and self.linear is reader.linear
+        return same and self.segment == segment and per(self.fp8_scale) == per(fp8_scale)
 
 
 class Handover:
-    """Normed inputs that were written ahead, by the layer that will read them: two between double blocks, one between single blocks."""
+    """Normed inputs that were written ahead, by the name of the hidden states: of "img" and "txt" between double blocks, of "joint" between single ones."""
 
     def __init__(self):
-        self.notes = {}
+        self.notes, self.missed = {}, set()
 
     def forget(self):
         self.notes.clear()
+        self.missed.clear()
 
-    def add(self, x, delta, gate, *, segment, finite):
+    def add(self, name, x, delta, gate, *, segment, finite):
         """x += delta * gate, in place, where nothing is written ahead."""
         from .kernels.norm import add_gated
+        self.notes.pop(name, None)
         add_gated(x, delta, gate, segment=segment, finite=finite)
 
-    def add_and_note(self, x, delta, gate, reader, mod, scale, *, segment, finite):
-        """add, and in the same launch what `reader` will ask for: x normed and modulated by `mod`. x: counted. scale: as Products.scale_for gives it."""
+    def add_and_note(self, name, x, delta, gate, reader, mod, fp8_scale, *, segment, finite):
+        """add, and in the same launch what `reader` will ask for: x normed and modulated by `mod`. fp8_scale: as Products.scale_for gives it."""
         from .kernels.norm import add_gated_norm_modulate
-        normed = add_gated_norm_modulate(x, delta, gate, mod.shift, mod.scale, segment=segment, eps=reader.norm.eps, fp8_scale=scale, finite=finite)
-        self.notes[reader.linear] = Note(normed, x, x._version, mod, segment, scale)
+        normed = add_gated_norm_modulate(x, delta, gate, mod.shift, mod.scale, segment=segment, eps=reader.norm.eps, fp8_scale=fp8_scale, finite=finite)
+        self.notes[name] = Note(normed, x, x._version, mod.shift, mod.scale, segment, reader.linear, fp8_scale)
 
-    def normed(self, x, reader, mod, scale, *, segment):
+    def normed(self, name, x, reader, mod, fp8_scale, *, segment):
         """norm_modulate of x for a reader; from the note where there is one that fits. A scale for each token is filled in."""
         from .kernels.norm import norm_modulate
-        note = self.notes.pop(reader.linear, None)
-        if note is None or not note.fits(x, mod, segment, scale):
-            return norm_modulate(x, mod.shift, mod.scale, segment=segment, eps=reader.norm.eps, fp8_scale=scale)
-        if per(scale) == "token":
-            scale.copy_(note.scale)
+        note = self.notes.pop(name, None)
+        if note is None or not note.fits(x, reader, mod, segment, fp8_scale):
+            self.missed.update(() if note is None else (note.linear,))  # somebody stands in between, and will again: nothing is written for it any more
+            return norm_modulate(x, mod.shift, mod.scale, segment=segment, eps=reader.norm.eps, fp8_scale=fp8_scale)
+        if per(fp8_scale) == "token":
+            fp8_scale.copy_(note.fp8_scale)
         return note.normed
 
 

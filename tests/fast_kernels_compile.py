@@ -31,6 +31,7 @@ def launch_all():
         swiglu.swiglu(both[..., 3 * width:], fp8_scale=fp8)
     norm.add_gated(x, x, gate)
     norm.add_gated(x.half(), x.half(), gate.half(), finite=True)
+    norm.add_gated_norm_modulate(x.half(), x.half(), gate.half(), shift.half(), scale.half(), finite=True)
     for turns in (pe, None):
         heads.single_qkv(both, 2, weight, weight, turns)
         heads.joint_qkv(both[:, :2, :3 * width], both[:, 2:, :3 * width], 2, (weight, weight), (weight, weight), turns)

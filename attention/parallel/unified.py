@@ -95,7 +95,8 @@ class Alone(Begun):
         self.out = common.guard(lambda: common.local(*self.tensors, mask=common.mask, scale=common.scale, need_lse=False)[0])
 
     def _finish(self):
-        return self.out
+        out, self.out, self.tensors = self.out, None, ()  # a block may want their memory before the next call takes this one's place
+        return out
 
 
 class RingCall(Begun):
@@ -110,7 +111,8 @@ class RingCall(Begun):
         self.out = ring.attend(common.local, *self.tensors, common.ring_lengths, common.mesh, self.pair, common.guard, scale=common.scale)
 
     def _finish(self):
-        return self.out
+        out, self.out, self.tensors, self.pair = self.out, None, (), None
+        return out
 
 
 class UlyssesCall(Begun):

@@ -81,6 +81,8 @@ def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
         x, delta if add else x, gate if add else x, shift if norm else x, scale if norm else x, out, x if fp8_scale is None else fp8_scale,
         count, tokens, width, eps, *segment, x_b, x_s, d_b, d_s, *g, *n, ADD=add, NORM=norm, FP8=fp8, FINITE=finite, SHARED=shared,
         TO16=to16(x.dtype), ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=WARPS)
+    if add and not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # PyTorch does not see what a kernel of ours writes, and handover.py asks it
     return out
 
 
