@@ -295,7 +295,7 @@ def single_block(block, args, segment, tools=Tools(Products(), Handover())):
     weights = norm_weight(block.norm.query_norm, x), norm_weight(block.norm.key_norm, x)
     attn = attend(lambda pe: single_qkv(both, block.num_heads, *weights, pe), args, {})
     given = products.input(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
-    del both, attn  # the largest tensors of a step: gone before the product's output is allocated
+    both = attn = None  # the largest tensors of a step: gone before the product's output is allocated
     out = products.apply(block.linear2, x, given, "linear2")
     tools.finish("joint", args["img"], x, out, mod.gate, mod, segment=segment, finite=x.dtype == torch.float16)
     return {"img": x}

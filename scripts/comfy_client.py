@@ -7,6 +7,7 @@
 Needs aiohttp. Not covered: servers behind a login, and prompts queued by somebody else.
 """
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -148,7 +149,7 @@ class ComfyClient:
     async def _run(self, workflow, on_progress):
         started = time.monotonic()
         async with await self._websocket() as socket:  # connected first, so that no message is missed
-            prompt_id = await self.queue(workflow)
+            prompt_id = await self._queued(workflow)
             try:
                 await self._follow(socket, prompt_id, workflow, on_progress)
             except asyncio.CancelledError:
@@ -156,6 +157,16 @@ class ComfyClient:
                 raise
         outputs = await self._outputs(prompt_id)
         return Result(prompt_id, outputs, time.monotonic() - started)
+
+    async def _queued(self, workflow):
+        """queue; cancelled meanwhile, what the server may have taken already is removed again."""
+        asked = asyncio.ensure_future(self.queue(workflow))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ComfyError):
+                await self.cancel(await asked)
+            raise
 
     async def _websocket(self):
         try:

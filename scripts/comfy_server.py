@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -156,9 +157,12 @@ def die_with_parent():
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, outside those that systems give to outgoing connections: ComfyUI takes it seconds later."""
+    for port in random.sample(range(20000, 32000), 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerFailed("No free port was found between 20000 and 32000.")
 
 
 def fetch_json(url):

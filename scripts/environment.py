@@ -124,7 +124,7 @@ def problem(venv):
              "lost += [f'{n} {v}' for n, v in want['packages'].items() if have.get(n) != v]\n"
              "print(', '.join(lost))")
     try:
-        done = subprocess.run([venv / "bin" / "python", "-c", probe, venv / MARKER], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([venv / "bin" / "python", "-c", probe, venv / MARKER], capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"its python does not start ({error})"
     if done.returncode:

@@ -16,13 +16,16 @@ import time
 import urllib.request
 from pathlib import Path
 
-SECONDS_TO_OPEN, SECONDS_TO_ANSWER = 60, 30
+SECONDS_TO_OPEN, SECONDS_TO_ANSWER = 240, 120  # enough for a machine that is busy with other things
 PROGRAMS = ("chromium", "chromedriver")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb",
          "--proxy-bypass-list=127.0.0.1;localhost", "--lang=en-US")
 SETTINGS = {"Comfy.TutorialCompleted": True,  # no template dialog over the canvas at the first start
-            "Comfy.Workflow.Persist": False, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False}
+            "Comfy.Workflow.Persist": False, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
+            "Comfy.Pointer.DoubleClickTime": 1000}  # two clicks of a driver on a busy machine are further apart than 300 ms
+READY = ("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types"
+         " && app.extensionManager?.spinner !== true && app.graph.nodes.length > 0")  # the default graph is there: it replaces what was loaded before it
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback addresses
 
 
@@ -75,7 +78,7 @@ class Page:
             stack.callback(self.driver.quit)
             self.resize(*self.shape)
             self.driver.get(self.url)
-            self.wait_for("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types", SECONDS_TO_OPEN)
+            self.wait_for(READY, SECONDS_TO_OPEN)
             self.resources = stack.pop_all()
         return self
 
@@ -129,7 +132,9 @@ class Page:
               app.api.addEventListener('execution_error', event => reject(new Error(event.detail.exception_message)), {once: true});
             });
             if (!await app.queuePrompt(0, 1)) throw new Error('refused: ' + JSON.stringify(app.lastNodeErrors));
-            return await ended;""")
+            const id = await ended;  // the history is written a moment after the message
+            for (let i = 0; i < 300 && !(await (await app.api.fetchApi('/history/' + id)).json())[id]; i++) await new Promise(done => setTimeout(done, 100));
+            return id;""")
 
     def nodes(self):
         """[{id, type, title, registered, pos, size, widgets: [{name, value}]}] of everything on the canvas; widgets are those that are saved."""
@@ -151,14 +156,18 @@ class Page:
         """Rest the mouse on a widget; returns the tooltip that appears."""
         from selenium.webdriver.common.action_chains import ActionChains
         x, y = self.js("""
+            for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);  // widgets get their places when they are drawn
             const node = app.graph.nodes.find(node => node.type === args[0]), {scale, offset} = app.canvas.ds;
             const {y} = node.widgets.find(widget => widget.name === args[1]);
             return [(node.pos[0] + 80 + offset[0]) * scale, (node.pos[1] + y + 10 + offset[1]) * scale].map(Math.round);""", node_type, name)
-        mouse = ActionChains(self.driver)
-        mouse.w3c_actions.pointer_action.move_to_location(x - 10, y)
-        mouse.w3c_actions.pointer_action.move_to_location(x, y)
-        mouse.perform()
-        return self.wait_for("document.querySelector('.node-tooltip')?.innerText")
+        for _ in range(5):
+            mouse = ActionChains(self.driver)
+            mouse.w3c_actions.pointer_action.move_to_location(x - 10, y)
+            mouse.w3c_actions.pointer_action.move_to_location(x, y)
+            mouse.perform()
+            with contextlib.suppress(TimeoutError):
+                return self.wait_for("document.querySelector('.node-tooltip')?.innerText", 8)
+        raise TimeoutError(f"no tooltip appeared over {name} of {node_type}")
 
     def click(self, label):
         """Click the button with that text, once it is there."""

@@ -382,7 +382,7 @@ def program(name, server, model_files, *arguments):
     """A script of scripts/ on the session's server; returns (lines of stdout, its JSON)."""
     flags = ("--model-path", "--text-encoder", "--vae")
     files = [str(word) for pair in zip(flags, (model_files[f][0] for f in ("diffusion_models", "text_encoders", "vae"))) for word in pair]
-    done = subprocess.run([sys.executable, SCRIPTS / name, "--server", server.url, *files, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, SCRIPTS / name, "--server", server.url, *files, *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     return lines, json.loads(lines[-1])

@@ -6,6 +6,7 @@ The errors are provoked through the pack's own code. Not covered: whether a page
 """
 import ast
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -150,11 +151,14 @@ return Object.fromEntries(args[0].map(text => [text, found.searchNode(text, [], 
 def type_into_search(page, text):
     """Double-click the empty canvas and type; leaves the dialog open."""
     from selenium.webdriver.common.action_chains import ActionChains
-    mouse = ActionChains(page.driver)
-    mouse.w3c_actions.pointer_action.move_to_location(400, 900)
-    mouse.double_click()
-    mouse.perform()
-    page.wait_for(ADD_BOX)
+    for _ in range(5):  # a dialog that is still closing swallows a click
+        mouse = ActionChains(page.driver)
+        mouse.w3c_actions.pointer_action.move_to_location(400, 900)
+        mouse.double_click()
+        mouse.perform()
+        with contextlib.suppress(TimeoutError):
+            page.wait_for(ADD_BOX, 8)
+            break
     page.driver.switch_to.active_element.send_keys(text)
 
 

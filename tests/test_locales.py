@@ -216,8 +216,9 @@ def test_commands_and_settings_of_the_page_have_texts(shared_page):
 def reload(page, language):
     """Open the page anew in a language."""
     browser.store_settings(page.url, {"Comfy.Locale": language})
+    page.js("window.beforeReload = true")
     page.driver.refresh()
-    page.wait_for("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types", browser.SECONDS_TO_OPEN)
+    page.wait_for(f"!window.beforeReload && {browser.READY}", browser.SECONDS_TO_OPEN)
 
 
 ADD_NODE = """

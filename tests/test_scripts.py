@@ -5,6 +5,7 @@
 generate.py runs as a child process against the session's server, and once with a server of its own; demo.sh runs end to end.
 Not covered: the installation itself (minutes and gigabytes; CI does it by running test.sh), real weights, Ctrl-C at a terminal.
 """
+import asyncio
 import http.server
 import json
 import os
@@ -22,7 +23,7 @@ from PIL import Image
 
 import api_workflow
 import environment
-from comfy_client import ComfyError, TimedOut, refusal
+from comfy_client import ComfyClient, ComfyError, TimedOut, refusal
 from comfy_server import PACK, ComfyServer, ServerFailed, fetch_json, free_port
 from generate import local_models, parse, settings_from
 from picture import match
@@ -41,7 +42,7 @@ def photo(tmp_path):
 def generate(*arguments, **environment_variables):
     """Runs generate.py; returns the finished process."""
     command = [sys.executable, SCRIPTS / "generate.py", "--prompt", "A red fox", *SMALL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment_variables})
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment_variables})
 
 
 def on_server(server, model_files, *arguments):
@@ -230,17 +231,33 @@ def test_a_refusal_names_title_input_and_problem():
 def test_a_job_that_takes_too_long_is_cancelled(server, model_files):
     names = {folder: files[0].name for folder, files in model_files.items()}
     workflow = api_workflow.fill(api_workflow.PictureSettings("slow", 256, 256, steps=2000, models=names))
-    with pytest.raises(TimedOut, match="did not finish within 2 seconds"):
-        run(server, workflow, seconds_to_run=2)
+    with pytest.raises(TimedOut, match="did not finish within 5 seconds"):
+        run(server, workflow, seconds_to_run=5)
     deadline = time.monotonic() + 30
-    while any(fetch_json(f"{server.url}/queue").values()):
+    while any((fetch_json(f"{server.url}/queue") or {"": "no answer"}).values()):
         assert time.monotonic() < deadline, "the job is still on the server"
         time.sleep(0.2)
 
 
+def test_a_job_that_is_cancelled_while_the_server_takes_it_is_removed(monkeypatch):
+    removed = []
+
+    async def queue(self, workflow):
+        await asyncio.sleep(0.3)
+        return "the job"
+
+    async def cancel(self, prompt_id):
+        removed.append(prompt_id)
+    monkeypatch.setattr(ComfyClient, "queue", queue)
+    monkeypatch.setattr(ComfyClient, "cancel", cancel)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(ComfyClient("127.0.0.1:1")._queued({}), 0.05))
+    assert removed == ["the job"]
+
+
 # --- the server's start and end --------------------------------------------------------------------------------------
 
-def gone(pid, seconds=15):
+def gone(pid, seconds=60):
     """Whether the process ends within that time. A zombie has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -289,7 +306,7 @@ def test_the_server_ends_with_the_program_that_started_it(comfyui, tmp_path, how
     child = subprocess.Popen([sys.executable, "-c", CHILD, SCRIPTS, comfyui, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     pid = int(child.stdout.readline())
     child.send_signal(how)
-    child.wait(timeout=30)
+    child.wait(timeout=120)
     child.stdout.close()
     assert gone(pid)
 
@@ -298,7 +315,7 @@ def test_the_server_writes_nothing_into_comfyui(server, model_files, comfyui):
     """Bytecode apart, which goes into our own copy and never into a ComfyUI of the user."""
     run(server, api_workflow.fill(api_workflow.PictureSettings("fox", 64, 64, steps=1, models={k: v[0].name for k, v in model_files.items()})))
     started = (server.base / "custom_nodes" / PACK).lstat().st_mtime
-    written = [file for file in comfyui.rglob("*") if file.stat().st_mtime > started and "__pycache__" not in (file.name, *file.parts)]
+    written = [file for file in comfyui.rglob("*") if file.is_file() and file.stat().st_mtime > started and "__pycache__" not in (file.name, *file.parts)]
     assert written == [] and (server.base / "user" / "comfyui.db").is_file()
 
 
@@ -306,7 +323,7 @@ def test_the_server_writes_nothing_into_comfyui(server, model_files, comfyui):
 
 def test_demo_runs_end_to_end(tmp_path, comfyui):
     command = ["bash", SCRIPTS / "demo.sh", "--output-path", tmp_path / "output", "--attention-backend", "sdpa"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": str(tmp_path)})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["backend"] == "sdpa" and summary["calls"] == 2 * 20 * 6 and summary["seconds"] > 0

@@ -452,7 +452,7 @@ def generate(server, model_files, target, *flags):
     names = [word for flag, folder in FLAGS.items() for word in (folder, str(model_files[flag][0]))]
     command = [sys.executable, SCRIPTS / "generate.py", "--prompt", "A red fox", "--width", "96", "--height", "64", "--num-inference-steps", "2", "--server", server.url,
                "--output-path", str(target), *names, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_generate_warms_up_on_a_real_server_and_draws_the_same_picture(server, model_files, tmp_path):

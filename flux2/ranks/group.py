@@ -266,6 +266,7 @@ class Group:
         with self.turn:
             if self.crew is not None:
                 self.crew.busy = False
+                self._seen_loaded = self._seen_loaded or self.in_use()  # it may be unloaded before the keeper looks
 
     def unused(self):
         """A sampling ended before its time. Processes whose model never came to rank 0 are not kept for it."""
