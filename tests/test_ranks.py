@@ -3,8 +3,8 @@
   bash scripts/test.sh tests/test_ranks.py             FLUX2_ROUNDS=50 for the long version of the kills and cancels (3 otherwise)
 
 Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from flux2/ranks/worker.py and talk gloo. One group of two ranks
-serves most tests. The mathematics of more ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py), a second host (torchrun
-on this one is). That a killed rank 0 leaves nothing: test_parallel_server.py.
+serves most tests. The mathematics of more ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun
+on this one here, a network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
 import contextlib
 import gc
@@ -609,6 +609,11 @@ def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, gro
         assert kept(once, delay)
 
 
+def resume(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
 def kept(promise, *args):
     """Whether a promise in seconds is kept in one of four tries: a machine that is busy with other things may miss it."""
     return any(promise(*args) for _ in range(4))
@@ -648,7 +653,7 @@ def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, gr
             if step == 1:
                 os.kill(pid, signal.SIGSTOP)
                 threading.Timer(0.5, lambda: moment.append(time.perf_counter()) or tools.management.interrupt_current_processing(True)).start()
-                threading.Timer(20, os.kill, (pid, signal.SIGCONT)).start()  # whatever comes, the tests go on
+                threading.Timer(20, resume, (pid,)).start()  # whatever comes, the tests go on
         with pytest.raises(tools.management.InterruptProcessingException):
             sample(tools, two, callback=hang)
         seconds = time.perf_counter() - moment[0]

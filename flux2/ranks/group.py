@@ -219,6 +219,8 @@ class Group:
 
     def _interrupt(self, number):
         """Rank 0 gave this pass up: let the others do the same, so that what is left of it is exchanged in no time."""
+        if self.mesh.broken is not None:
+            return  # nothing will be exchanged, and what is sent to a host that is gone delays the system's finding out
         self._asked_since = self._asked_since or time.perf_counter()
         self.crew.tell({"do": "interrupt", "number": number})
 
@@ -229,7 +231,7 @@ class Group:
             if not self._ended(number):
                 self.stop()
             return
-        deadline = time.perf_counter() + 4
+        deadline = time.perf_counter() + 6  # a connection to another host may end a little later than that of the exchanges
         while self.crew.failure is None and self.crew.started and time.perf_counter() < deadline:
             time.sleep(0.02)
         failure = self.crew.failure

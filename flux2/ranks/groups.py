@@ -18,6 +18,8 @@ import threading
 import torch
 import torch.distributed as dist
 
+from . import protocol
+
 JOINING = timedelta(seconds=120)  # for the first exchange of a group: ranks may come late, their GPU busy
 LONGEST = timedelta(hours=2)  # an exchange; a dead rank is noticed in other ways
 # NCCL's watchdog ends the whole process when a rank is gone. The process is ComfyUI, and group.py notices by itself.
@@ -92,7 +94,11 @@ class Groups:
         options = dist.ProcessGroupGloo._Options()
         options._timeout = LONGEST
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.host)]
+        before = connections_at(self.host)
         backend = dist.ProcessGroupGloo(store, rank, size, options)
+        for descriptor in connections_at(self.host) - before:  # gloo waits for a host that is gone until its timeout
+            with opened(descriptor) as connection:
+                protocol.keep_alive(connection)
         backend._set_sequence_number_for_group()
         return dist.ProcessGroup.BackendType.GLOO, backend
 
@@ -113,6 +119,31 @@ def finish(made):
             threading.Thread(target=backend.abort, name="flux2 ranks: aborting NCCL", daemon=True).start()
     while made:
         made.pop()
+
+
+def connections_at(host):
+    """Descriptors of this process's connections from `host`, its address for other machines; none at the loopback address, where nobody is cut off."""
+    if host == "127.0.0.1" or not os.path.isdir("/proc/self/fd"):
+        return set()
+    return {int(name) for name in os.listdir("/proc/self/fd") if connected_from(int(name), host)}
+
+
+def connected_from(descriptor, host):
+    try:
+        with opened(descriptor) as connection:
+            return bool(connection.getsockname()[0] == host and connection.getpeername())
+    except (OSError, IndexError, TypeError):  # no socket, closed meanwhile, not connected, or of another family
+        return False
+
+
+def opened(descriptor):
+    """A socket object of its own for a descriptor, which stays open. OSError when it is no socket."""
+    own = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
 
 
 @contextmanager
