@@ -7,6 +7,7 @@ serves most tests. The mathematics of more ranks is test_split.py's. Not covered
 on this one here, a network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
 import contextlib
+import ctypes
 import gc
 import itertools
 import json
@@ -324,7 +325,9 @@ def test_weights_that_could_not_all_be_replaced_leave_no_old_patch_behind(tools,
 
 
 def anonymous():
-    """Bytes of this process's memory that are no file's."""
+    """Bytes of this process's memory that are no file's, without what was freed and only waits to be used again."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 

@@ -3,6 +3,8 @@
 Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours (the GPUs of one host) and ring
 groups reach across them. torch.distributed must be initialised before `make_mesh`; nothing here starts or ends a process.
 """
+import threading
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -128,7 +130,8 @@ class Mesh:
         wait=False returns at once, with a function that waits; out must not be read and neither tensor changed before.
         """
         def start():
-            return dist.all_to_all_single(out, rows, out_sizes, in_sizes, group=group, async_op=not wait)
+            work = dist.all_to_all_single(out, rows, out_sizes, in_sizes, group=group, async_op=not wait or self._hears)
+            return self._until_done(work) if wait and work is not None else work
         return self._exchange(start, (rows.numel() - in_sizes[group.rank()]) * rows.element_size())
 
     def rotate(self, outgoing, incoming):
@@ -152,7 +155,9 @@ class Mesh:
         if self.size > 1:
             self._check()
             with self._losing_ranks():
-                dist.broadcast(tensor, group=self.group, group_src=0)
+                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=self._hears)
+                if work is not None:
+                    self._until_done(work)
 
     def gather(self, rows, lengths):
         """The tokens of all ranks, in rank order: rows (B, lengths[rank], C) -> (B, sum(lengths), C), on every rank."""
@@ -174,7 +179,23 @@ class Mesh:
         works = pending if isinstance(pending, list) else [pending]
         with self.stats.exchange(None), self._losing_ranks():
             for work in works:
-                work.wait()
+                self._until_done(work)
+
+    @property
+    def _hears(self):
+        """Whether a wait has to hear `abort` itself. A wait for a GPU ends when its group is aborted; gloo, which has no abort, may wait for ever for a
+        host that is gone."""
+        return self.abort is not None and self.device.type == "cpu"
+
+    def _until_done(self, work):
+        """Wait for an exchange. On the CPU in another thread, which is left behind when `abort` says stop meanwhile."""
+        if not self._hears:
+            work.wait()
+            return
+        ended = in_thread(work.wait)
+        while not futures.wait([ended], 0.05).done:
+            self._check()
+        ended.result()
 
     def _check(self):
         if self.broken is not None:
@@ -193,6 +214,19 @@ class Mesh:
             if isinstance(error, Exception):
                 raise RanksLost(f"Rank {self.rank} of {self.size} could not exchange with the others: {error}") from error
             raise
+
+
+def in_thread(function):
+    """A Future of a function's result. The thread is a daemon: one that never comes back keeps nobody from quitting."""
+    future = futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=run, name="flux2 ranks: waiting for an exchange", daemon=True).start()
+    return future
 
 
 def nothing():

@@ -107,7 +107,7 @@ class Groups:
         return {name: "lo"} if self.host == "127.0.0.1" and name not in os.environ and os.path.isdir("/sys/class/net/lo") else {}
 
     def end(self):
-        """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU as soon as both sides ended."""
+        """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU when its mesh hears of it."""
         self.ended, made, self._made = True, self._made, []
         threading.Thread(target=finish, args=(made,), name="flux2 ranks: ending groups", daemon=True).start()
 
