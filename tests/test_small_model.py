@@ -208,6 +208,12 @@ def test_instructions_name_what_the_edit_does():
             assert after.hat_colour[row] == scenes.usual_hat(before)[row] and not any(f" {name} hat" in text for name in names)
 
 
+def test_edits_can_be_made_of_some_tasks_and_numbers_of_shapes_alone():
+    before, after, _, (task, *_) = train_text.edit_captions(200, generator(), counts=(0, 1, 3), tasks=(1, 4, 0))
+    assert set(before.count.tolist()) == {2, 3} and set(task.tolist()) == {scenes.RECOLOUR, scenes.REMOVE}
+    assert (task == scenes.REMOVE).sum() > 2 * (task == scenes.RECOLOUR).sum() and (before.count == 3).sum() > (before.count == 2).sum()
+
+
 def test_no_prompt_is_longer_than_the_rows_that_training_starts_with():
     ids = captions.Ids("cpu")
     lengths = [ids(phrases)[1].max() for phrases in (

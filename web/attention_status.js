@@ -9,7 +9,7 @@ const COMMAND = "Flux2Attention.ShowBackends";
 const BADGE_SETTING = "Flux2Attention.Badge";
 const DIALOG_SETTING = "Flux2Attention.Backends";
 const TITLE = "Flux 2 Attention: backends on this machine";
-const LONGEST = 41; // letters on a badge, as many as fit on a node; a longer text is cut there and whole in the dialog
+const LONGEST = 39; // letters on a badge; a longer text is cut there and whole in the dialog
 const COLOURS = {
   ran: ["#e6f4ea", "#1e5631"], running: ["#e8eaed", "#3c4654"], other: ["#3b2a00", "#f0b429"],
   nothing: ["#3b2a00", "#f0b429"], cancelled: ["#e8eaed", "#3c4654"], failed: ["#ffffff", "#a12622"],

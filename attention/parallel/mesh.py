@@ -19,7 +19,7 @@ class RanksLost(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Mesh.abort said stop, between two exchanges. The groups are unusable afterwards, because the others may be inside the next one."""
+    """Mesh.abort said stop, between two exchanges or, on the CPU, during one. The groups are unusable afterwards: the others may be inside the next one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Mesh:
 
     rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process groups; None where a group would
     have one member. head_groups: into how many parts Ulysses cuts its heads so that one part is exchanged while another is computed; 1 does not
-    overlap. abort: a callable asked before each exchange; True raises Interrupted. broken: the exception after which nothing is exchanged any more,
+    overlap. abort: a callable asked before each exchange, on the CPU also during it; True raises Interrupted. broken: the exception after which nothing is exchanged any more,
     else None. attended: calls of `attend` whose exchanges are all done, failed ones included. stats: times (Stats).
     """
     rank: int = 0

@@ -7,7 +7,8 @@
 
 torch.distributed's default group may belong to another pack in the same ComfyUI, and ending it would end theirs. A prefix is used once: after `end`
 the ranks agree on the next one. What ends a wait: NCCL's abort; on the CPU gloo has none (torch 2.11: abort returns and changes nothing), but its
-connections close when one side drops its group, and then the other side's wait fails.
+connections close when one side drops its group, and then the other side's wait fails. A host that is cut off closes nothing: its connections are given up
+by the system (keep_alive), and the mesh asks its `abort` while it waits.
 """
 from contextlib import contextmanager
 from datetime import timedelta

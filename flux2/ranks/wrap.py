@@ -82,7 +82,7 @@ def give_up(group):
     group.unused()
     try:
         if group.crew is not None and group.crew.started and group.share is not None:
-            group.finish(ranks.STOPPING / 2)
+            group.finish(ranks.STOPPING / 2)  # a cancelled pass may have taken STOPPING already, and a cancel is to end within two seconds
     except (RanksFailed, OSError):
         pass
 
