@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.library.custom_op("flux2_attention::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, need_lse: bool, full_precision: bool, selection: int) -> tuple[Tensor, Tensor]:
-    from .selection import in_graph, plain
+    from .dispatch import in_graph, plain
     chosen = in_graph(selection)
     result = chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision) if chosen else None
     # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the log says so

@@ -44,16 +44,17 @@ def borrow_aiter(source):
 
 def drawn(args):
     """(MODEL, positive, VAE) of the small trained model."""
-    from flux2_pack.flux2 import load, prompts
+    from flux2_pack.flux2.loading import load
+    from flux2_pack.flux2.prompts.encode import encode
     model, clip, vae = (getattr(load, f"load_{kind}")(SMALL_MODEL / name) for kind, name in (
         ("model", "flux2-small.safetensors"), ("text_encoder", "mistral3-flux2-small.safetensors"), ("vae", "flux2-vae-small.safetensors")))
-    return model, [[context, {**values, "guidance": 4.0}] for context, values in prompts.encode(clip, args.prompt).conditioning], vae
+    return model, [[context, {**values, "guidance": 4.0}] for context, values in encode.encode(clip, args.prompt).conditioning], vae
 
 
 def dev(args):
-    from flux2_pack.flux2 import bench
+    from flux2_pack.flux2.measuring import capture
     model = build(DEV)
-    return model, bench.random_conditioning(model), None
+    return model, capture.random_conditioning(model), None
 
 
 def candidates(args, nodes):

@@ -20,8 +20,8 @@ from flux2_pack.attention import reference, registry  # noqa: E402
 from flux2_pack.attention.call import call_of  # noqa: E402
 from flux2_pack.attention.device import describe  # noqa: E402
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.selection import Selection  # noqa: E402
-from flux2_pack.attention.tuner import Tuner  # noqa: E402
+from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.attention.autotune import Tuner  # noqa: E402
 
 DEVICE = torch.device("cuda")
 HEAD_DIM = 128

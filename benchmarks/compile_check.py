@@ -16,8 +16,8 @@ import_pack()
 import_comfyui()
 from flux2_pack.attention import registry  # noqa: E402
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.selection import Selection  # noqa: E402
-from flux2_pack.flux2 import patch  # noqa: E402
+from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.flux2 import attention_slot  # noqa: E402
 
 SMALL = {"hidden_size": 512, "depth": 2, "depth_single_blocks": 4, "context_in_dim": 256, "guidance_embed": True}
 PICTURES = (512, 640)
@@ -27,7 +27,7 @@ def compiled(patcher, compiler):
     """A clone whose blocks are compiled one by one without graph breaks, as core's compile node does for whole models."""
     from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
     clone = patcher.clone(disable_dynamic=True)
-    keys = [f"diffusion_model.{kind}_blocks.{i}" for kind, n in patch.block_kinds(patcher) for i in range(n)]
+    keys = [f"diffusion_model.{kind}_blocks.{i}" for kind, n in attention_slot.block_kinds(patcher) for i in range(n)]
     set_torch_compile_wrapper(clone, backend=compiler, fullgraph=True, dynamic=True, keys=keys,
                               options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]})
     return clone
@@ -38,7 +38,7 @@ def check(patcher, slug, compiler):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, selection = patcher.clone(), Selection(slug)
-    patch.install(model, AttentionOverride(selection))
+    attention_slot.install(model, AttentionOverride(selection))
     fast, errors = compiled(model, compiler), []
     for pixels in PICTURES:
         inputs = step_inputs(patcher, pixels)
@@ -55,7 +55,7 @@ def main():
     options = parser.parse_args()
     with torch.inference_mode():
         patcher = build(SMALL, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        device, dtype, head_dim = patch.attention_facts(patcher)
+        device, dtype, head_dim = attention_slot.attention_facts(patcher)
         slugs = [s for s in registry.ROWS if not registry.probe(s, device, dtype, head_dim)]
         rows = [check(patcher, slug, options.compiler) for slug in ["auto", *slugs]]
     for row in rows:

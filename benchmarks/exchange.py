@@ -22,7 +22,7 @@ import_pack()
 from flux2_pack.attention import reference, registry  # noqa: E402
 from flux2_pack.attention.device import describe  # noqa: E402
 from flux2_pack.attention.parallel import make_mesh, ring  # noqa: E402
-from flux2_pack.attention.parallel.merge import merge  # noqa: E402
+from flux2_pack.attention.parallel.lse_merge import merge  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 
 HEAD_DIM, CHECKED = 128, 2

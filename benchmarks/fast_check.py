@@ -16,15 +16,16 @@ from full_size import build, import_comfyui, step, step_inputs
 import_pack()
 import_comfyui()
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.selection import Selection  # noqa: E402
-from flux2_pack.flux2 import fast_blocks, patch, row_fp8  # noqa: E402
-from flux2_pack.flux2.kernels import heads, norm, swiglu  # noqa: E402
+from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise
+from flux2_pack.flux2 import attention_slot  # noqa: E402
+from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu  # noqa: E402
 
 H, D, N = 48, 128, 6144
 LENGTHS = (4608, 16896)
 # the settings that `kernels` tries
 NORM = [(norm, {"ROWS": r, "WARPS": w}) for r, w in ((1, 4), (1, 8), (2, 8), (2, 16), (4, 16), (4, 32))]
-HEADS = [(heads, {"GROUP": g, "WARPS": w}) for g, w in ((8, 1), (16, 1), (8, 2), (16, 2), (16, 4), (32, 4))]
+HEADS = [(qkv, {"GROUP": g, "WARPS": w}) for g, w in ((8, 1), (16, 1), (8, 2), (16, 2), (16, 4), (32, 4))]
 
 
 def randn(*shape, dtype=torch.bfloat16):
@@ -61,8 +62,8 @@ def kernels():
                  "norm_modulate fp8": (1.5 * size, lambda: norm.norm_modulate(x, mod[0], mod[1], fp8_scale=one), [(norm, {})]),
                  "add_gated": (3 * size, lambda: norm.add_gated(x, delta, mod[2]), NORM),
                  "add_gated_norm_modulate": (4 * size, lambda: norm.add_gated_norm_modulate(x, delta, mod[2], mod[0], mod[1]), NORM),
-                 "single_qkv": (4 * size, lambda: heads.single_qkv(both, H, qw, qw, pe), HEADS),
-                 "joint_qkv": (6 * size, lambda: heads.joint_qkv(txt, img, H, (qw, qw), (qw, qw), pe), HEADS),
+                 "single_qkv": (4 * size, lambda: qkv.single_qkv(both, H, qw, qw, pe), HEADS),
+                 "joint_qkv": (6 * size, lambda: qkv.joint_qkv(txt, img, H, (qw, qw), (qw, qw), pe), HEADS),
                  "swiglu beside attention": (11 * size, lambda: swiglu.swiglu(both[..., 3 * N:], attn), [(swiglu, {"LARGEST": b, "ELEMENTS": e}) for b in (2048,) for e in (8, 16, 32)]),
                  "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N:]), [(swiglu, {})]),
                  "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N:], attn, fp8_scale=one), [(swiglu, {})])}
@@ -112,7 +113,7 @@ def cast(value, dtype):
 def exact(patcher):
     """Errors of fused and core's blocks in bf16 against float32, with PyTorch's exact attention for all; and that two runs are bit-identical."""
     inner, rows = patcher.model.diffusion_model, []
-    for kind, block, fused in (("double", inner.double_blocks[1], fast_blocks.double_block), ("single", inner.single_blocks[5], fast_blocks.single_block)):
+    for kind, block, fused in (("double", inner.double_blocks[1], fused_blocks.double_block), ("single", inner.single_blocks[5], fused_blocks.single_block)):
         given = block_call(kind, 2560)
         def run(which, dtype):
             args = {name: cast(v, dtype) if name != "pe" else v for name, v in given.items()}
@@ -209,14 +210,14 @@ def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
     rows = []
     def with_attention(model, backend="auto"):
         clone = model.clone()
-        patch.install(clone, AttentionOverride(Selection(backend), patch.occupant(clone)))
+        attention_slot.install(clone, AttentionOverride(Selection(backend), attention_slot.occupant(clone)))
         return clone
     auto = with_attention(patcher)
     fused = auto.clone()
-    log, _ = fast_blocks.install(fused)
-    eight, rows_fp8 = auto.clone(), row_fp8.RowFp8()
+    log, _ = fused_blocks.install(fused)
+    eight, rows_fp8 = auto.clone(), fp8_rowwise.RowFp8()
     rows_fp8.install(eight)
-    log8, _ = fast_blocks.install(eight, rows_fp8)
+    log8, _ = fused_blocks.install(eight, rows_fp8)
     for pixels, references, repeat in cases:
         inputs = step_inputs(patcher, pixels, references)
         models = {"core": patcher, "auto": auto, "fused": fused, "fp8": eight}

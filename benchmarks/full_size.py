@@ -54,8 +54,8 @@ def fill(network, seed):
 
 
 def variant_of(sizes):
-    """The row of flux2/variants.py with these sizes. common.import_pack first."""
-    from flux2_pack.flux2 import variants
+    """The row of flux2/checkpoints/variants.py with these sizes. common.import_pack first."""
+    from flux2_pack.flux2.checkpoints import variants
     return variants.Variant("", sizes["hidden_size"], sizes["depth"], sizes["depth_single_blocks"], sizes["context_in_dim"], sizes["guidance_embed"], "")
 
 
@@ -76,7 +76,7 @@ def build_fp8(sizes=DEV, seed=0):
 
 def fp8_checkpoint(sizes, device, seed):
     """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
-    from flux2_pack.flux2 import keys
+    from flux2_pack.flux2.checkpoints import keys
     generator, weights, quantised = torch.Generator(device).manual_seed(seed), {}, []
     for name, shape in keys.model_shapes(variant_of(sizes)).items():
         weight = torch.ones(shape, device=device, dtype=torch.bfloat16)

@@ -85,7 +85,7 @@ def _loaders():
     pack = types.ModuleType("flux2_pack")
     pack.__path__ = [str(HERE.parent)]
     sys.modules["flux2_pack"] = pack
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load
 
 

@@ -46,7 +46,7 @@ CHAT = "{% for message in messages %}<|im_start|>user\n{{ message.content }}<|im
 
 def encoder_weights(sizes, device, seed=2):
     """State dict of a Qwen3 with these sizes, random, in ComfyUI's keys, which are transformers' too."""
-    from flux2_pack.flux2 import keys
+    from flux2_pack.flux2.checkpoints import keys
     generator, weights = torch.Generator(device).manual_seed(seed), {}
     shapes = {**keys.encoder_shapes(sizes, query_norms=True), "model.norm.weight": (sizes["hidden_size"],)}
     for name, shape in shapes.items():
@@ -59,8 +59,9 @@ def clip_of(weights, kind, sizes, layers=None):
     """ComfyUI's CLIP over these weights. layers: how many our loader keeps; None: all, as core loads them."""
     import comfy.sd
     import comfy.text_encoders.flux
-    from flux2_pack.flux2 import encoders, keys, load
-    family = encoders.FAMILIES[kind]
+    from flux2_pack.flux2.loading import encoder_families, load
+    from flux2_pack.flux2.checkpoints import keys
+    family = encoder_families.FAMILIES[kind]
     kept = {**sizes, **({"num_hidden_layers": layers, "final_norm": False} if layers else {"final_norm": True}), "lm_head": False}
     if layers:
         weights = {name: value for name, value in weights.items() if keys.encoder_name(name, "model.", layers)}
@@ -205,8 +206,8 @@ def make(peer, world):
     model = {"core": lambda: setting.patcher, "core-attention": lambda: peers.select(setting.patcher, setting.attention),
              "core-compiled": lambda: peers.compiled(peers.select(setting.patcher, setting.attention), setting.compiler),
              "ours": lambda: peers.fast(setting, "checkpoint"), "ours-fp8": lambda: peers.fast(setting, "fp8")}[peer]()
-    from flux2_pack.flux2 import encoders
-    layers = encoders.FAMILIES[world.kind].last_tap if ours else None
+    from flux2_pack.flux2.loading import encoder_families
+    layers = encoder_families.FAMILIES[world.kind].last_tap if ours else None
     if (ours, "clip") not in vars(world).setdefault("clips", {}):
         world.clips[ours, "clip"] = clip_of(world.encoder, world.kind, world.encoder_sizes, layers)
     return Nodes(model, world.clips[ours, "clip"], world.vae, world.pixels)

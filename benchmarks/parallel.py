@@ -32,9 +32,10 @@ import_comfyui()
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
 from flux2_pack.attention.parallel import degrees  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
-from flux2_pack.attention.selection import Selection  # noqa: E402
-from flux2_pack.flux2 import fast_blocks, patch  # noqa: E402
-from flux2_pack.flux2.ranks import group as ranks, machine, wrap  # noqa: E402
+from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.flux2.fused import blocks as fused_blocks
+from flux2_pack.flux2 import attention_slot  # noqa: E402
+from flux2_pack.flux2.parallel.workers import session as ranks, devices, install  # noqa: E402
 
 CASES = {"bf16-1024": (build, 1024, 0, 10), "bf16-1024-ref1": (build, 1024, 1, 6), "bf16-2048": (build, 2048, 0, 5),
          "fp8-1024": (build_fp8, 1024, 0, 10), "fp8-2048": (build_fp8, 2048, 0, 5)}  # maker, pixels, references, repetitions
@@ -63,18 +64,18 @@ def made(maker, *arguments):
 
 def prepared(patcher, backend, fast):
     clone = patcher.clone()
-    patch.install(clone, AttentionOverride(Selection(backend), patch.occupant(clone)))
+    attention_slot.install(clone, AttentionOverride(Selection(backend), attention_slot.occupant(clone)))
     if fast:
-        fast_blocks.install(clone)
+        fused_blocks.install(clone)
     return clone
 
 
 def split(model, gpus, ulysses=0, ring=0, head_groups=1):
     """(the model on several GPUs, its Plan)."""
-    plan, why = machine.plan(model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring))
+    plan, why = devices.plan(model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring))
     plan = type(plan)(**{**vars(plan), "head_groups": head_groups})
     clone = model.clone()
-    wrap.install(clone, wrap.Request(plan, Tools, why))
+    install.install(clone, install.Request(plan, Tools, why))
     return clone, plan
 
 

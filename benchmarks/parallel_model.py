@@ -100,7 +100,7 @@ def ring_ms(work, layout, links):
     gbs, latency_us = (links.network_gbs, links.network_us) if far else (links.host_gbs, links.host_us)
     one = ring_bytes(work, layout) / rotations / gbs / 1e6 + latency_us / 1e3
     behind = work.attention_ms / work.blocks / layout.gpus / layout.ring
-    # merge (attention/parallel/merge.py): zeros where there were no keys, conversion, weighted mean: 22 bytes per element for 2-byte results
+    # merge (attention/parallel/lse_merge.py): zeros where there were no keys, conversion, weighted mean: 22 bytes per element for 2-byte results
     merging = 22 * work.tokens * work.width / layout.gpus / links.memory_gbs / 1e6
     return rotations * (max(0.0, one - behind) + merging)
 

@@ -61,9 +61,9 @@ def fast(setting, precision):
 
 
 def compiled(patcher, compiler):
-    from flux2_pack.flux2 import compile
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks
     clone = patcher.clone()
-    compile.install(clone, compile.Plan(backend=compiler))
+    compiled_blocks.install(clone, compiled_blocks.Plan(backend=compiler))
     return clone
 
 
@@ -97,8 +97,8 @@ def fastest_attention(setting, inputs, time_ms):
 
 def ran(work):
     """{backend: calls} of the attention of a peer's steps since this was last asked, where it keeps a log."""
-    from flux2_pack.flux2 import patch
-    selection = getattr(patch.occupant(work.model), "selection", None) if hasattr(work, "model") else None
+    from flux2_pack.flux2 import attention_slot
+    selection = getattr(attention_slot.occupant(work.model), "selection", None) if hasattr(work, "model") else None
     entries = selection.log.current.as_data()["entries"] if selection and selection.log.current else []
     if selection:
         selection.log.runs.clear()

@@ -29,7 +29,7 @@ def twin(patcher, sizes, attention="native", compiled=None):
 
 def aliases(patcher, sizes):
     """The weights of a MODEL in diffusers' names. Views, except for the final modulation, whose halves change places."""
-    from flux2_pack.flux2 import keys
+    from flux2_pack.flux2.checkpoints import keys
     ours, found = patcher.model.diffusion_model.state_dict(), {}
     for name, source in keys.model_sources(variant_of(sizes)).items():
         parts = ours[name].chunk(len(source.names))

@@ -24,9 +24,12 @@ import comfy.sd  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.text_encoders.flux  # noqa: E402
 import small_models  # noqa: E402
-from flux2_pack.flux2 import identify, load, pictures, prompt_tokens, tokenizer, upsample, writer  # noqa: E402
-from flux2_pack.flux2.checkpoint import Checkpoint, Tensor  # noqa: E402
-from flux2_pack.flux2.encoders import FAMILIES  # noqa: E402
+from flux2_pack.flux2.checkpoints import identify
+from flux2_pack.flux2.loading import load, tekken
+from flux2_pack.flux2.upsampling import vision_inputs, upsample, mistral
+from flux2_pack.flux2.prompts import tokens as prompt_tokens  # noqa: E402
+from flux2_pack.flux2.checkpoints.header import Checkpoint, Tensor  # noqa: E402
+from flux2_pack.flux2.loading.encoder_families import FAMILIES  # noqa: E402
 
 FULL = {"width": 5120, "inner": 32768, "heads": 32, "kv": 8, "layers": 40, "vocabulary": 131072, "vision": (1024, 4096, 24)}
 SMALL = {"width": 128, "inner": 256, "heads": 2, "kv": 1, "layers": 32, "vocabulary": 512, "vision": (64, 96, 2)}
@@ -73,7 +76,7 @@ def make_clip(size, device):
     family = FAMILIES["mistral3"]
     flux = comfy.text_encoders.flux
     data = small_models.tekken()
-    ready = {f"{family.name}_tokenizer_class": load._mistral_tokenizer(tokenizer.build(data, "benchmark"), data, size["width"])}
+    ready = {f"{family.name}_tokenizer_class": load._mistral_tokenizer(tekken.build(data, "benchmark"), data, size["width"])}
     options = {f"{family.name}_model_config": {**dimensions(size), "final_norm": False, "lm_head": False}, "initial_device": device, "load_device": device,
                "offload_device": torch.device("cpu")}
     clip = comfy.sd.CLIP(load.Target(flux.flux2_te(dtype_llama=torch.bfloat16), flux.Flux2Tokenizer), tokenizer_data=ready, model_options=options, disable_dynamic=True)
@@ -86,9 +89,9 @@ def make_writer(clip, size, device):
     table = shapes(size)
     checkpoint = Checkpoint(Path("random.safetensors"), {name: Tensor(shape, "BF16", 0, Path("random")) for name, shape in table.items()})
     found = identify.Identity("mistral3", "Mistral 3", "", identify.TEXT_ENCODER, prefix="model.", width=size["width"], layers=size["layers"])
-    parts = writer.Parts(checkpoint, found, dimensions(size), writer.own_names(checkpoint.tensors, found), True)
-    writer.load.read = lambda _: RandomWeights(table, device)
-    return writer.writer_of(clip, parts, 10)
+    parts = mistral.Parts(checkpoint, found, dimensions(size), mistral.own_names(checkpoint.tensors, found), True)
+    mistral.load.read = lambda _: RandomWeights(table, device)
+    return mistral.writer_of(clip, parts, 10)
 
 
 def synchronize(device):
@@ -107,7 +110,7 @@ def timed(clip, made, inner, asked, tokens, device):
 
 
 def case(name, clip, made, inner, images, tokens, device):
-    asked = upsample.request(inner, "a photograph of a cat with a cool hat in the street at night", pictures.pictures(images, 4), made.network.config)
+    asked = upsample.request(inner, "a photograph of a cat with a cool hat in the street at night", vision_inputs.pictures(images, 4), made.network.config)
     timed(clip, made, inner, asked, 2, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,3 +1,1 @@
-"""What FLUX.2 is: its variants, its files, how they become ComfyUI's MODEL, CLIP and VAE, and how prompts are read and written.
-
-Only load.py, lazy.py, memory.py, prompts.py and upsample.py import ComfyUI."""
+"""What FLUX.2 is: its variants, its files, how they become ComfyUI's MODEL, CLIP and VAE, and how prompts are read and written."""

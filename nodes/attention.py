@@ -4,12 +4,15 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..attention import registry, selection
+from ..attention import registry, dispatch
 from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
-from ..attention.runlog import fingerprint
-from ..flux2 import compile, encoder_attention, fast_blocks, lazy, patch
-from ..flux2.ranks import report as ranks_report
+from ..attention.run_log import fingerprint
+from ..flux2.compiled import blocks as compiled_blocks
+from ..flux2.loading import encoder_attention, lazy_clip
+from ..flux2.fused import blocks as fused_blocks
+from ..flux2 import attention_slot
+from ..flux2.parallel.workers import report as ranks_report
 from . import status
 
 CATEGORY = "Flux 2"
@@ -38,16 +41,16 @@ def known_slugs(*slugs):
 def tuner():
     """auto's memory, in ComfyUI's user folder. Made when first needed: the folder is not known at import."""
     file = os.path.join(folder_paths.get_user_directory(), "flux2_attention", "auto.json")
-    if selection.default_tuner().file is None or str(selection.default_tuner().file) != file:
-        selection.set_default_tuner(file)
-    return selection.default_tuner()
+    if dispatch.default_tuner().file is None or str(dispatch.default_tuner().file) != file:
+        dispatch.set_default_tuner(file)
+    return dispatch.default_tuner()
 
 
 def check(model, slug):
     """Refuse now, before anything is sampled, a backend that cannot run this model here. Raises AttentionRefused."""
     if slug in (registry.AUTO, NO_SECOND):
         return
-    device, dtype, head_dim = patch.attention_facts(model)
+    device, dtype, head_dim = attention_slot.attention_facts(model)
     reasons = registry.probe(slug, device, dtype, head_dim or 128)
     if reasons:
         raise AttentionRefused(slug, reasons, registry.row(slug).install)
@@ -63,7 +66,7 @@ def choose_encoder_attention(clip, backend):
     """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run on its device."""
     if backend != ENCODER_BACKENDS[0]:
         check_encoder_attention(clip.patcher.load_device, backend)
-        encoder_attention.install(clip, AttentionOverride(selection.Selection(backend, tuner=tuner())))
+        encoder_attention.install(clip, AttentionOverride(dispatch.Selection(backend, tuner=tuner())))
     return clip
 
 
@@ -82,7 +85,7 @@ class Flux2SelectAttention(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention."),
                 io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
-                io.Combo.Input("unsupported_calls", options=[selection.REFUSE, selection.USE_SDPA], default=selection.REFUSE, optional=True, advanced=True,
+                io.Combo.Input("unsupported_calls", options=[dispatch.REFUSE, dispatch.USE_SDPA], default=dispatch.REFUSE, optional=True, advanced=True,
                                tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop with the reason, "
                                        "or let PyTorch compute that call and say so in the report."),
                 io.Combo.Input("edge_backend", options=[NO_SECOND, *registry.SLUGS], default=NO_SECOND, optional=True, advanced=True,
@@ -104,16 +107,16 @@ class Flux2SelectAttention(io.ComfyNode):
         return known_slugs(backend, edge_backend)
 
     @classmethod
-    def execute(cls, model, backend, unsupported_calls=selection.REFUSE, edge_backend=NO_SECOND, first_steps=0, last_steps=0,
+    def execute(cls, model, backend, unsupported_calls=dispatch.REFUSE, edge_backend=NO_SECOND, first_steps=0, last_steps=0,
                 first_blocks=0, last_blocks=0, aiter_rounding=ROUNDINGS[0]) -> io.NodeOutput:
         for slug in (backend, edge_backend):
             check(model, slug)
         schedule = None
         if edge_backend != NO_SECOND:
-            schedule = selection.Schedule(edge_backend, first_steps, last_steps, first_blocks, last_blocks, patch.block_kinds(model))
-        chosen = selection.Selection(backend, unsupported=unsupported_calls, schedule=schedule, tuner=tuner(), options={"aiter_rounding": aiter_rounding})
+            schedule = dispatch.Schedule(edge_backend, first_steps, last_steps, first_blocks, last_blocks, attention_slot.block_kinds(model))
+        chosen = dispatch.Selection(backend, unsupported=unsupported_calls, schedule=schedule, tuner=tuner(), options={"aiter_rounding": aiter_rounding})
         patched = model.clone()
-        patch.install(patched, AttentionOverride(chosen, patch.occupant(patched)))
+        attention_slot.install(patched, AttentionOverride(chosen, attention_slot.occupant(patched)))
         return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(chosen)]})
 
 
@@ -138,9 +141,9 @@ class Flux2AttentionReport(io.ComfyNode):
     def execute(cls, model, latent, clip=None) -> io.NodeOutput:
         text, data = report(model, latent["samples"])
         ranks, data["parallel"] = ranks_report.report(model)
-        fused = fast_blocks.log_of(model)
+        fused = fused_blocks.log_of(model)
         data["fast_blocks"] = fused and fused.as_data()
-        text = "\n\n".join(filter(None, (text, fused and fused.as_text(), compile.report(model), ranks)))
+        text = "\n\n".join(filter(None, (text, fused and fused.as_text(), compiled_blocks.report(model), ranks)))
         if clip is not None:
             text += "\n\n" + encoder_report(clip)
         return io.NodeOutput(latent, text, ui={**ui.PreviewText(text).as_dict(), "flux2_attention": [data]})
@@ -148,7 +151,7 @@ class Flux2AttentionReport(io.ComfyNode):
 
 def report(model, samples):
     """(text, data) for the sampling that produced `samples`, or for the newest one of this model."""
-    override = patch.occupant(model)
+    override = attention_slot.occupant(model)
     chosen = getattr(override, "selection", None)
     if chosen is None:
         text = "No Select Attention (FLUX.2) node is on this model: ComfyUI's own attention runs, and it keeps no record."
@@ -162,7 +165,7 @@ def report(model, samples):
 
 def encoder_report(clip):
     """What computed the attention of the last prompt that this CLIP encoded."""
-    if not lazy.is_loaded(clip):
+    if not lazy_clip.is_loaded(clip):
         return "Text encoder: not loaded, because no prompt has needed it yet."
     chosen = encoder_attention.selection_of(clip)
     if chosen is None:

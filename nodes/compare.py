@@ -10,13 +10,14 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..attention import bench, measure, registry
-from ..attention.comparison import STEP, Benchmark, Comparison, Measured, Row
-from ..attention.measure import Control, Evidence, Timing, Verdict
-from ..attention.probe import AttentionProbe
-from ..flux2 import bench as model_bench
-from ..flux2 import compare as runs
-from ..flux2 import patch
+from ..attention.measuring import time_backends, statistics
+from ..attention import registry
+from ..attention.measuring.results import STEP, Benchmark, Comparison, Measured, Row
+from ..attention.measuring.statistics import Control, Evidence, Timing, Verdict
+from ..attention.measuring.accuracy_probe import AttentionProbe
+from ..flux2.measuring import capture as model_bench
+from ..flux2.measuring import sampling as runs
+from ..flux2 import attention_slot
 from . import figures
 from .attention import CATEGORY, NO_SECOND, Flux2SelectAttention, known_slugs
 
@@ -39,13 +40,13 @@ def backend_candidate(slug, edge_backend=NO_SECOND, first_steps=0, last_steps=0)
 
 def model_candidate(slot, model):
     """The Candidate of a MODEL that other nodes prepared."""
-    selection = getattr(patch.occupant(model), "selection", None)
+    selection = getattr(attention_slot.occupant(model), "selection", None)
     return runs.Candidate(f"model_{slot}" + (f" ({selection.describe()})" if selection else ""), lambda _: model)
 
 
 def log_of(model):
     """(what computed a MODEL's last sampling, in words; its calls) from its selection's log; ("", None) for a model without one."""
-    selection = getattr(patch.occupant(model), "selection", None) if model else None
+    selection = getattr(attention_slot.occupant(model), "selection", None) if model else None
     if selection is None or not selection.log.current:
         return "", None
     entries = selection.log.current.as_data()["entries"]
@@ -81,14 +82,14 @@ def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
     pictures = draw(model, vae, [base, *tried])
     for row, recording in zip(rows, tried):
         similarity(row, pictures.get(recording.name), pictures[base.name], vae)
-    found = Comparison(Row(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran), rows, control_row, note, measure.machine(model.load_device),
+    found = Comparison(Row(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran), rows, control_row, note, statistics.machine(model.load_device),
                        settings(model, job), notes=notes(base, vae))
     others = [(r.name, pictures[r.name]) for r in tried if r.name in pictures]
     return found, figures.side_by_side([(base.name + " (reference)", pictures[base.name]), *others]), figures.heat_maps(pictures[base.name], others)
 
 
 def differences(recording, base):
-    return tuple(measure.difference(a, r) for a, r in zip(recording.latents, base.latents))
+    return tuple(statistics.difference(a, r) for a, r in zip(recording.latents, base.latents))
 
 
 def row_of(recording, base, control):
@@ -97,7 +98,7 @@ def row_of(recording, base, control):
     if why:
         return Row(recording.name, reason=why, ran=recording.ran)
     evidence = Evidence(differences(recording, base), recording.probe.calls)
-    verdict = measure.judge(evidence, control)
+    verdict = statistics.judge(evidence, control)
     broken = f"It produced {evidence.non_finite} NaN or infinite values." if evidence.non_finite else ""
     return Row(recording.name, evidence, verdict, seconds_per_step=recording.seconds_per_step, reason=broken, ran=recording.ran)
 
@@ -112,7 +113,7 @@ def find_control(model, base, tried, record):
     exact = base.name == registry.AUTO or (base.name in registry.ROWS and registry.row(base.name).exact)
     anchor, known, device = (base if exact and trusted(base, None) else None), {r.name: r for r in (base, *tried)}, model.load_device
     for slug in CONTROL_ORDER:
-        too_large = slug == "sdpa-math" and bench.math_bytes(base.probe.largest_scores) > comfy.model_management.get_free_memory(device) / 2
+        too_large = slug == "sdpa-math" and time_backends.math_bytes(base.probe.largest_scores) > comfy.model_management.get_free_memory(device) / 2
         if too_large or registry.unavailable(slug, registry.describe(device)):
             continue
         other = known.get(slug) or record(backend_candidate(slug))
@@ -140,9 +141,9 @@ def settings(model, job):
 
 def model_text(model):
     """Kind, width, blocks and number format of a MODEL."""
-    params, blocks = getattr(model.model.diffusion_model, "params", None), patch.block_kinds(model)
+    params, blocks = getattr(model.model.diffusion_model, "params", None), attention_slot.block_kinds(model)
     size = f", width {params.hidden_size}, {' + '.join(str(n) for _, n in blocks)} blocks" if hasattr(params, "hidden_size") and blocks else ""
-    return f"{type(model.model).__name__}{size}, {str(patch.attention_facts(model)[1]).removeprefix('torch.')}"
+    return f"{type(model.model).__name__}{size}, {str(attention_slot.attention_facts(model)[1]).removeprefix('torch.')}"
 
 
 def notes(base, vae):
@@ -170,7 +171,7 @@ def draw(model, vae, recordings):
 def similarity(row, picture, reference, vae):
     """Fill in PSNR and SSIM of a row that has a decoded picture."""
     if vae and picture is not None and row.evidence and not row.evidence.non_finite:
-        row.psnr, row.ssim = measure.psnr(picture, reference), figures.ssim(picture, reference)
+        row.psnr, row.ssim = statistics.psnr(picture, reference), figures.ssim(picture, reference)
 
 
 def unnamed_twice(candidates):
@@ -241,17 +242,17 @@ class Flux2CompareAttention(io.ComfyNode):
         bar = comfy.utils.ProgressBar((len(candidates) + 2) * job.steps)  # and the reference and the control
         found, pictures, heat = compare(model, job, reference, candidates, vae, lambda: bar.update(1))
         text = found.as_text()
-        return io.NodeOutput(pictures, heat, text, ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [measure.plain(found.as_data())]})
+        return io.NodeOutput(pictures, heat, text, ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.plain(found.as_data())]})
 
 
 # --- a benchmark -----------------------------------------------------------------------------------------------------
 
-def benchmark(model, sizes, positive=None, wanted=(), call_repeat=bench.REPEAT, step_repeat=3, tick=lambda: None):
+def benchmark(model, sizes, positive=None, wanted=(), call_repeat=time_backends.REPEAT, step_repeat=3, tick=lambda: None):
     """Benchmark of a MODEL at [Size]: every available backend on the model's own attention calls, then whole steps. wanted: only these slugs."""
     positive = positive or model_bench.random_conditioning(model)
     device = model.load_device
-    slugs, missing = bench.available(device, wanted), {slug: why for slug, why in bench.missing(device).items() if not wanted or slug in wanted}
-    found = Benchmark([], missing, measure.machine(device), {"model": model_text(model), "runs per call": call_repeat, "steps per backend": step_repeat})
+    slugs, missing = time_backends.available(device, wanted), {slug: why for slug, why in time_backends.missing(device).items() if not wanted or slug in wanted}
+    found = Benchmark([], missing, statistics.machine(device), {"model": model_text(model), "runs per call": call_repeat, "steps per backend": step_repeat})
     for size in sizes:
         found.rows += call_rows(model, size, positive, slugs, call_repeat, tick)
     for size in sizes if step_repeat else ():
@@ -269,7 +270,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
     if not calls:
         return [Measured(str(size), AS_CONNECTED, "attention", reason="No attention call of this model could be seen, as in compiled blocks. Measure the model before it is compiled.")]
     free = comfy.model_management.get_free_memory(model.load_device) / 2
-    return [bench.bench_backend(str(size), call, slug, repeat, tick, free) for call in calls for slug in slugs]
+    return [time_backends.bench_backend(str(size), call, slug, repeat, tick, free) for call in calls for slug in slugs]
 
 
 def step_row(model, size, positive, slug, repeat, tick):
@@ -296,8 +297,8 @@ def stopper(bar):
 
 def ticks(model, sizes, wanted, call_repeat, step_repeat):
     """How many ticks a benchmark makes, if each size has one kind of call."""
-    slugs = len(bench.available(model.load_device, wanted))
-    return max(1, len(sizes) * (slugs * (bench.WARM_UP + call_repeat) + (slugs + 2) * (step_repeat + 1) * bool(step_repeat)))
+    slugs = len(time_backends.available(model.load_device, wanted))
+    return max(1, len(sizes) * (slugs * (time_backends.WARM_UP + call_repeat) + (slugs + 2) * (step_repeat + 1) * bool(step_repeat)))
 
 
 def save(data):
@@ -340,7 +341,7 @@ class Flux2BenchmarkAttention(io.ComfyNode):
                                       tooltip="A prompt. FLUX.2 needs none: noise in its place takes the same time. Other models do."),
                 io.String.Input("backends", default="", optional=True, advanced=True,
                                 tooltip="Only these backends, separated by commas. Empty: every one that can run here."),
-                io.Int.Input("call_repeat", default=bench.REPEAT, min=1, max=1000, optional=True, advanced=True,
+                io.Int.Input("call_repeat", default=time_backends.REPEAT, min=1, max=1000, optional=True, advanced=True,
                              tooltip="How often each attention call is timed, after warming up. The median counts."),
                 io.Int.Input("step_repeat", default=3, min=0, max=100, optional=True, advanced=True,
                              tooltip="How many whole steps are timed for each backend, after one that warms up. 0: attention calls only."),
@@ -358,12 +359,12 @@ class Flux2BenchmarkAttention(io.ComfyNode):
         return known_slugs(*names(backends or ""))
 
     @classmethod
-    def execute(cls, model, sizes, positive=None, backends="", call_repeat=bench.REPEAT, step_repeat=3) -> io.NodeOutput:
+    def execute(cls, model, sizes, positive=None, backends="", call_repeat=time_backends.REPEAT, step_repeat=3) -> io.NodeOutput:
         wanted, parsed = names(backends), model_bench.sizes(sizes)
         tick = stopper(comfy.utils.ProgressBar(ticks(model, parsed, wanted, call_repeat, step_repeat)))
         found = benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, tick)
         found.notes += [sentence for sentence in figures.absent() if sentence == figures.NO_CHART]
-        data = measure.plain(found.as_data())
+        data = statistics.plain(found.as_data())
         text = f"{found.as_text()}\n\n{save(data)}"
         return io.NodeOutput(figures.chart(found), text, ui={**ui.PreviewText(text).as_dict(), "flux2_benchmark": [data]})
 

@@ -1,7 +1,8 @@
 """Fused transformer blocks for a MODEL."""
 from comfy_api.latest import io
 
-from ..flux2 import compiler, fast_blocks, kernels, row_fp8
+from ..flux2.compiled import toolchain
+from ..flux2.fused import blocks as fused_blocks, kernels, fp8_rowwise
 
 CATEGORY = "Flux 2"
 CHECKPOINT, FP8 = "checkpoint", "fp8"
@@ -28,20 +29,20 @@ class Flux2FastBlocks(io.ComfyNode):
     @classmethod
     def execute(cls, model, precision=CHECKPOINT) -> io.NodeOutput:
         device = model.load_device
-        reason = kernels.unavailable(device) or (compiler.unavailable(device) if device.type == "cuda" else None)
+        reason = kernels.unavailable(device) or (toolchain.unavailable(device) if device.type == "cuda" else None)
         if reason:
             raise RuntimeError(f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing.")
         patched = model.clone()
-        fast_blocks.install(patched, fp8_rows(patched) if precision == FP8 else None)
+        fused_blocks.install(patched, fp8_rows(patched) if precision == FP8 else None)
         return io.NodeOutput(patched)
 
 
 def fp8_rows(model):
     """The fp8 products for a MODEL clone. RuntimeError with the reason where they cannot run."""
-    reason = row_fp8.unavailable(model)
+    reason = fp8_rowwise.unavailable(model)
     if reason:
         raise RuntimeError(f"Fast Blocks cannot use fp8 here: {reason} Set precision to '{CHECKPOINT}'.")
-    rows = row_fp8.RowFp8()
+    rows = fp8_rowwise.RowFp8()
     rows.install(model)
     return rows
 

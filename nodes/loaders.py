@@ -6,10 +6,10 @@ loaded.
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2 import lazy, load
-from ..flux2.checkpoint import CheckpointError
-from ..flux2.folders import choices, locate, pipeline_parts
-from ..flux2.memory import AUTO, MODEL_MODES, MODES
+from ..flux2.loading import lazy_clip, load
+from ..flux2.checkpoints.header import CheckpointError
+from ..flux2.checkpoints.folders import choices, locate, pipeline_parts
+from ..flux2.loading.memory import AUTO, MODEL_MODES, MODES
 from .attention import ENCODER_BACKENDS, check_encoder_attention, choose_encoder_attention
 
 CATEGORY = "Flux 2"
@@ -107,7 +107,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                                        "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt takes milliseconds either way."),
                 io.Combo.Input("memory", options=list(MODES), default=AUTO, optional=True, advanced=True,
                                tooltip=WHERE_IDLE.format(run="prompt") + " No effect with device 'cpu'."),
-                io.Combo.Input("load", options=list(lazy.LOADS), default=lazy.NOW, optional=True, advanced=True,
+                io.Combo.Input("load", options=list(lazy_clip.LOADS), default=lazy_clip.NOW, optional=True, advanced=True,
                                tooltip="When the weights are read. 'now': when this node runs. 'when needed': when a prompt is really encoded; with Encode "
                                        "Prompt (FLUX.2), prompts that it has kept on disk never need them."),
             ],
@@ -119,10 +119,10 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         return _validate("text_encoders", text_encoder_name)
 
     @classmethod
-    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy.NOW) -> io.NodeOutput:
-        source = lazy.Source(_path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),))
+    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy_clip.NOW) -> io.NodeOutput:
+        source = lazy_clip.Source(_path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),))
         check_encoder_attention(source.load_device, attention)
-        return io.NodeOutput(lazy.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy.WHEN_NEEDED))
+        return io.NodeOutput(lazy_clip.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy_clip.WHEN_NEEDED))
 
 
 def _text_encoder(source, attention):

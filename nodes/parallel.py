@@ -3,14 +3,14 @@ from comfy_api.latest import io
 
 from ..attention.override import AttentionOverride
 from ..attention.parallel import degrees, make_mesh
-from ..attention.selection import Selection
-from ..flux2 import split
-from ..flux2.ranks import machine, replica, wrap
+from ..attention.dispatch import Selection
+from ..flux2 import parallel as split
+from ..flux2.parallel.workers import devices, replica, install
 from .attention import CATEGORY, tuner
 
 
 class Tools:
-    """What flux2/ranks needs of the attention package, which it does not import."""
+    """What flux2/parallel/workers needs of the attention package, which it does not import."""
 
     make_mesh = staticmethod(make_mesh)
 
@@ -24,16 +24,16 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. Raises ValueError in words."""
     network = model.model.diffusion_model
     heads = getattr(network, "num_heads", 1)
-    plan, why = machine.plan(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
-    wrap.say(f"Changes nothing. {why}" if plan is None else f"Ulysses {plan.ulysses} x ring {plan.ring}. {why}")
+    plan, why = devices.plan(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
+    install.say(f"Changes nothing. {why}" if plan is None else f"Ulysses {plan.ulysses} x ring {plan.ring}. {why}")
     if plan is None:
         return model
     reasons = split.unsupported(network, plan.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
     replica.source_of(model)
-    patched, request = model.clone(), wrap.Request(plan, Tools, why)
-    wrap.install(patched, request)
+    patched, request = model.clone(), install.Request(plan, Tools, why)
+    install.install(patched, request)
     request.group(model.model, model.load_device).start()  # importing PyTorch and ComfyUI takes them seconds: while the prompt is encoded
     return patched
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2 import prompt_text, prompt_tokens, upsample
-from ..flux2.folders import locate
-from ..flux2.prompt_cache import PromptCache
-from ..flux2.prompts import encode, encode_all
+from ..flux2.prompts import text as prompt_text, tokens
+from ..flux2.upsampling import upsample
+from ..flux2.checkpoints.folders import locate
+from ..flux2.prompts.cache import PromptCache
+from ..flux2.prompts.encode import encode, encode_all
 from .attention import CATEGORY
 from .status import running_server
 
 GIB = 2 ** 30
-LONG = {"cut at 512 tokens": prompt_tokens.LIMIT, "keep all": None}
+LONG = {"cut at 512 tokens": tokens.LIMIT, "keep all": None}
 SPLITS = ["each line", "blank lines"]
 NO_FILE = ""
 CLEAR_ROUTE = "/flux2_attention/prompt_cache/clear"

@@ -7,7 +7,9 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2 import bench, compile, compiler, patch, warmup
+from ..flux2.measuring import capture, warmup
+from ..flux2.compiled import blocks as compiled_blocks, toolchain
+from ..flux2 import attention_slot
 from .attention import CATEGORY
 from .compare import stopper
 
@@ -30,7 +32,7 @@ def teller(node_id):
 @contextmanager
 def unlogged(model):
     """Leaves the attention log of a MODEL as it was; gives a list that afterwards says which kernels ran meanwhile."""
-    selection, ran = getattr(patch.occupant(model), "selection", None), []
+    selection, ran = getattr(attention_slot.occupant(model), "selection", None), []
     kept = list(selection.log.runs) if selection else []
     try:
         yield ran
@@ -62,10 +64,10 @@ class Flux2CompileBlocks(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX model. It is cloned: other branches of the graph stay as they are. Before or after Select Attention; "
                                                 "LoRA, fp8 and offloading keep working."),
-                io.Combo.Input("mode", options=list(compile.MODES), default=compile.MODES[0], optional=True, advanced=True,
+                io.Combo.Input("mode", options=list(compiled_blocks.MODES), default=compiled_blocks.MODES[0], optional=True, advanced=True,
                                tooltip="default: seconds of compiling.\nmax-autotune-no-cudagraphs: also tries Triton kernels for the matrix products, which takes "
                                        "minutes and rarely pays on cards with a good cuBLAS."),
-                io.Combo.Input("failures", options=[compile.REFUSE, compile.EAGER], default=compile.REFUSE, optional=True, advanced=True,
+                io.Combo.Input("failures", options=[compiled_blocks.REFUSE, compiled_blocks.EAGER], default=compiled_blocks.REFUSE, optional=True, advanced=True,
                                tooltip="What happens when torch.compile cannot compile a block: stop with the reason, or run such blocks as they are and say so in "
                                        "the Attention Report."),
             ],
@@ -74,13 +76,13 @@ class Flux2CompileBlocks(io.ComfyNode):
                                              "names another place.")])
 
     @classmethod
-    def execute(cls, model, mode=compile.MODES[0], failures=compile.REFUSE) -> io.NodeOutput:
-        reason = compiler.unavailable(model.load_device)
+    def execute(cls, model, mode=compiled_blocks.MODES[0], failures=compiled_blocks.REFUSE) -> io.NodeOutput:
+        reason = toolchain.unavailable(model.load_device)
         if reason:
-            raise compile.CompileRefused(f"Compile Blocks cannot run here: {reason} {compile.INSTEAD}")
-        compiler.keep_on_disk(cache_folder())
+            raise compiled_blocks.CompileRefused(f"Compile Blocks cannot run here: {reason} {compiled_blocks.INSTEAD}")
+        toolchain.keep_on_disk(cache_folder())
         patched = model.clone()
-        compile.install(patched, compile.Plan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None)))
+        compiled_blocks.install(patched, compiled_blocks.Plan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None)))
         return io.NodeOutput(patched)
 
 
@@ -119,18 +121,18 @@ class Flux2WarmUp(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, sizes=None):
         try:
-            bench.sizes(sizes) if sizes is not None else None
+            capture.sizes(sizes) if sizes is not None else None
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, model, sizes, steps=2, references=0, clip=None, vae=None, positive=None, batch_size=1) -> io.NodeOutput:
-        parsed = [size if size.references else bench.Size(size.width, size.height, references) for size in bench.sizes(sizes)]
+        parsed = [size if size.references else capture.Size(size.width, size.height, references) for size in capture.sizes(sizes)]
         tick = stopper(comfy.utils.ProgressBar(warmup.ticks(parsed, steps, clip, vae)))
         with unlogged(model) as ran:
             rows = warmup.warm_up(model, parsed, steps, positive, clip, vae, batch_size, tick)
-        text = "\n".join(["Warmed up.", *(row.as_text() for row in rows), *ran, *filter(None, [compile.report(model)])])
+        text = "\n".join(["Warmed up.", *(row.as_text() for row in rows), *ran, *filter(None, [compiled_blocks.report(model)])])
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
 

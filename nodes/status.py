@@ -9,8 +9,8 @@ import secrets
 import sys
 import weakref
 
-from ..attention import overview
-from ..attention.glance import glance
+from ..attention.status import backends_here
+from ..attention.status.badge import glance
 
 UI_KEY = EVENT = "flux2_attention_status"
 STATUS_ROUTE = "/flux2_attention/status/{token}"
@@ -72,7 +72,7 @@ def compute_device():
 def backends(list_them):
     """The answer of the backends routes: overview or test_all, with its text. Runs in a thread of its own: libraries take seconds to import."""
     found = list_them(compute_device())
-    return {**found, "text": overview.as_text(found)}
+    return {**found, "text": backends_here.as_text(found)}
 
 
 def add_routes():
@@ -90,11 +90,11 @@ def add_routes():
 
     @server.routes.get(BACKENDS_ROUTE)
     async def listed(request):
-        return web.json_response(await asyncio.to_thread(backends, overview.overview))
+        return web.json_response(await asyncio.to_thread(backends, backends_here.overview))
 
     @server.routes.post(TEST_ROUTE)
     async def tested(request):
         if testing.locked() or server.prompt_queue.get_tasks_remaining():
             return web.json_response({"error": BUSY}, status=409)
         async with testing:
-            return web.json_response(await asyncio.to_thread(backends, overview.test_all))
+            return web.json_response(await asyncio.to_thread(backends, backends_here.test_all))

@@ -2,10 +2,10 @@
 
 Products are taken at the rate that fast_check measured for all tokens together; a double block runs them for text and image apart. Standard library alone.
 """
-HIDDEN, SINGLE, DOUBLE = 6144, 48, 8  # FLUX.2-dev: comfy/ldm/flux, flux2/variants.py
+HIDDEN, SINGLE, DOUBLE = 6144, 48, 8  # FLUX.2-dev: comfy/ldm/flux, flux2/checkpoints/variants.py
 SINGLE_PRODUCTS = ((HIDDEN, 9 * HIDDEN), (4 * HIDDEN, HIDDEN))  # (k, n): q, k, v with both halves of the feed-forward part; attention with its output
 DOUBLE_PRODUCTS = ((HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 6 * HIDDEN), (3 * HIDDEN, HIDDEN))
-# of the version that was measured; since then a block writes the next one's norm together with its own add (flux2/handover.py)
+# of the version that was measured; since then a block writes the next one's norm together with its own add (flux2/fused/handover.py)
 SINGLE_KERNELS = ("norm_modulate", "single_qkv", "swiglu beside attention", "add_gated")
 DOUBLE_KERNELS = ("norm_modulate", "joint_qkv", "add_gated_norm_modulate", "swiglu", "add_gated")  # text and image together
 RATES = {"bf16": "cublas", "fp8": "fp8 tensor fast"}  # what ComfyUI's layers call

@@ -22,10 +22,10 @@ def tools(comfy):
     assert os.environ.get("TRITON_INTERPRET") == "1"
     import comfy.sample
     import comfy.sd
-    from flux2_pack.flux2 import fast_blocks
+    from flux2_pack.flux2.fused import blocks as fused_blocks
     from flux2_pack.nodes import attention, fast
     import comfy
-    return types.SimpleNamespace(comfy=comfy, fast_blocks=fast_blocks, node=fast.Flux2FastBlocks, attention=attention)
+    return types.SimpleNamespace(comfy=comfy, fast_blocks=fused_blocks, node=fast.Flux2FastBlocks, attention=attention)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_a_forward_pass_equals_cores(tools, flux2, case):
 def counted(monkeypatch):
     """Counts of launches by the name of the kernels' wrappers."""
     from collections import Counter
-    from flux2_pack.flux2.kernels import heads, norm, swiglu
+    from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu
     counts = Counter()
-    for module, names in ((norm, ("norm_modulate", "add_gated", "add_gated_norm_modulate")), (heads, ("single_qkv", "joint_qkv")), (swiglu, ("swiglu",))):
+    for module, names in ((norm, ("norm_modulate", "add_gated", "add_gated_norm_modulate")), (qkv, ("single_qkv", "joint_qkv")), (swiglu, ("swiglu",))):
         for name in names:
             def wrapper(*args, name=name, function=getattr(module, name), **kwargs):
                 counts[name] += 1
@@ -152,8 +152,8 @@ BETWEEN = {
 @pytest.mark.parametrize("case", BETWEEN)
 def test_a_note_is_used_only_for_what_it_was_written_for(comfy, monkeypatch, case):
     from comfy.ldm.flux.layers import ModulationOut
-    from flux2_pack.flux2 import handover
-    from flux2_pack.flux2.kernels import norm
+    from flux2_pack.flux2.fused import handover
+    from flux2_pack.flux2.fused.kernels import norm
     g = torch.Generator().manual_seed(3)
     x, delta, mod = torch.randn(1, 4, 64, generator=g), torch.randn(1, 4, 64, generator=g), ModulationOut(*torch.randn(3, 1, 1, 64, generator=g))
     t = types.SimpleNamespace(x=x, mod=mod, segment=(0, 0), fp8_scale=None, handover=handover.Handover(), add_gated=norm.add_gated,
@@ -182,9 +182,9 @@ def test_a_block_needs_less_memory_than_cores(tools, flux2, kind, tmp_path, monk
     from comfy.ldm.flux import math as flux_math
     from comfy.ldm.flux.layers import EmbedND, ModulationOut
     from comfy.ldm.modules.attention import attention_pytorch
-    from flux2_pack.flux2.kernels import heads, norm, swiglu
+    from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu
     monkeypatch.setattr(flux_math, "optimized_attention", attention_pytorch)  # core's choice for a CPU copies q, k and v
-    for kernel in (norm._residual_norm, heads._qkv, swiglu._swiglu):  # allocated for, not launched: the interpreter holds tensors until its next launch
+    for kernel in (norm._residual_norm, qkv._qkv, swiglu._swiglu):  # allocated for, not launched: the interpreter holds tensors until its next launch
         monkeypatch.setattr(kernel, "run", lambda *args, **kwargs: None)
     block, fused = getattr(flux2.model.diffusion_model, f"{kind}_blocks")[0], getattr(tools.fast_blocks, f"{kind}_block")
     rows, text, mod = 256, 32, ModulationOut(*torch.zeros(3, 1, 1, 256))
@@ -349,7 +349,7 @@ def test_the_kernels_of_an_fp8_checkpoint_write_the_input_of_its_products(tools,
 
 
 def test_float16_overflow_is_mended_as_in_core(tools):
-    from flux2_pack.flux2.kernels.norm import add_gated
+    from flux2_pack.flux2.fused.kernels.norm import add_gated
     x, delta = torch.full((1, 2, 8), 60000.0).half(), torch.tensor([60000.0, -60000.0, float("nan"), 1, 2, 3, 4, 5]).half().expand(1, 2, 8).contiguous()
     gate = torch.ones(1, 1, 8).half()
     expected = torch.nan_to_num(x.float() + delta.float(), nan=0.0).clamp(-65504, 65504).half()
@@ -426,11 +426,11 @@ def test_a_model_that_cores_node_compiles_keeps_its_fused_blocks(tools, flux2, k
 
 
 def test_compile_blocks_leaves_them_too(tools, flux2):
-    from flux2_pack.flux2 import compile
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks
     given, model = inputs({}), fast(tools, flux2)
-    compile.install(model, compile.Plan(backend="eager"))
+    compiled_blocks.install(model, compiled_blocks.Plan(backend="eager"))
     assert relative(forward(model, given), forward(flux2, given)) < CLOSE
-    assert tools.fast_blocks.log_of(model).as_data() == ALL and not compile.plan_of(model).log.graphs
+    assert tools.fast_blocks.log_of(model).as_data() == ALL and not compiled_blocks.plan_of(model).log.graphs
 
 
 def test_a_block_with_another_epsilon_in_its_norms_is_not_fused(tools, flux2, monkeypatch):
@@ -449,13 +449,13 @@ def far(shape, apart):
 def test_offsets_beyond_32_bits(comfy, monkeypatch):
     """As at 4096x4096 with references, where the output of a block's first product has more than 2**31 elements."""
     from triton.runtime import interpreter
-    from flux2_pack.flux2.kernels import heads, norm, quantise, swiglu
+    from flux2_pack.flux2.fused.kernels import qkv, norm, quantise, swiglu
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # copies a tensor's whole storage, onto itself on a CPU
     x, weight, scales = far((1, 3, 192), 2 ** 30), torch.ones(32, dtype=torch.float16), torch.empty(1, 3, 1)
     near, shift, scale = x.contiguous(), *torch.zeros(1, 1, 384, dtype=torch.float16).chunk(2, -1)
     for far_out, near_out in ((norm.norm_modulate(x, shift, scale), norm.norm_modulate(near, shift, scale)), (swiglu.swiglu(x), swiglu.swiglu(near)),
-                              *zip(heads.single_qkv(x, 2, weight, weight, None), heads.single_qkv(near, 2, weight, weight, None)),
-                              *zip(heads.joint_qkv(near, x, 2, (weight, weight), (weight, weight), None), heads.joint_qkv(near, near, 2, (weight, weight), (weight, weight), None)),
+                              *zip(qkv.single_qkv(x, 2, weight, weight, None), qkv.single_qkv(near, 2, weight, weight, None)),
+                              *zip(qkv.joint_qkv(near, x, 2, (weight, weight), (weight, weight), None), qkv.joint_qkv(near, near, 2, (weight, weight), (weight, weight), None)),
                               (quantise.quantise_rows(x, scales).float(), quantise.quantise_rows(near, scales).float())):
         assert torch.equal(far_out, near_out)
     expected = norm.add_gated(near.clone(), near, scale + 1)
@@ -478,12 +478,12 @@ def test_it_refuses_a_cpu_without_the_interpreter_and_models_of_another_kind(too
 def test_what_triton_lacks_to_start_a_kernel_is_said_by_the_node(tools, flux2, monkeypatch, lacking, said):
     """And not by a failure of gcc in the middle of the first step."""
     import torch.utils._triton as triton
-    from flux2_pack.flux2 import compiler
+    from flux2_pack.flux2.compiled import toolchain
     model = flux2.clone()
     model.load_device = torch.device("cuda", 0)
     monkeypatch.setattr(triton, "has_triton", lambda: True)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None if lacking == "compiler" else name)
-    monkeypatch.setattr(compiler.os.path, "isfile", lambda path: lacking != "headers")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None if lacking == "compiler" else name)
+    monkeypatch.setattr(toolchain.os.path, "isfile", lambda path: lacking != "headers")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(RuntimeError, match=f"Fast Blocks cannot run here: .*{said}.*Remove the node"):
         tools.node.execute(model)
@@ -502,7 +502,7 @@ def rows_by_torch(x, scales):
 
 
 def test_rows_of_fp8_have_the_scale_of_their_largest_element(comfy):
-    from flux2_pack.flux2.kernels import norm, quantise, swiglu
+    from flux2_pack.flux2.fused.kernels import norm, quantise, swiglu
     g = torch.Generator().manual_seed(1)
     x, mlp, attn, scales = torch.randn(2, 3, 64, generator=g), torch.randn(2, 3, 96, generator=g), torch.randn(2, 3, 32, generator=g), torch.empty(2, 3, 1)
     x[1, 2] = 0
@@ -515,11 +515,11 @@ def test_rows_of_fp8_have_the_scale_of_their_largest_element(comfy):
 
 
 def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until_weights_change(tools, flux2, monkeypatch):
-    from flux2_pack.flux2 import row_fp8
-    from flux2_pack.flux2.kernels import quantise
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
-    rows, model, given = row_fp8.RowFp8(), flux2.clone(), inputs({})
+    rows, model, given = fp8_rowwise.RowFp8(), flux2.clone(), inputs({})
     rows.install(model)
     log, _ = tools.fast_blocks.install(model, rows)
     out = forward(model, given)
@@ -535,8 +535,8 @@ def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until
 
 
 def test_products_that_fp8_leaves_alone_are_said(tools):
-    from flux2_pack.flux2 import row_fp8
-    rows = row_fp8.RowFp8()
+    from flux2_pack.flux2.fused import fp8_rowwise
+    rows = fp8_rowwise.RowFp8()
     for linear in (types.SimpleNamespace(layout_type="TensorCoreFP8E4M3Layout"), torch.nn.Linear(24, 32)):
         assert not rows.suits(linear)
     text = rows.as_text()
@@ -545,11 +545,11 @@ def test_products_that_fp8_leaves_alone_are_said(tools):
 
 
 def test_copies_leave_room_for_the_vae_when_a_sampling_ends(tools, flux2, monkeypatch):
-    from flux2_pack.flux2 import row_fp8
-    from flux2_pack.flux2.kernels import quantise
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
-    monkeypatch.setattr(row_fp8, "unavailable", lambda model: None)
+    monkeypatch.setattr(fp8_rowwise, "unavailable", lambda model: None)
     model = tools.node.execute(flux2, "fp8").args[0]
     rows, given = tools.fast_blocks.log_of(model).rows, inputs({})
     out = forward(model, given)
@@ -561,10 +561,10 @@ def test_copies_leave_room_for_the_vae_when_a_sampling_ends(tools, flux2, monkey
 
 def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
     """As partial unloading does, of which ComfyUI tells nobody."""
-    from flux2_pack.flux2 import row_fp8
-    from flux2_pack.flux2.kernels import quantise
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
-    rows, linear, like = row_fp8.RowFp8(), tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16), torch.empty(1, 1, 32, dtype=torch.bfloat16)
+    rows, linear, like = fp8_rowwise.RowFp8(), tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16), torch.empty(1, 1, 32, dtype=torch.bfloat16)
     linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16), requires_grad=False)
     rows.weight(linear, like)
     assert list(rows.copies) == [linear]
@@ -575,11 +575,11 @@ def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
 
 def test_fp8_leaves_weights_in_formats_that_it_does_not_know(tools):
     """Packs that load GGUF and the like keep packed bytes in a tensor class of their own, in a layer that is a Linear."""
-    from flux2_pack.flux2 import row_fp8
+    from flux2_pack.flux2.fused import fp8_rowwise
 
     class Packed(torch.Tensor):
         pass
-    rows, linear = row_fp8.RowFp8(), torch.nn.Linear(32, 32)
+    rows, linear = fp8_rowwise.RowFp8(), torch.nn.Linear(32, 32)
     for weight in (torch.zeros(32, 18, dtype=torch.uint8).as_subclass(Packed), torch.zeros(32, 32, dtype=torch.int8)):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         assert not rows.suits(linear)
@@ -587,11 +587,11 @@ def test_fp8_leaves_weights_in_formats_that_it_does_not_know(tools):
 
 
 def test_fp8_asks_for_a_model_that_computes_in_bfloat16(tools, flux2, monkeypatch):
-    from flux2_pack.flux2 import row_fp8
+    from flux2_pack.flux2.fused import fp8_rowwise
     monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: True)
     for stored, computed, fits in ((torch.float8_e4m3fn, torch.float16, False), (torch.float8_e4m3fn, torch.bfloat16, True), (torch.bfloat16, None, True),
                                    (torch.float16, None, False), (torch.bfloat16, torch.float32, False)):
         monkeypatch.setattr(flux2.model, "get_dtype", lambda: stored)
         monkeypatch.setattr(flux2.model, "manual_cast_dtype", computed)
-        reason = row_fp8.unavailable(flux2)
+        reason = fp8_rowwise.unavailable(flux2)
         assert (reason is None) == fits and (fits or str(computed or stored) in reason)

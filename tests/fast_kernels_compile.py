@@ -17,7 +17,7 @@ FP8 = ARCH != "gfx942"  # MI300's fp8 is another format; ComfyUI has no fp8 prod
 
 def launch_all():
     """Each wrapper with the dtypes and options that the blocks use; tensors are on the CPU and never read."""
-    from flux2_pack.flux2.kernels import heads, norm, quantise, swiglu
+    from flux2_pack.flux2.fused.kernels import qkv, norm, quantise, swiglu
     width, size, tokens, dtype = 256, 128, 6, torch.bfloat16
     x, both = torch.zeros(1, tokens, width, dtype=dtype), torch.zeros(1, tokens, 9 * width, dtype=dtype)
     shift, scale, gate = torch.zeros(1, 2, 3 * width, dtype=dtype).chunk(3, -1)
@@ -33,8 +33,8 @@ def launch_all():
     norm.add_gated(x.half(), x.half(), gate.half(), finite=True)
     norm.add_gated_norm_modulate(x.half(), x.half(), gate.half(), shift.half(), scale.half(), finite=True)
     for turns in (pe, None):
-        heads.single_qkv(both, 2, weight, weight, turns)
-        heads.joint_qkv(both[:, :2, :3 * width], both[:, 2:, :3 * width], 2, (weight, weight), (weight, weight), turns)
+        qkv.single_qkv(both, 2, weight, weight, turns)
+        qkv.joint_qkv(both[:, :2, :3 * width], both[:, 2:, :3 * width], 2, (weight, weight), (weight, weight), turns)
     if FP8:
         quantise.quantise_rows(x, torch.ones(1, tokens, 1))
 

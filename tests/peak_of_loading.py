@@ -50,7 +50,7 @@ def main():
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
     args.cpu = not torch.cuda.is_available()
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     with torch.inference_mode(), PeakOfAnonymousMemory() as peak:
         model = load.load_model(folder, "bf16", disable_dynamic=True)
     print(json.dumps({"peak": peak.bytes, "model": model.model_size()}))

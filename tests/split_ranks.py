@@ -15,7 +15,7 @@ from flux2_pack.attention import reference
 from flux2_pack.attention.override import AttentionOverride
 from flux2_pack.attention.parallel import make_mesh
 from flux2_pack.attention.parallel.mesh import pairs
-from flux2_pack.attention.selection import Selection
+from flux2_pack.attention.dispatch import Selection
 
 HIDDEN, HEADS, TEXT_WIDTH = 192, 12, 96
 DEV, KLEIN = {"guidance_embed": True, "depth": 2, "depth_single_blocks": 3}, {"guidance_embed": False, "depth": 1, "depth_single_blocks": 4}
@@ -209,7 +209,7 @@ def passes(model, case, prepare=lambda model, step: None):
 
 def selected(model, backend="sdpa-math"):
     """The MODEL with Select Attention on it, as its node does."""
-    from flux2_pack.flux2 import patch
+    from flux2_pack.flux2 import attention_slot as patch
     clone = model.clone()
     patch.install(clone, AttentionOverride(Selection(backend), patch.occupant(clone)))
     return clone
@@ -217,7 +217,7 @@ def selected(model, backend="sdpa-math"):
 
 def share(model, mesh, **kwargs):
     """A clone whose passes are shared."""
-    from flux2_pack.flux2.split import split
+    from flux2_pack.flux2.parallel import split
     clone = model.clone()
     split(clone, mesh, **kwargs)
     return clone
@@ -255,9 +255,9 @@ def ungathered(monkeypatch, forward):
 
 
 def unexchanged(monkeypatch, forward):
-    from flux2_pack.attention.parallel import unified
+    from flux2_pack.attention.parallel import usp
     for kind in ("RingCall", "UlyssesCall"):
-        monkeypatch.setattr(unified, kind, unified.Alone)
+        monkeypatch.setattr(usp, kind, usp.Alone)
 
 
 FAULTS = {
@@ -271,7 +271,7 @@ FAULTS = {
 
 
 def faults(prepared, mesh):
-    from flux2_pack.flux2.split import forward
+    from flux2_pack.flux2.parallel import forward
     found = {}
     for name, (case, fault) in FAULTS.items():
         with pytest.MonkeyPatch.context() as monkeypatch:

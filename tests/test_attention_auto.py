@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 
-from flux2_pack.attention import registry, tuner
+from flux2_pack.attention import registry, autotune
 from flux2_pack.attention.call import call_of
 from flux2_pack.attention.device import describe
-from flux2_pack.attention.selection import Selection
-from flux2_pack.attention.tuner import Tuner, bucket
+from flux2_pack.attention.dispatch import Selection
+from flux2_pack.attention.autotune import Tuner, bucket
 
 QKV = [torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
 
@@ -18,8 +18,8 @@ def timed(monkeypatch):
     """Pretend that this machine can time, with these milliseconds per backend. Returns the dict and a list of what was timed."""
     speeds, asked = {"sdpa": 3.0, "sdpa-flash": 2.0, "sdpa-math": 1.0}, []
     monkeypatch.setattr(registry, "AUTO_ORDER", ["sdpa", "sdpa-flash", "sdpa-math"])
-    monkeypatch.setattr(tuner, "can_time", lambda device: True)
-    original = tuner.bound
+    monkeypatch.setattr(autotune, "can_time", lambda device: True)
+    original = autotune.bound
 
     def bound(adapter, *rest):
         run = original(adapter, *rest)
@@ -29,8 +29,8 @@ def timed(monkeypatch):
     def elapsed(run):
         asked.append(run.slug)
         return speeds[run.slug]
-    monkeypatch.setattr(tuner, "bound", bound)
-    monkeypatch.setattr(tuner, "elapsed_ms", elapsed)
+    monkeypatch.setattr(autotune, "bound", bound)
+    monkeypatch.setattr(autotune, "elapsed_ms", elapsed)
     return speeds, asked
 
 
@@ -41,7 +41,7 @@ def test_the_fastest_exact_backend_wins_and_is_asked_once(timed):
     entry, = selection.log.current.as_data()["entries"]
     assert entry["backend"] == "sdpa-math" and entry["calls"] == 3 and "fastest of 3" in entry["why"]
     assert timed[1][:3] == ["sdpa", "sdpa-flash", "sdpa-math"]
-    assert [timed[1].count(s) for s in ("sdpa", "sdpa-flash", "sdpa-math")] == [1, 1, tuner.ROUNDS], "the slow ones leave the race after its first round"
+    assert [timed[1].count(s) for s in ("sdpa", "sdpa-flash", "sdpa-math")] == [1, 1, autotune.ROUNDS], "the slow ones leave the race after its first round"
     table = selection.log.current.as_text()
     assert "2.000 ms" in table and "relative error" in table
 
@@ -56,8 +56,8 @@ def test_a_fast_but_wrong_backend_is_rejected_with_its_error(timed, monkeypatch)
 
 def test_the_race_goes_around_all_that_are_close(monkeypatch):
     order, speeds = [], {"a": iter([1.0, 9.0] + [1.0] * 9), "b": iter([1.1] * 11), "c": iter([4.0] * 11)}
-    monkeypatch.setattr(tuner, "elapsed_ms", lambda run: order.append(run()) or next(speeds[order[-1]]))
-    found = tuner.race({name: lambda name=name: name for name in "abc"})
+    monkeypatch.setattr(autotune, "elapsed_ms", lambda run: order.append(run()) or next(speeds[order[-1]]))
+    found = autotune.race({name: lambda name=name: name for name in "abc"})
     assert found == {"a": 1.0, "b": 1.1, "c": 4.0} and "".join(order).startswith("abcab") and order.count("c") == 1
 
 
@@ -115,7 +115,7 @@ def test_neighbouring_lengths_share_one(timed):
 def test_where_nothing_can_be_timed_the_order_decides():
     slug, table = Tuner().choose(call_of(*QKV), *QKV)
     assert slug == "sdpa" and "fixed order" in table.why
-    assert [c.backend for c in table.candidates] == tuner.candidates(describe("cpu"))
+    assert [c.backend for c in table.candidates] == autotune.candidates(describe("cpu"))
 
 
 def test_masks_take_part(timed):

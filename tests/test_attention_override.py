@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from flux2_pack.attention import registry
 from flux2_pack.attention.call import AttentionRefused
 from flux2_pack.attention.override import AttentionOverride
-from flux2_pack.attention.selection import Schedule, Selection
+from flux2_pack.attention.dispatch import Schedule, Selection
 
 B, S, H, D = 2, 40, 4, 16
 CPU_BACKENDS = ["auto", "sdpa", "sdpa-flash", "sdpa-math"]
@@ -189,7 +189,7 @@ def test_a_model_that_never_asks_is_said_loudly(caplog):
 
 
 def fingerprint_of(value):
-    from flux2_pack.attention.runlog import fingerprint
+    from flux2_pack.attention.run_log import fingerprint
     return fingerprint(torch.full((1, 2, 3), value))
 
 

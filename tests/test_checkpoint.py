@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import small_models as maker
-from flux2_pack.flux2 import facts, folders, identify, keys, variants
-from flux2_pack.flux2.checkpoint import Checkpoint, CheckpointError, Tensor, open_checkpoint, read_header
+from flux2_pack.flux2.checkpoints import validate, folders, identify, keys, variants
+from flux2_pack.flux2.checkpoints.header import Checkpoint, CheckpointError, Tensor, open_checkpoint, read_header
 
 
 def write_header(path, header, data=b"", length=None):
@@ -158,7 +158,7 @@ def test_config_that_lies_is_said(tmp_path):
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"num_layers": 8, "in_channels": 128}))
     checkpoint = open_checkpoint(tmp_path / "transformer")
     with pytest.raises(CheckpointError, match="config.json of .*transformer says num_layers is 8, but the weights beside it say 1"):
-        facts.check_model(checkpoint, identify.identify(checkpoint), "as stored")
+        validate.check_model(checkpoint, identify.identify(checkpoint), "as stored")
 
 
 def test_choices_show_a_model_folder_in_place_of_its_shards(tmp_path):
@@ -206,8 +206,8 @@ def test_published_models_are_recognised(variant, prefix):
     names = known(keys.diffusers_shapes(variant))
     diffusers = identify.identify(names)
     assert (diffusers.variant, diffusers.layout) == (variant, "diffusers")
-    facts.check_model(names, diffusers, "bf16")
-    facts.check_model(published(variant), identify.identify(published(variant)), "fp8")
+    validate.check_model(names, diffusers, "bf16")
+    validate.check_model(published(variant), identify.identify(published(variant)), "fp8")
 
 
 MISTRAL = {"embed_tokens.weight": (131072, 5120), "layers.0.self_attn.q_proj.weight": (4096, 5120), "layers.39.mlp.up_proj.weight": (32768, 5120)}
@@ -292,7 +292,7 @@ def test_damaged_quantisation_metadata_is_said(metadata):
 
 @pytest.fixture(scope="module")
 def load(comfy):
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load
 
 

@@ -27,12 +27,13 @@ def tools(comfy):
     """The nodes and what they stand on, imported after ComfyUI is importable."""
     import comfy.sd
     import comfy.utils
-    from flux2_pack.attention import measure
-    from flux2_pack.flux2 import bench, compare, patch
+    from flux2_pack.attention.measuring import statistics
+    from flux2_pack.flux2.measuring import capture, sampling
+    from flux2_pack.flux2 import attention_slot as patch
     from flux2_pack.nodes import compare as nodes
     from flux2_pack.nodes import figures
     import comfy
-    return types.SimpleNamespace(comfy=comfy, nodes=nodes, figures=figures, measure=measure, bench=bench, runs=compare, patch=patch)
+    return types.SimpleNamespace(comfy=comfy, nodes=nodes, figures=figures, measure=statistics, bench=capture, runs=sampling, patch=patch)
 
 
 def computing_in(dtype, tools, path):
@@ -50,9 +51,10 @@ def flux2(tools, small_models):
 @pytest.fixture(scope="module")
 def drawn_prompt(tools):
     """The conditioning of a prompt that the trained model draws."""
-    from flux2_pack.flux2 import load, prompts
+    from flux2_pack.flux2.loading import load
+    from flux2_pack.flux2.prompts.encode import encode
     with torch.inference_mode():
-        done = prompts.encode(load.load_text_encoder(drawing_models()["text_encoders"][0]), PROMPT)
+        done = encode.encode(load.load_text_encoder(drawing_models()["text_encoders"][0]), PROMPT)
     return [[context, {**values, "guidance": 4.0}] for context, values in done.conditioning]
 
 

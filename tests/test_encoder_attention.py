@@ -10,7 +10,7 @@ def nodes(comfy):
 
 
 def load(small_models):
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load.load_text_encoder(str(small_models["text_encoder"]))
 
 
@@ -54,7 +54,7 @@ def test_a_backend_that_cannot_run_here_is_refused(nodes, small_models):
 
 
 def test_an_encoder_whose_layers_do_not_take_attention_is_explained(nodes):
-    from flux2_pack.flux2 import encoder_attention
+    from flux2_pack.flux2.loading import encoder_attention
     clip = type("Clip", (), {"cond_stage_model": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="cannot be chosen"):
         encoder_attention.install(clip, None)

@@ -8,9 +8,10 @@ import types
 import pytest
 import torch
 
-from flux2_pack.attention import glance, overview, registry
-from flux2_pack.attention.runlog import RunLog
-from flux2_pack.attention.selection import USE_SDPA, Schedule, Selection
+from flux2_pack.attention.status import badge, backends_here
+from flux2_pack.attention import registry
+from flux2_pack.attention.run_log import RunLog
+from flux2_pack.attention.dispatch import USE_SDPA, Schedule, Selection
 
 
 def tensors(dtype=torch.float32, tokens=8):
@@ -29,7 +30,7 @@ def sampled(selection, steps=2, calls=3, error=None):
 
 
 def line(selection, run):
-    return glance.glance(run, selection.backend, selection.schedule.backend if selection.schedule else None)
+    return badge.glance(run, selection.backend, selection.schedule.backend if selection.schedule else None)
 
 
 @pytest.mark.parametrize("backend, text", [("auto", "auto → sdpa · 6 calls"), ("sdpa-math", "sdpa-math · 6 calls")])
@@ -96,36 +97,36 @@ def test_forward_passes_outside_a_sampling_are_no_news():
 # --- backends on this machine
 
 def test_every_backend_is_listed_once_with_a_reason_or_a_version():
-    found = overview.overview(torch.device("cpu"))
+    found = backends_here.overview(torch.device("cpu"))
     assert sorted(row["backend"] for row in found["backends"]) == sorted(registry.ROWS)
     for row in found["backends"]:
-        assert (row["state"] == overview.HERE) == (not row["reasons"]) == bool(row["version"])
-        assert bool(row["install"]) == (row["state"] == overview.MISSING)
+        assert (row["state"] == backends_here.HERE) == (not row["reasons"]) == bool(row["version"])
+        assert bool(row["install"]) == (row["state"] == backends_here.MISSING)
     states = [row["state"] for row in found["backends"]]
-    assert states[0] == overview.HERE and states == sorted(states, key=(overview.HERE, overview.MISSING, overview.ELSEWHERE).index)
+    assert states[0] == backends_here.HERE and states == sorted(states, key=(backends_here.HERE, backends_here.MISSING, backends_here.ELSEWHERE).index)
 
 
 def test_an_install_command_names_the_python_that_runs_this(monkeypatch):
-    monkeypatch.setattr(overview.sys, "executable", "/opt/portable python/bin/python3")
+    monkeypatch.setattr(backends_here.sys, "executable", "/opt/portable python/bin/python3")
     monkeypatch.setattr(registry, "_modules", {"flash4": (None, "ModuleNotFoundError: No module named 'flash_attn'")})
-    row = overview.entry("flash4", registry.describe("cpu").__class__("nvidia", "sm90", "NVIDIA H200"))
-    assert row["state"] == overview.MISSING and row["command"] == '"/opt/portable python/bin/python3" -m pip install --pre flash-attn-4'
+    row = backends_here.entry("flash4", registry.describe("cpu").__class__("nvidia", "sm90", "NVIDIA H200"))
+    assert row["state"] == backends_here.MISSING and row["command"] == '"/opt/portable python/bin/python3" -m pip install --pre flash-attn-4'
     assert "No module named" in row["reasons"][0]
-    assert overview.pip_command(registry.AITER_INSTALL) == "", "a sentence about sources is not a command"
+    assert backends_here.pip_command(registry.AITER_INSTALL) == "", "a sentence about sources is not a command"
 
 
 @pytest.mark.parametrize("slug", registry.ROWS)
 def test_hardware_reads_like_the_readme(slug):
     from pack import ROOT
     row = registry.row(slug)
-    assert f"| `{slug}` | {row.library}: {row.summary} | {overview.hardware_text(row.hardware)} |" in (ROOT / "README.md").read_text()
+    assert f"| `{slug}` | {row.library}: {row.summary} | {backends_here.hardware_text(row.hardware)} |" in (ROOT / "README.md").read_text()
 
 
 def test_the_test_call_of_every_backend_is_not_remembered(monkeypatch):
     monkeypatch.setattr(registry, "_probes", {})
-    found = overview.test_all(torch.device("cpu"))
+    found = backends_here.test_all(torch.device("cpu"))
     assert found["tested"] == {"sdpa": [], "sdpa-flash": [], "sdpa-math": []} and registry._probes == {}
-    text = overview.as_text(found)
+    text = backends_here.as_text(found)
     assert all(slug in text for slug in registry.ROWS) and text.count("test call passed") == 3 and torch.__version__ in text
 
 
@@ -181,7 +182,7 @@ def test_a_selection_that_is_gone_is_not_found(routes):
 
 def test_slow_libraries_do_not_block_the_server(routes, monkeypatch):
     """The list is made in another thread: the event loop goes on meanwhile."""
-    monkeypatch.setattr(overview, "overview", lambda device: slow())
+    monkeypatch.setattr(backends_here, "overview", lambda device: slow())
     seen = []
 
     def slow():

@@ -18,7 +18,7 @@ import torch
 
 import prompt_models
 import small_models as maker
-from flux2_pack.flux2 import help
+from flux2_pack.flux2 import error_links
 from pack import ROOT
 from server_fixture import TEXT_FILE, run
 
@@ -197,7 +197,7 @@ READ_WITHOUT_AN_ERROR = "no-error-but-not-what-i-expected"
 
 def test_every_section_belongs_to_errors_and_every_error_to_a_section():
     assert len(SECTIONS) == len(set(SECTIONS))
-    assert {section for section, _ in help.TOPICS} == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
+    assert {section for section, _ in error_links.TOPICS} == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
 
 
 def test_links_on_the_page_lead_somewhere():
@@ -206,7 +206,7 @@ def test_links_on_the_page_lead_somewhere():
 
 
 KINDS = ("ValueError", "CheckpointError", "RuntimeError")
-INTERNAL = ("flux2/prompt_cache.py", "flux2/kernels/", "attention/adapter.py", "attention/parallel/")  # caught, or shown inside other sentences
+INTERNAL = ("flux2/prompts/cache.py", "flux2/fused/kernels/", "attention/adapter.py", "attention/parallel/")  # caught, or shown inside other sentences
 
 
 def sentence(node):
@@ -231,8 +231,8 @@ def raised():
 
 
 def test_every_sentence_that_is_raised_has_a_section():
-    """A new one needs a row in flux2/help.py and a section in docs/troubleshooting.md, or fits into one that is there."""
-    assert [(place, text) for place, kind, text in raised() if len(text) > 20 and help.section_of(f"{kind}: {text}") is None] == []
+    """A new one needs a row in flux2/error_links.py and a section in docs/troubleshooting.md, or fits into one that is there."""
+    assert [(place, text) for place, kind, text in raised() if len(text) > 20 and error_links.section_of(f"{kind}: {text}") is None] == []
 
 
 # --- errors: each section is reached by one that really happens -------------------------------------------------------
@@ -240,7 +240,7 @@ def test_every_sentence_that_is_raised_has_a_section():
 @pytest.fixture(scope="module")
 def tools(comfy, nodes, small_models, tmp_path_factory):
     """What the errors below are made with."""
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     folder = tmp_path_factory.mktemp("troubles")
     return SimpleNamespace(nodes=nodes, files=small_models, folder=folder, load=load, model=load.load_model(small_models["model"]))
 
@@ -255,31 +255,31 @@ def backend(slug):
 
 def number_format_that_no_kernel_takes(tools):
     """As in a sampling: the model calls the selection, inside the sampler's wrapper."""
-    from flux2_pack.attention import selection
-    from flux2_pack.flux2 import patch
-    chosen, q = selection.Selection("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
-    patch.during_sampling(chosen)(lambda *args: chosen.attend(q, q, q), None, None, None, [1, 0])
+    from flux2_pack.attention import dispatch
+    from flux2_pack.flux2 import attention_slot
+    chosen, q = dispatch.Selection("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
+    attention_slot.during_sampling(chosen)(lambda *args: chosen.attend(q, q, q), None, None, None, [1, 0])
 
 
 def out_of_memory(tools):
-    from flux2_pack.attention import selection
-    from flux2_pack.flux2 import patch
+    from flux2_pack.attention import dispatch
+    from flux2_pack.flux2 import attention_slot
 
     def sample(*args):
         return torch.empty(2 ** 50)
-    patch.during_sampling(selection.Selection("sdpa"))(sample, None, None, None, [1, 0])
+    attention_slot.during_sampling(dispatch.Selection("sdpa"))(sample, None, None, None, [1, 0])
 
 
 def encoder_without_the_argument(tools):
-    from flux2_pack.flux2 import encoder_attention
-    with help.links():
+    from flux2_pack.flux2.loading import encoder_attention
+    with error_links.links():
         encoder_attention.install(SimpleNamespace(cond_stage_model=torch.nn.Linear(1, 1)), None)
 
 
 def encoder_without_tokenizer(tools):
     weights = {name: value for name, value in maker.text_encoder().items() if name != "tekken_model"}
     weights["vision_tower.x.weight"] = torch.zeros(1)  # says that it is Mistral
-    with help.links():
+    with error_links.links():
         tools.load.load_text_encoder(write(tools, "bare.safetensors", weights))
 
 
@@ -296,7 +296,7 @@ def improve_with_the_small_file(tools):
 
 def in_links(work):
     def wrapped(tools):
-        with help.links():
+        with error_links.links():
             work(tools)
     return wrapped
 
@@ -324,7 +324,7 @@ def benchmark_of_no_size(tools):
 
 
 def too_many_references(tools):
-    from flux2_pack.flux2.pictures import pictures
+    from flux2_pack.flux2.upsampling.vision_inputs import pictures
     pictures([torch.zeros(5, 32, 32, 3)], 4)
 
 
@@ -335,9 +335,9 @@ def fast_blocks_on_a_cpu(tools):
 
 
 def compiling_another_model(tools):
-    from flux2_pack.flux2 import compile
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks
     other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
-    compile.install(SimpleNamespace(model=other), compile.Plan())
+    compiled_blocks.install(SimpleNamespace(model=other), compiled_blocks.Plan())
 
 
 def more_gpus_than_there_are(tools):
@@ -369,37 +369,37 @@ def test_an_error_leads_to_its_section(tools, section):
     with pytest.raises(Exception) as caught:
         HAPPENS[section](tools)
     lines = str(caught.value).split("\n")
-    assert lines[-1] == f"More: {help.address(section)}", lines
+    assert lines[-1] == f"More: {error_links.address(section)}", lines
     assert sum(line.startswith("More: ") for line in lines) == 1, lines
 
 
 # --- errors: what happens to them -------------------------------------------------------------------------------------
 
 def test_an_error_keeps_its_type_and_its_first_lines():
-    error = help.link(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    error = error_links.link(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
     assert type(error) is torch.OutOfMemoryError and str(error).startswith("CUDA out of memory. Tried to allocate 2 GiB.\nMore: ")
     once = str(error)
-    assert str(help.link(error)) == once, "the address is added once"
-    assert help.bare(once) == "CUDA out of memory. Tried to allocate 2 GiB."
+    assert str(error_links.link(error)) == once, "the address is added once"
+    assert error_links.bare(once) == "CUDA out of memory. Tried to allocate 2 GiB."
 
 
 @pytest.mark.parametrize("error", [ValueError("something else"), ValueError(), KeyError("out of memory"), OSError(2, "No such file"), ValueError(3)])
 def test_errors_of_others_are_left_alone(error):
     before = str(error)
-    assert help.link(error) is error and (str(error) == before or help.section_of(before))
+    assert error_links.link(error) is error and (str(error) == before or error_links.section_of(before))
 
 
 def test_the_address_is_that_of_the_published_repository(tmp_path, monkeypatch):
     def address(text):
         (tmp_path / "pyproject.toml").write_text(text)
-        monkeypatch.setattr(help, "ROOT", tmp_path)
-        help.repository.cache_clear()
-        return help.address("prompts")
+        monkeypatch.setattr(error_links, "ROOT", tmp_path)
+        error_links.repository.cache_clear()
+        return error_links.address("prompts")
     try:
         assert address('[project.urls]\nRepository = "https://github.com/a/b.git"\n') == "https://github.com/a/b/blob/main/docs/troubleshooting.md#prompts"
         assert address("[project.urls]\n") == "docs/troubleshooting.md#prompts in the folder of this pack"
     finally:
-        help.repository.cache_clear()
+        error_links.repository.cache_clear()
 
 
 def test_nodes_stay_what_they_are(nodes):
@@ -416,7 +416,7 @@ def test_an_async_node_is_linked_too():
     async def work(cls):
         raise ValueError("There is no attention backend 'x'.")
     with pytest.raises(ValueError, match="More: .*#unknown-backend"):
-        asyncio.run(help.linking(work)(None))
+        asyncio.run(error_links.linking(work)(None))
 
 
 def test_a_comparison_shows_reasons_without_addresses(tools):

@@ -18,8 +18,8 @@ class Refuse:
 import torch
 sys.meta_path.insert(0, Refuse())
 m = types.ModuleType("flux2_pack"); m.__path__ = [{str(ROOT)!r}]; sys.modules["flux2_pack"] = m
-from flux2_pack.attention import registry, selection, override, tuner, reference, masks
-s = selection.Selection("auto")
+from flux2_pack.attention import registry, dispatch, override, autotune, reference, masks
+s = dispatch.Selection("auto")
 q = torch.randn(1, 8, 2, 16)
 out, _ = override.AttentionOverride(s).selection.attend(q, q, q)
 assert out.shape == q.shape

@@ -15,7 +15,7 @@ PROMPT = "Add a cool hat to the cat"
 
 @pytest.fixture(scope="module")
 def load(comfy):
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load
 
 
@@ -61,7 +61,7 @@ def test_small_files_load_sample_and_decode(load, small_models):
 
 def test_a_prompt_of_another_width_is_refused_in_words(load, small_models):
     import comfy.sample
-    from flux2_pack.flux2.checkpoint import CheckpointError
+    from flux2_pack.flux2.checkpoints.header import CheckpointError
     model = load.load_model(small_models["model"])
     prompt = [[torch.zeros(1, 8, 7680), {}]]
     latent = torch.zeros(1, 128, 2, 2)
@@ -176,7 +176,7 @@ def quantised(weights, layers):
 
 
 def test_mixed_precision_model_loads_as_quantised(load, tmp_path):
-    from flux2_pack.flux2.checkpoint import CheckpointError
+    from flux2_pack.flux2.checkpoints.header import CheckpointError
     weights, metadata = quantised(maker.diffusion_model(), ["single_blocks.0.linear1", "double_blocks.1.img_mlp.0"])
     path = maker.write(tmp_path / "mixed.safetensors", weights, metadata)
     maker.write(tmp_path / "plain.safetensors", maker.diffusion_model())

@@ -6,10 +6,11 @@ import torch
 
 import pack  # noqa: F401
 from fault_backends import FAITHFUL, FAULTS, GROSS, one_key_of_padding, scale_off_by_a_percent
-from flux2_pack.attention import measure, reference
-from flux2_pack.attention.comparison import Benchmark, Measured, table
-from flux2_pack.attention.measure import DIFFERENT, NO_VERDICT, NOISE, SLIGHT, Call, Control, Evidence, Thresholds, Timing, difference, judge
-from flux2_pack.attention.probe import AttentionProbe, call_error, sample_rows
+from flux2_pack.attention.measuring import statistics
+from flux2_pack.attention import reference
+from flux2_pack.attention.measuring.results import Benchmark, Measured, table
+from flux2_pack.attention.measuring.statistics import DIFFERENT, NO_VERDICT, NOISE, SLIGHT, Call, Control, Evidence, Thresholds, Timing, difference, judge
+from flux2_pack.attention.measuring.accuracy_probe import AttentionProbe, call_error, sample_rows
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -28,8 +29,8 @@ def qkv(dtype=torch.float32, heads=4, length=700, seed=0):
 
 def test_a_tensor_and_itself_differ_by_exactly_nothing():
     found = difference(latent(), latent())
-    assert found == measure.Difference(0.0, 1.0, 0.0) and found.identical
-    assert measure.psnr(latent(), latent()) == math.inf
+    assert found == statistics.Difference(0.0, 1.0, 0.0) and found.identical
+    assert statistics.psnr(latent(), latent()) == math.inf
 
 
 def test_known_differences():
@@ -37,13 +38,13 @@ def test_known_differences():
     found = difference(base * 1.1, base)
     assert found.relative == pytest.approx(0.1) and found.cosine == pytest.approx(1)
     assert difference(latent(1), base).change == pytest.approx(2**0.5, rel=0.15), "unrelated pictures are 1.41 apart whatever their mean"
-    assert measure.psnr(torch.full((1, 4, 4, 3), 0.5), torch.full((1, 4, 4, 3), 0.6)) == pytest.approx(20)
+    assert statistics.psnr(torch.full((1, 4, 4, 3), 0.5), torch.full((1, 4, 4, 3), 0.6)) == pytest.approx(20)
 
 
 def test_psnr_is_scikit_images():
     metrics = pytest.importorskip("skimage.metrics")
     a, b = (torch.rand(9, 8, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
-    assert measure.psnr(a, b) == pytest.approx(metrics.peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0), rel=1e-5)
+    assert statistics.psnr(a, b) == pytest.approx(metrics.peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -202,36 +203,36 @@ def test_the_sampled_rows_move_and_always_hold_both_ends():
 
 def test_timing_counts_runs_and_lets_a_tick_stop_it():
     runs = []
-    found = measure.timed(lambda: runs.append(1), "cpu", repeat=5, warm_up=2)
+    found = statistics.timed(lambda: runs.append(1), "cpu", repeat=5, warm_up=2)
     assert found.runs == 5 and len(runs) == 7 and found.min_ms <= found.ms <= found.max_ms
 
     def stop():
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        measure.timed(lambda: None, "cpu", repeat=5, tick=stop)
+        statistics.timed(lambda: None, "cpu", repeat=5, tick=stop)
 
 
 def test_short_work_is_queued_several_times_per_run():
     runs = []
-    measure.timed(lambda: runs.append(1), "cpu", repeat=2, warm_up=1, least_ms=1e9)
-    assert len(runs) == 1 + 2 * measure.MOST_AT_A_TIME
+    statistics.timed(lambda: runs.append(1), "cpu", repeat=2, warm_up=1, least_ms=1e9)
+    assert len(runs) == 1 + 2 * statistics.MOST_AT_A_TIME
 
 
 def test_the_machines_stamp_has_versions_and_no_names():
-    stamp = measure.machine("cpu")
+    stamp = statistics.machine("cpu")
     assert stamp["torch"] == torch.__version__ and stamp["platform"] == "cpu" and not {"host", "user", "path"} & set(stamp)
 
 
 def test_plain_data_is_json_for_browsers():
     import json
-    text = json.dumps(measure.plain({"a": (1.0, math.inf, math.nan), ("b",): Timing(1, 1, 1, 1)}), allow_nan=False)
+    text = json.dumps(statistics.plain({"a": (1.0, math.inf, math.nan), ("b",): Timing(1, 1, 1, 1)}), allow_nan=False)
     assert json.loads(text)["a"] == [1.0, "inf", "nan"]
 
 
 def test_a_benchmark_puts_the_fastest_first_and_reasons_last():
     rows = [Measured("1x1", "slow", "c", Timing(3, 3, 3, 1)), Measured("1x1", "no", "c", reason="because"), Measured("1x1", "fast", "c", Timing(1, 1, 1, 1)),
             Measured("1x1", "fast", "step", Timing(9, 9, 9, 1))]
-    found = Benchmark(rows, {"gone": ["It is not here."]}, measure.machine("cpu"), {})
+    found = Benchmark(rows, {"gone": ["It is not here."]}, statistics.machine("cpu"), {})
     assert [r.backend for r in found.groups()["1x1", "c"]] == ["fast", "slow", "no"] and list(found.groups())[-1] == ("1x1", "step")
     text = found.as_text()
     assert "no: because" in text and "gone: It is not here." in text and text.index("fast") < text.index("slow")

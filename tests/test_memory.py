@@ -20,7 +20,7 @@ LOADERS = {"model": "load_model", "text_encoder": "load_text_encoder", "vae": "l
 
 @pytest.fixture(scope="module")
 def load(comfy):
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load
 
 
@@ -236,7 +236,7 @@ def test_an_ordinary_vae_device_node_copies_an_idle_vae(load, card, files):
 
 def folder_in_diffusers_keys(folder, hidden, double, single):
     """A transformer/ folder with zeros in it; returns its bytes of weights."""
-    from flux2_pack.flux2 import keys, variants
+    from flux2_pack.flux2.checkpoints import keys, variants
     variant, _ = variants.find(hidden, double, single, 192, True)
     weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in keys.diffusers_shapes(variant).items()}
     maker.write(folder / "diffusion_pytorch_model.safetensors", weights)
@@ -273,7 +273,7 @@ def test_a_dynamic_patcher_gets_the_joined_weights_themselves(load, dev_folder, 
 @pytest.fixture(scope="module")
 def dev_folder(comfy, tmp_path_factory):
     """A diffusers folder with random weights."""
-    from flux2_pack.flux2 import keys, variants
+    from flux2_pack.flux2.checkpoints import keys, variants
     folder = tmp_path_factory.mktemp("dev") / "transformer"
     variant, _ = variants.find(256, 1, 1, 192, True)
     w = maker.Weights("folder", torch.bfloat16)

@@ -11,8 +11,8 @@ from attention_ranks import CASES, FAULTS, HEAD, HEADS, RING_FAULTS, UNEVEN
 from flux2_pack.attention import reference
 from flux2_pack.attention.parallel import Mesh, degrees
 from flux2_pack.attention.parallel.mesh import pairs
-from flux2_pack.attention.parallel.merge import merge, start
-from flux2_pack.attention.parallel.stats import Stats
+from flux2_pack.attention.parallel.lse_merge import merge, start
+from flux2_pack.attention.parallel.timing import Stats
 from pack import ROOT
 import ranks
 

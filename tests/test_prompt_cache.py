@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pack  # noqa: F401
-from flux2_pack.flux2 import prompt_text
-from flux2_pack.flux2.prompt_cache import PromptCache, name_of, packed
+from flux2_pack.flux2.prompts import text as prompt_text
+from flux2_pack.flux2.prompts.cache import PromptCache, name_of, packed
 
 KEY = {"prompt": "a cat", "limit": 512}
 
@@ -117,7 +117,7 @@ def test_hooks_and_schedules_are_not_kept(cache):
 
 HAMMER = """
 import sys; sys.path.insert(0, sys.argv[1]); import pack, torch; torch.set_num_threads(1)
-from flux2_pack.flux2.prompt_cache import PromptCache
+from flux2_pack.flux2.prompts.cache import PromptCache
 cache = PromptCache(sys.argv[2], 60_000)
 for turn in range(150):
     number = (turn * 7 + int(sys.argv[3])) % 12

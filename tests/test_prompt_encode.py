@@ -17,10 +17,11 @@ PROMPT = "Add a cool hat to the cat"
 @pytest.fixture(scope="module")
 def tools(comfy):
     import nodes as core
-    from flux2_pack.flux2 import lazy, load, prompt_tokens, prompts
-    from flux2_pack.flux2.prompt_cache import PromptCache
+    from flux2_pack.flux2.loading import lazy_clip, load
+    from flux2_pack.flux2.prompts import tokens as prompt_tokens, encode
+    from flux2_pack.flux2.prompts.cache import PromptCache
     torch.set_num_threads(1)
-    return types.SimpleNamespace(core=core, lazy=lazy, load=load, prompts=prompts, tokens=prompt_tokens, PromptCache=PromptCache)
+    return types.SimpleNamespace(core=core, lazy=lazy_clip, load=load, prompts=encode, tokens=prompt_tokens, PromptCache=PromptCache)
 
 
 @pytest.fixture(autouse=True)

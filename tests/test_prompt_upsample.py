@@ -22,9 +22,10 @@ PROMPT = "a cat with a hat"
 @pytest.fixture(scope="module")
 def tools(comfy):
     import comfy.model_management as management
-    from flux2_pack.flux2 import lazy, load, pictures, upsample, writer
+    from flux2_pack.flux2.loading import lazy_clip, load
+    from flux2_pack.flux2.upsampling import vision_inputs, upsample, mistral as writer
     torch.set_num_threads(1)
-    return types.SimpleNamespace(lazy=lazy, load=load, pictures=pictures, upsample=upsample, writer=writer, management=management, Settings=upsample.Settings)
+    return types.SimpleNamespace(lazy=lazy_clip, load=load, pictures=vision_inputs, upsample=upsample, writer=writer, management=management, Settings=upsample.Settings)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
   bash scripts/test.sh tests/test_ranks.py             FLUX2_ROUNDS=50 for the long version of the kills and cancels (3 otherwise)
 
-Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from flux2/ranks/worker.py and talk gloo. One group of two ranks
+Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from flux2/parallel/workers/worker.py and talk gloo. One group of two ranks
 serves most tests. The mathematics of more ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun
 on this one here, a network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
@@ -44,8 +44,8 @@ def tools(comfy):
     import comfy_extras.nodes_easycache
     import comfy_extras.nodes_flux
     import comfy.utils
-    from flux2_pack.flux2 import load
-    from flux2_pack.flux2.ranks import carry, crew, facts, group, launch, machine, protocol, replica, report, wrap
+    from flux2_pack.flux2.loading import load
+    from flux2_pack.flux2.parallel.workers import patch_transfer, pool as crew, versions, session as group, launch, devices, channel as protocol, replica, report, install
     from flux2_pack.nodes import attention, parallel
     return SimpleNamespace(**locals(), management=sys.modules["comfy.model_management"], core=sys.modules["comfy"])
 
@@ -53,7 +53,7 @@ def tools(comfy):
 @pytest.fixture(autouse=True)
 def what_is_edited_while_the_tests_run(tools):
     """Is no other version: workers read the files of this moment, this process read them long ago."""
-    tools.facts.DIGEST = tools.facts.pack_digest()
+    tools.versions.DIGEST = tools.versions.pack_digest()
 
 
 @pytest.fixture(scope="module")
@@ -192,17 +192,18 @@ def test_what_is_on_the_model_works_with_two_ranks(tools, model, two, patch, cas
 
 def test_our_other_nodes_are_carried_too(tools, model):
     """Their kernels need a GPU or a compiler; what a rank is told, and what it makes of that, does not."""
-    from flux2_pack.flux2 import compile, fast_blocks
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks
+    from flux2_pack.flux2.fused import blocks as fused_blocks
     there = model.clone()
-    fast_blocks.install(there)
-    compile.install(there, compile.Plan("max-autotune-no-cudagraphs", compile.EAGER))
+    fused_blocks.install(there)
+    compiled_blocks.install(there, compiled_blocks.Plan("max-autotune-no-cudagraphs", compiled_blocks.EAGER))
     options = {**there.model_options["transformer_options"], "wrappers": there.wrappers, "rope_options": {"scale_x": 1.5}}
-    specs = json.loads(json.dumps(tools.carry.carried(there, options)))
+    specs = json.loads(json.dumps(tools.patch_transfer.carried(there, options)))
     assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX.2)"]
-    replica = tools.carry.applied(model, specs, None)
+    replica = tools.patch_transfer.applied(model, specs, None)
     assert len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6 and "patches_replace" not in model.model_options["transformer_options"]
-    plan = compile.plan_of(replica)
-    assert (plan.mode, plan.on_failure) == ("max-autotune-no-cudagraphs", compile.EAGER) and replica.model_options["transformer_options"]["rope_options"] == {"scale_x": 1.5}
+    plan = compiled_blocks.plan_of(replica)
+    assert (plan.mode, plan.on_failure) == ("max-autotune-no-cudagraphs", compiled_blocks.EAGER) and replica.model_options["transformer_options"]["rope_options"] == {"scale_x": 1.5}
 
 
 def test_the_report_says_what_every_rank_did(tools, two):
@@ -230,7 +231,7 @@ def test_the_model_without_the_node_stays_on_one_rank(tools, model, two, group):
     sample(tools, two)
     passes = group.crew._number
     sample(tools, model)
-    assert group.crew._number == passes and tools.wrap.KEY not in model.model_options["transformer_options"]
+    assert group.crew._number == passes and tools.install.KEY not in model.model_options["transformer_options"]
     assert "forward_orig" not in vars(model.model.diffusion_model)
 
 
@@ -489,7 +490,7 @@ def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
     try:
         channel = introduce(tools, port, host="oldhost")
         asked = channel.receive()[0]
-        channel.send({"done": "configure", "number": asked["number"], "versions": {**tools.facts.versions(), "PyTorch": "2.6.0"}, "name": "Some GPU"})
+        channel.send({"done": "configure", "number": asked["number"], "versions": {**tools.versions.versions(), "PyTorch": "2.6.0"}, "name": "Some GPU"})
         with pytest.raises(tools.crew.RanksFailed) as caught:
             crew.done("configure", 1, 10)
         assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(caught.value) and "2.6.0 there" in str(caught.value)
@@ -501,13 +502,13 @@ def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_
     """A worker reads the files when it starts, rank 0 read them when ComfyUI did."""
     shutil.copytree(ROOT / "attention", tmp_path / "attention")
     shutil.copytree(ROOT / "flux2", tmp_path / "flux2")
-    seen = {tools.facts.DIGEST, tools.facts.pack_digest(tmp_path)}
+    seen = {tools.versions.DIGEST, tools.versions.pack_digest(tmp_path)}
     assert len(seen) == 1
-    for name in ("attention/backends/sdpa.py", "attention/selection.py", "flux2/fast_blocks.py", "flux2/ranks/share.py"):
+    for name in ("attention/backends/sdpa.py", "attention/dispatch.py", "flux2/fused/blocks.py", "flux2/parallel/workers/step.py"):
         with open(tmp_path / name, "a") as file:
             file.write("\n")
-        seen.add(tools.facts.pack_digest(tmp_path))
-    assert len(seen) == 5 and tools.facts.versions()["Flux 2 Attention"] == tools.facts.DIGEST
+        seen.add(tools.versions.pack_digest(tmp_path))
+    assert len(seen) == 5 and tools.versions.versions()["Flux 2 Attention"] == tools.versions.DIGEST
 
 
 def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
@@ -557,7 +558,7 @@ def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
 
 def test_a_rank_that_starts_afresh_keeps_its_gpu(tools, monkeypatch):
     """By exec, so it finds the environment that it made for itself: one GPU, which is not to be counted from again."""
-    from flux2_pack.flux2.ranks import worker
+    from flux2_pack.flux2.parallel.workers import worker
     monkeypatch.delenv("FLUX2_RANKS_GPU", raising=False)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
@@ -624,7 +625,7 @@ def kept(promise, *args):
 
 def test_a_cancel_is_heard_by_a_rank_that_has_not_begun_the_pass(tools):
     """Its two threads: the message to stop may be read before the pass has begun that was asked for just before it."""
-    from flux2_pack.flux2.ranks import worker
+    from flux2_pack.flux2.parallel.workers import worker
     one = worker.Worker(None)
     one.interrupt({"number": 7})
     with one.interruptible(6):
@@ -715,7 +716,7 @@ def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, gr
 
 def test_a_rank_that_fails_before_the_exchanges_leaves_nobody_waiting_in_them(tools, two, group, expected, monkeypatch):
     """As one that cannot allocate the inputs: it takes part in nothing, and gloo's waits end only with the process."""
-    from flux2_pack.flux2.ranks import group as module
+    from flux2_pack.flux2.parallel.workers import session as module
     sample(tools, two)
 
     def unknown_kind(inputs, original=module.described):

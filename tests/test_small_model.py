@@ -51,7 +51,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(comfy):
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     return load
 
 
@@ -223,8 +223,8 @@ def test_no_prompt_is_longer_than_the_rows_that_training_starts_with():
 
 
 def test_any_text_can_be_tokenised_and_read_back():
-    from flux2_pack.flux2 import tokenizer
-    ready = tokenizer.build(tokens.tekken(), "the small tokenizer")
+    from flux2_pack.flux2.loading import tekken
+    ready = tekken.build(tokens.tekken(), "the small tokenizer")
     text = "Naïve café: 42 zebras, \u732b & a red circle?!\n"
     assert ready.decode(ready.encode(text).ids) == text
     assert ready.get_vocab_size() == tokens.size()

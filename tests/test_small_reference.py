@@ -30,7 +30,7 @@ def no_gradients():
 @pytest.fixture(scope="module")
 def comfyui(comfy, tmp_path_factory):
     """(MODEL, {padding: CLIP}, VAE) in float32, of the shipped files."""
-    from flux2_pack.flux2 import load
+    from flux2_pack.flux2.loading import load
     model, clip, vae = (FOLDER / files.NAMES[kind] for kind in ("transformer", "text_encoder", "autoencoder"))
     clips = {padding: load.load_text_encoder(clip, padding=padding) for padding in PADDINGS}
     return load.load_model(single_precision(model, tmp_path_factory.mktemp("float32"))), clips, load.load_vae(vae, "fp32")

@@ -29,10 +29,11 @@ def tools(comfy):
     import comfy.model_management
     import comfy.sample
     import comfy.sd
-    from flux2_pack.flux2 import compile, compiler, graph_ops, warmup
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks, toolchain, graph_ops
+    from flux2_pack.flux2.measuring import warmup
     from flux2_pack.nodes import attention, speed
     import comfy
-    return types.SimpleNamespace(comfy=comfy, compile=compile, compiler=compiler, graph_ops=graph_ops, warmup=warmup, attention=attention, speed=speed)
+    return types.SimpleNamespace(comfy=comfy, compile=compiled_blocks, compiler=toolchain, graph_ops=graph_ops, warmup=warmup, attention=attention, speed=speed)
 
 
 @pytest.fixture(scope="module")
@@ -356,8 +357,8 @@ def test_warming_up_runs_each_size_and_changes_nothing(tools, flux2):
 
 
 def patched_log(tools, model):
-    from flux2_pack.flux2 import patch
-    return patch.occupant(model).selection.log
+    from flux2_pack.flux2 import attention_slot
+    return attention_slot.occupant(model).selection.log
 
 
 def test_warming_up_compiles_so_that_the_picture_does_not(tools, flux2):

@@ -106,7 +106,7 @@ def test_too_few_tokens_are_refused_by_every_rank(found, size, name):
 
 @pytest.fixture
 def plan(comfy):
-    from flux2_pack.flux2.split import plan
+    from flux2_pack.flux2.parallel import shards as plan
     return plan
 
 
@@ -141,7 +141,7 @@ class NotFlux(torch.nn.Module):
 
 
 def test_other_models_are_refused_with_what_they_lack(comfy):
-    from flux2_pack.flux2.split import shared, split, unsupported
+    from flux2_pack.flux2.parallel import shared, split, unsupported
     assert "NotFlux) lacks forward_orig, double_blocks" in unsupported(NotFlux())[0]
     with pytest.raises(ValueError, match="Several GPUs can share models of FLUX.2's shape"), shared(NotFlux(), types.SimpleNamespace(ulysses=2)):
         pass
@@ -150,7 +150,7 @@ def test_other_models_are_refused_with_what_they_lack(comfy):
 
 
 def test_heads_that_do_not_divide_are_refused(comfy):
-    from flux2_pack.flux2.split import unsupported
+    from flux2_pack.flux2.parallel import unsupported
     network = split_ranks.patcher().model.diffusion_model
     assert unsupported(network, 4) == [] and "Ulysses degree 5 does not divide the 12 attention heads" in unsupported(network, 5)[0]
 

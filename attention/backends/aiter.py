@@ -12,7 +12,7 @@ import aiter
 from ..adapter import Adapter, lse_bhs
 from ..call import Limits, dtype_name
 from ..device import describe
-from ..installed import lacks, unbindable
+from ..library_checks import lacks, unbindable
 
 # How the assembly rounds probabilities to bf16 before the value product (how_v3_bf16_cvt). Only gfx942 has all three; gfx950 converts in hardware.
 ROUNDING = {"nearest even": 0, "nearest away": 1, "toward zero": 2}

@@ -13,7 +13,7 @@ import aiter
 from ..adapter import Adapter, lse_bhs, repeat_heads
 from ..call import Limits, default_scale
 from ..device import describe
-from ..installed import lacks, part, takes, unbindable
+from ..library_checks import lacks, part, takes, unbindable
 
 ATTENTION = "aiter.ops.triton.attention"
 MHA, MHA_WHY = part(f"{ATTENTION}.mha", "aiter.ops.triton.mha")

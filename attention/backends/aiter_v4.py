@@ -10,7 +10,7 @@ import aiter  # noqa: F401  so that a machine without ROCm is told what AITER sa
 
 from ..adapter import Adapter
 from ..call import Limits
-from ..installed import lacks, part, unbindable
+from ..library_checks import lacks, part, unbindable
 
 V4, V4_WHY = part("aiter.ops.mha_v4")
 BOTH, MI350 = ("gfx942", "gfx950"), ("gfx950",)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .stats import Stats
+from .timing import Stats
 
 
 class RanksLost(RuntimeError):
@@ -116,12 +116,12 @@ class Mesh:
 
     def attend(self, local, q, k, v, lengths, **kwargs):
         """Attention over the tokens of all ranks; see unified.attend, which this calls."""
-        from .unified import attend
+        from .usp import attend
         return attend(local, q, k, v, self, lengths, **kwargs)
 
     def begin(self, local, q, k, v, lengths, **kwargs):
         """The same in three parts, to compute something else while tokens travel; see unified.begin."""
-        from .unified import begin
+        from .usp import begin
         return begin(local, q, k, v, self, lengths, **kwargs)
 
     def all_to_all(self, out, rows, out_sizes, in_sizes, group, wait=True):

@@ -2,7 +2,7 @@
 
 While one rank's keys are computed with, the next rank's are on their way: two buffers, each as large as the largest share.
 """
-from .merge import merge, start
+from .lse_merge import merge, start
 
 
 def buffers(like, lengths, batch, heads):

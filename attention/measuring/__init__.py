@@ -1,0 +1,1 @@
+"""Time and error of attention: statistics, verdicts, and results as data and as tables."""

@@ -1,0 +1,1 @@
+"""FLUX.2's blocks under torch.compile."""

@@ -1,0 +1,1 @@
+"""FLUX.2's blocks with fused elementwise kernels, and their products in fp8."""

@@ -1,0 +1,118 @@
+"""Text encoders that know where they come from, and text encoders that are not read before a prompt needs them.
+
+  clip = text_encoder(Source(path), lambda: load.load_text_encoder(path), when_needed=True)
+  source_of(clip).fingerprint        # a name made from the content of the files; see fingerprint.py
+
+A CLIP carries its Source as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is a comfy.sd.CLIP whose patcher,
+network and tokenizer come into being when somebody first asks for one of them: to every other node it is an ordinary CLIP.
+"""
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.sd
+
+from .. import error_links
+from ..checkpoints import identify
+from . import tekken
+from ..checkpoints.header import open_checkpoint
+from .encoder_families import FAMILIES, dimensions
+from .fingerprint import fingerprint
+
+NOW, WHEN_NEEDED = "now", "when needed"
+LOADS = (NOW, WHEN_NEEDED)
+ATTACHMENT = "flux2_source"
+PARTS = ("patcher", "cond_stage_model", "tokenizer")  # of a CLIP; what a lazy one does not have yet
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a text encoder comes from and how it was asked for. `fingerprint` and `kind` are filled in by `text_encoder`."""
+    path: str
+    device: str = "default"
+    padding: str = "zeros"
+    memory: str = "auto"  # one of memory.MODES; changes nothing in what is encoded
+    options: tuple = ()  # further (name, value) pairs that may change what a prompt is encoded to, such as the attention kernel
+    kind: str = ""  # a key of FAMILIES
+    fingerprint: str = ""
+
+    @property
+    def load_device(self):
+        """Where ComfyUI will run the encoder, known without loading it."""
+        import torch
+        return torch.device("cpu") if self.device == "cpu" else comfy.model_management.text_encoder_device()
+
+
+def examined(source):
+    """The Source with its fingerprint, after the checks that need the headers alone. Raises CheckpointError."""
+    checkpoint = open_checkpoint(source.path)
+    found = identify.expect(checkpoint, identify.TEXT_ENCODER)
+    family = FAMILIES[found.kind]
+    sizes = dimensions(checkpoint, found, family)
+    inside = any(name in checkpoint.tensors for name in tekken.TENSORS)
+    beside = tekken.find(source.path) if checkpoint.path.is_dir() and family.needs_tokenizer and not inside else None
+    data = beside.read_bytes() if beside else b""
+    return replace(source, kind=found.kind, fingerprint=fingerprint(checkpoint, found, family, sizes, data))
+
+
+def text_encoder(source, build: Callable, when_needed=False):
+    """CLIP of a Source, made by `build`: now, or when it is first used. A bad file is refused now in both cases."""
+    source = examined(source)
+    if when_needed:
+        return LazyCLIP(Shelf(source, build))
+    clip = build()
+    clip.patcher.attachments[ATTACHMENT] = source
+    return clip
+
+
+def source_of(clip):
+    """The Source of a CLIP, or None when it is of another loader. Loads nothing. ValueError when there is no CLIP."""
+    if clip is None:
+        raise ValueError("There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder.")
+    return clip.shelf.source if not is_loaded(clip) else clip.patcher.attachments.get(ATTACHMENT)
+
+
+def is_loaded(clip):
+    """Whether a CLIP has its weights; only a lazy one may not."""
+    return not isinstance(clip, LazyCLIP) or "patcher" in vars(clip)
+
+
+class Shelf:
+    """The one loaded CLIP that all clones of a lazy CLIP share. The content is examined again at loading: a file may have been replaced since."""
+
+    def __init__(self, source, build):
+        self.source, self.build = source, build
+        self.clip, self.lock = None, threading.Lock()
+
+    def take(self):
+        with self.lock:
+            if self.clip is None:
+                with error_links.links():
+                    self.clip = text_encoder(self.source, self.build)
+                self.source = source_of(self.clip)
+            return self.clip
+
+
+class LazyCLIP(comfy.sd.CLIP):
+    """A CLIP that is read when its patcher, network or tokenizer is first asked for."""
+
+    def __init__(self, shelf):
+        super().__init__(no_init=True)
+        self.shelf = shelf
+        self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds, self.tokenizer_options = None, False, None, {}
+
+    def __getattr__(self, name):
+        if name not in PARTS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        loaded = self.shelf.take().clone()
+        vars(self).update({part: getattr(loaded, part) for part in PARTS})
+        return vars(self)[name]
+
+    def clone(self, disable_dynamic=False):
+        if is_loaded(self) or disable_dynamic:
+            return super().clone(disable_dynamic=disable_dynamic)
+        copy = LazyCLIP(self.shelf)
+        copy.layer_idx, copy.use_clip_schedule, copy.apply_hooks_to_conds = self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds
+        copy.tokenizer_options = self.tokenizer_options.copy()
+        return copy

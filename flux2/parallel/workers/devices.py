@@ -1,0 +1,59 @@
+"""Which GPUs ranks can be put on, and in how many of them one image is to be split."""
+from collections import Counter
+from dataclasses import dataclass
+import os
+
+import torch
+
+from . import process_groups, launch
+from .pool import Plan
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where ranks can run. device: "cuda" or "cpu"; places: index of each GPU, rank 0's first, or None for each rank on the CPU; text: what there is,
+    a phrase."""
+    device: str
+    places: tuple
+    text: str
+
+
+def found(device):
+    """What this machine has beside the device that a model runs on. AMD GPUs are "cuda" to PyTorch."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        first = torch.cuda.current_device() if device.index is None else device.index
+        others = [index for index in range(torch.cuda.device_count()) if index != first]
+        names = Counter(torch.cuda.get_device_name(index) for index in (first, *others))
+        return Found("cuda", (first, *others), ", ".join(f"{count} x {name}" for name, count in names.items()))
+    ranks = os.environ.get(launch.CPU_RANKS, "")
+    if device.type == "cpu" and ranks.isdigit() and int(ranks) > 0:
+        return Found("cpu", (None,) * int(ranks), f"{ranks} ranks on the CPU ({launch.CPU_RANKS})")
+    return Found(device.type, (0,), f"no GPU that several ranks can use: the model runs on {device}")
+
+
+def plan(device, gpus, degrees):
+    """(Plan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with ulysses, ring and why. Plan is None for
+    one GPU.
+
+    ValueError, in words, when there are fewer, or when these devices cannot exchange data.
+    """
+    here = found(device)
+    number = gpus or len(here.places)
+    if number == 1:
+        return None, f"One rank: {here.text}."
+    elsewhere = max(0, number - len(here.places))
+    if elsewhere and not os.environ.get(launch.LISTEN):
+        raise ValueError(f"{number} GPUs were asked for, and there is {here.text}. Set gpus to {len(here.places)} or less, or to 0 for all of them. "
+                         + hint(here))
+    reason = process_groups.unavailable(here.device)
+    if reason:
+        raise ValueError(reason)
+    chosen = degrees(number)
+    return Plan(chosen.ulysses, chosen.ring, here.device, here.places[:number], elsewhere), chosen.why
+
+
+def hint(here):
+    if here.device == "cuda":
+        return f"GPUs of other hosts can join when ComfyUI is started with {launch.LISTEN} (see the README)."
+    return f"Without GPUs it can only be tried out: start ComfyUI with {launch.CPU_RANKS}=2, and two processes share the CPU."

@@ -1,0 +1,163 @@
+"""Sequence parallel on a ComfyUI MODEL: install(model, request) on a clone, and every forward pass of its network is shared with the workers.
+
+What is wrapped is the network's forward pass, innermost of all wrappers, and not the sampler: so samplers, guiders, CFG, previews and every wrapper
+of somebody else (EasyCache skips whole passes) run on rank 0 as ever and see whole tensors. To be innermost wherever the node stands in the graph,
+the wrapper is put at the end of the list in each call, by one around the model.
+"""
+from dataclasses import dataclass
+import logging
+import sys
+import weakref
+
+import comfy.model_management as management
+from comfy.patcher_extension import WrappersMP
+import comfy.utils
+
+from ... import error_links, attention_slot
+from . import session as ranks
+from .patch_transfer import carried
+from .pool import Plan, RanksFailed
+from .step import arguments
+
+KEY = "flux2_ranks"
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Request:
+    """What a Sequence Parallel node decided. plan: who takes part; tools: make_mesh and fallback() of the attention package; why: the reason for the
+    degrees."""
+    plan: Plan
+    tools: object
+    why: str = ""
+    patcher: object = None  # weak reference to the node's own clone, for callers that are no sampler
+
+    def group(self, base, device):
+        """The Group of a loaded model, made if need be."""
+        reference = weakref.ref(base)
+        return ranks.group_of(base, self.plan, self.tools, device, cancelled=management.processing_interrupted, in_use=lambda: is_loaded(reference()))
+
+
+def install(model, request):
+    """Share the forward passes of a MODEL clone as requested. Installing twice replaces."""
+    request.patcher = weakref.ref(model)
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling(request)), (WrappersMP.APPLY_MODEL, around_model(request))):
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    model.model_options.setdefault("transformer_options", {})[KEY] = request
+
+
+def request_of(model):
+    """The Request of a MODEL that a Sequence Parallel node worked on, or None."""
+    return model.model_options.get("transformer_options", {}).get(KEY)
+
+
+def is_loaded(base):
+    """Whether ComfyUI has a model (BaseModel) loaded, under whichever clone."""
+    return any(loaded.model is not None and loaded.model.model is base for loaded in list(management.current_loaded_models))
+
+
+def around_sampling(request):
+    """A wrapper around one whole sampling: the ranks are there before it, and rank 0 hears how they fared after it."""
+    def wrapper(executor, *args, **kwargs):
+        guider = executor.class_obj
+        patcher = guider.model_patcher
+        carried(patcher, guider.model_options.get("transformer_options", {}))  # refused before anything is started
+        group = request.group(patcher.model, patcher.load_device)
+        try:
+            told(lambda: group.begin(patcher, Progress()))
+            output = executor(*args, **kwargs)
+            told(group.finish)
+            return output
+        except BaseException:
+            give_up(group)
+            raise
+        finally:
+            group.at_rest()
+    return error_links.links()(wrapper)
+
+
+def give_up(group):
+    """A sampling ended early: the ranks forget what they kept between its steps (reference caches), unless they are gone."""
+    group.unused()
+    try:
+        if group.crew is not None and group.crew.started and group.share is not None:
+            group.finish(ranks.STOPPING / 2)  # a cancelled pass may have taken STOPPING already, and a cancel is to end within two seconds
+    except (RanksFailed, OSError):
+        pass
+
+
+def told(work):
+    """Run work; a failure that the user's cancel brought about is a cancel."""
+    try:
+        return work()
+    except RanksFailed:
+        management.throw_exception_if_processing_interrupted()
+        raise
+
+
+def around_model(request):
+    """A wrapper around the model that puts `share` behind every other wrapper of the network."""
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        base = executor.class_obj
+        patcher = base.current_patcher or (request.patcher and request.patcher())
+        wrappers = dict(transformer_options.get("wrappers", {}))
+        kind = WrappersMP.DIFFUSION_MODEL
+        wrappers[kind] = {**{key: those for key, those in wrappers.get(kind, {}).items() if key != KEY}, KEY: [share(request, base, patcher)]}
+        return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, "wrappers": wrappers}, **kwargs)
+    return wrapper
+
+
+def share(request, base, patcher):
+    """The wrapper around the network itself."""
+    def wrapper(executor, *args, **kwargs):
+        inputs, options = arguments(executor.class_obj, args, kwargs)
+        group = request.group(base, patcher.load_device)
+        return told(lambda: passed(group, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
+    return wrapper
+
+
+def passed(group, executor, patcher, inputs, options, work):
+    """One forward pass on every rank."""
+    if group.sampling:
+        group.crew.check()  # ranks lost since the last pass: what that gave is worthless, so the sampling ends instead of going on with new ones
+    elif not group.begun:  # no sampler has: a benchmark, or a pack that calls the model itself
+        group.begin(patcher, Progress())
+        group.at_rest()
+    group.ready(Progress())
+    group.update(patcher, options)
+    management.throw_exception_if_processing_interrupted()  # nobody has begun this pass, so nobody has to be called off
+    with group.forward(executor.class_obj, inputs, moment_of(options)):
+        return work()
+
+
+def moment_of(options):
+    """(step, steps) for a Select Attention with a schedule on the other ranks. Only then: a look at the sigmas waits for the GPU."""
+    selection = getattr(options.get(attention_slot.SLOT), "selection", None)
+    return attention_slot.step_of(options) if getattr(selection, "schedule", None) else (None, 0)
+
+
+class Progress:
+    """Shows how far the ranks are, on the node that is executing. Raises ComfyUI's cancel."""
+
+    def __init__(self):
+        self.bar, self.text = None, None
+
+    def __call__(self, text, done, of):
+        management.throw_exception_if_processing_interrupted()
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(of)
+        said = f"{of + 1} ranks: {text}" + (f" ({done} of {of})" if done < of else "")
+        if said != self.text:
+            self.text = said
+            self.bar.update_absolute(done, of)
+            say(said)
+
+
+def say(text):
+    """A line of text on the node that is executing, where ComfyUI's page shows such lines, and in the log."""
+    log.info("Sequence parallel: %s", text)
+    from comfy_execution.utils import get_executing_context
+    context, page = get_executing_context(), getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if context is not None and page is not None:
+        page.send_progress_text(text, context.node_id)

@@ -1,0 +1,169 @@
+"""A worker's copy of rank 0's model: loaded from the same file by the same loader, weights patched (LoRA) and options set as on rank 0.
+
+  source = source_of(patcher)                 # rank 0: how the MODEL was loaded, in JSON; NotReplicable says in a sentence why that is not known
+  replica = Replica(source, device)           # a worker: maps the file and moves the weights to the device, without a copy in host memory
+  replica.set_weights(data, tensors)          # LoRA patches of this version in place of those before; only the weights concerned are written again
+  replica.set_options(specs, tools)           # what patch_transfer.py sends
+
+Host memory: tensors of a safetensors file stay mapped, so their pages are the file's and shared by all processes; the originals of patched weights
+are taken from there again. Only files that ComfyUI does not map (.ckpt, .pt) and stacked weights of diffusers folders are held by each worker.
+"""
+import importlib
+import inspect
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.utils
+import torch
+
+from . import patch_transfer
+from .serialize import Unsendable, flatten, restore
+
+PACK = Path(__file__).resolve().parents[3]
+CORE = ("comfy.sd",)  # modules of ComfyUI whose loaders a worker may call
+PLAIN = {"memory_mode": "auto"}  # arguments of our loader that concern rank 0's memory alone
+
+
+class NotReplicable(ValueError):
+    """A MODEL cannot be loaded a second time. The text says why and what to do."""
+
+
+# --- on rank 0 ---------------------------------------------------------------------------------------------------------
+
+def source_of(patcher):
+    """How a MODEL was loaded: {"module", "function", "in_pack", "arguments", "index"}, JSON. Raises NotReplicable."""
+    made = getattr(patcher, "cached_patcher_init", None)
+    if made is None:
+        raise NotReplicable("Sequence parallel loads this model on every GPU, and its loader does not say how (it sets no cached_patcher_init). "
+                            "Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint.")
+    function, arguments, *index = made
+    where = address(function)
+    if where is None:
+        raise NotReplicable(f"Sequence parallel loads this model on every GPU, and its loader is {patch_transfer.name_of(function)} of another pack, which the other "
+                            "processes do not have. Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint.")
+    try:
+        return {**where, "arguments": flatten([in_plain_words(argument) for argument in arguments])[0], "index": index[0] if index else None}
+    except Unsendable as error:
+        raise NotReplicable(f"Sequence parallel loads this model on every GPU, and its loader was given {error}, which cannot be sent to another "
+                            "process. Leave that option at its default.") from error
+
+
+def address(function):
+    """Where every process of the group finds a loader: {"module", "function", "in_pack"}, or None for a loader of somebody else."""
+    if function.__module__ in CORE:
+        return {"module": function.__module__, "function": function.__qualname__, "in_pack": False}
+    file = Path(inspect.getsourcefile(function) or "").resolve()
+    if PACK in file.parents and "<" not in function.__qualname__:
+        return {"module": ".".join(file.relative_to(PACK).with_suffix("").parts), "function": function.__qualname__, "in_pack": True}
+    return None
+
+
+def in_plain_words(argument):
+    """Loaders are given paths of various kinds."""
+    return str(argument) if isinstance(argument, Path) else argument
+
+
+def weights_of(patcher):
+    """(JSON data, tensors) of a patcher's weight patches, or Refused with the name of the kind that cannot be sent."""
+    try:
+        return flatten(patcher.patches)
+    except Unsendable as error:
+        raise patch_transfer.Refused(f"Sequence parallel cannot send these weight patches to the other GPUs: they hold {error}. LoRA of every kind that ComfyUI "
+                            "knows can be sent; merged models cannot: save the merged model and load that.") from error
+
+
+# --- on a worker -------------------------------------------------------------------------------------------------------
+
+class Replica:
+    """The model on a worker's device. model: its ModelPatcher as loaded; current: a clone with rank 0's options."""
+
+    def __init__(self, source, device):
+        self.device = torch.device(device)
+        self.model = load(source)
+        self.network = self.model.model.diffusion_model
+        self.originals = dict(self.model.model.named_parameters())
+        self._replaced, self._patched, self._things, self._plain = {}, set(), None, {}
+        for key in self.originals:
+            self._place(key)
+        for key, buffer in list(self.model.model.named_buffers()):
+            comfy.utils.set_attr_buffer(self.model.model, key, buffer.to(self.device))
+        self.model.model.device = self.device
+        self.current = self.model
+
+    def _place(self, key):
+        """Put one weight on the device, in the number format of the model, with the patches that are set for it."""
+        root = self.model.model
+        module, name = comfy.utils.resolve_attr(root, key)
+        original = self.originals[key]
+        if type(original) is torch.nn.Parameter:  # not ComfyUI's quantised tensors, which know their own format
+            value = original.data.to(self.device, getattr(module, f"{name}_comfy_model_dtype", original.dtype))
+        else:
+            value = original.to(self.device)
+        comfy.utils.set_attr_param(root, key, value)
+        if key in self.model.patches:
+            self.model.backup[key] = None  # ours is the mapped file: no copy of the original is to be kept
+            self.model.patch_weight_to_device(key, device_to=self.device)
+            self.model.backup.clear()
+
+    def set_weights(self, data, tensors):
+        """Replace the weight patches by these (see weights_of). Returns how many weights carry patches now."""
+        patches = restore(data, tensors)
+        missing = sorted(set(patches) - set(self.originals))
+        if missing:
+            raise patch_transfer.Refused(f"The weight patches are for {missing[0]}, which the model on this rank does not have.")
+        self.model.patches = patches
+        self._patched |= set(patches)  # memory may run out half-way: until all are written, those of before count too
+        for key in sorted(self._patched):
+            self._place(key)
+        self._patched = set(patches)
+        return len(patches)
+
+    def set_options(self, specs, tools):
+        """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on the model stays as it is then,
+        with what it keeps between passes (the references of Flux KV Cache)."""
+        things, self._plain = patch_transfer.without_options(specs)
+        if things == self._things:
+            return
+        self._things = None
+        self.current = patch_transfer.applied(self.model, things, tools)
+        for name, value in self._replaced.items():
+            comfy.utils.set_attr(self.model.model, name, value)
+        self._replaced = {name: comfy.utils.set_attr(self.model.model, name, value) for name, value in self.current.object_patches.items()}
+        self._things = things
+
+    def options(self):
+        """transformer_options for one forward pass."""
+        options = {**self.current.model_options["transformer_options"], **self._plain}
+        return {**options, "wrappers": self.current.wrappers, "callbacks": self.current.callbacks, "prefetch_dynamic_vbars": False}
+
+    def sampled(self):
+        """A sampling has ended: patches that keep something between steps forget it."""
+        self.current.model_patches_call_function(function_name="cleanup")
+
+    @property
+    def bytes(self):
+        return sum(weight.numel() * weight.element_size() for weight in self.model.model.parameters())
+
+
+class Mapped(comfy.model_patcher.ModelPatcher):
+    """What ComfyUI's loaders make while a replica is loaded: they hand a dynamic patcher the file's own tensors, and copy them for others."""
+    loading = False
+
+    def is_dynamic(self):
+        return Mapped.loading
+
+
+def load(source):
+    """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's loaders make: for worker processes
+    only."""
+    package = __package__.split(".")[0] if source["in_pack"] else None
+    module = importlib.import_module(f"{package}.{source['module']}" if package else source["module"])
+    function, arguments = getattr(module, source["function"]), restore(source["arguments"], [])
+    named = inspect.signature(function).bind(*arguments)
+    named.arguments.update({name: value for name, value in PLAIN.items() if name in named.arguments})
+    comfy.model_patcher.CoreModelPatcher, Mapped.loading = Mapped, True
+    try:
+        made = function(*named.args, **named.kwargs)
+    finally:
+        Mapped.loading = False
+    return made if source["index"] is None else made[source["index"]]

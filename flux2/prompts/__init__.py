@@ -1,0 +1,1 @@
+"""From a prompt to CONDITIONING: texts, tokens, encoding, and the cache on disk."""

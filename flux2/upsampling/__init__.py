@@ -1,0 +1,1 @@
+"""Mistral 3 writes a better prompt, from text and images."""
