@@ -1,4 +1,5 @@
 """What every backend file provides: an Adapter per slug, in a dict called ADAPTERS."""
+
 import importlib.metadata
 
 import torch
@@ -9,14 +10,15 @@ from .call import Limits, default_scale
 class Adapter:
     """One way to compute attention.
 
-    Subclasses set `limits`, `distribution` (the pip name whose version is reported) and implement `run`. `available` and `unsupported`
-    answer in sentences; `attend` is what everybody calls.
+    Subclasses set `limits`, `distribution` (the pip name whose version is reported) and implement `run`. `available`
+    and `unsupported` answer in sentences; `attend` is what everybody calls.
     """
+
     limits = Limits()
     distribution = "torch"
 
     def version(self):
-        """"name version" of the library that computes."""
+        """ "name version" of the library that computes."""
         if self.distribution == "torch":
             return f"PyTorch {torch.__version__}"
         try:
@@ -25,7 +27,10 @@ class Adapter:
             return f"{self.distribution} (version unknown)"
 
     def kernel(self, q, k, v, mask=None):
-        """Name of the kernel that a call with these tensors runs, as far as it can be known; None when the library decides unseen."""
+        """Name of the kernel that a call with these tensors runs, as far as it can be known; None when the library
+        decides
+        unseen.
+        """
         return None
 
     def missing(self):
@@ -39,12 +44,13 @@ class Adapter:
     def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False):
         """Attention.
 
-        q (B, Sq, H, D), k and v (B, Sk, Hkv, D), any strides with a contiguous last axis; mask as in call.py; scale defaults to D**-0.5.
-        Returns (out (B, Sq, H, D) in q's dtype, lse float32 (B, H, Sq) or None).
+        q (B, Sq, H, D), k and v (B, Sk, Hkv, D), any strides with a contiguous last axis; mask as in call.py; scale
+        defaults to D**-0.5. Returns (out (B, Sq, H, D) in q's dtype, lse float32 (B, H, Sq) or None).
         """
         return self.run(q, k, v, mask, default_scale(q.shape[-1]) if scale is None else scale, need_lse)
 
-    # set by backends whose library's own layout is (B, H, S, D), as ComfyUI's is: attend without turning the tensors twice.
+    # set by backends whose library's own layout is (B, H, S, D), as ComfyUI's is: attend without turning the tensors
+    # twice.
     # (q, k, v (B, H, S, D), mask, scale) -> out (B, H, Sq, D)
     attend_heads_first = None
 
@@ -55,12 +61,19 @@ class Adapter:
 def lse_bhs(lse, q):
     """Check that a kernel's log-sum-exp has the layout it promised, and crop padding: -> float32 (B, H, Sq).
 
-    Accepts (B, H, Sq or more) and (B, H, Sq or more, 1). Anything else is a changed library: RuntimeError, never a guess.
+    Accepts (B, H, Sq or more) and (B, H, Sq or more, 1). Anything else is a changed library: RuntimeError, never a
+    guess.
     """
     b, s, h = q.shape[:3]
     flat = lse.squeeze(-1) if lse.ndim == 4 and lse.shape[-1] == 1 else lse
     if flat.ndim != 3 or flat.shape[:2] != (b, h) or flat.shape[2] < s:
-        raise RuntimeError(f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}; expected (batch {b}, heads {h}, at least {s} queries).")
+        raise RuntimeError(
+            (
+                f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}; expected (batch {b}, heads {h}, at "
+                "least "
+                f"{s} queries)."
+            )
+        )
     return flat[..., :s].float()
 
 

@@ -1,8 +1,10 @@
 """auto, measured: the fastest exact backend on the model's own tensors, checked against float32 first.
 
-The first call of each shape bucket times every exact backend that accepts it; the answer is remembered for the process and, when a file is
-given, across processes. Where nothing can be timed (a CPU, a stream under capture) the registry's order decides.
+The first call of each shape bucket times every exact backend that accepts it; the answer is remembered for the process
+and, when a file is given, across processes. Where nothing can be timed (a CPU, a stream under capture) the registry's
+order decides.
 """
+
 from dataclasses import dataclass
 import json
 import os
@@ -19,14 +21,16 @@ from .masks import attend_kept
 
 WARM_UP, ROUNDS = 2, 9
 OUT_OF_THE_RACE = 1.5  # a candidate this many times slower than the best after the first round is not timed again
-ERROR_FACTOR = 2.0     # a candidate may be twice as far from float32 as PyTorch's own kernel (flash-attention's tests use the same factor)
-ERROR_FLOOR = 1e-6     # below this both are rounding noise of float32
+# a candidate may be twice as far from float32 as PyTorch's own kernel (flash-attention's tests use the same factor)
+ERROR_FACTOR = 2.0
+ERROR_FLOOR = 1e-6  # below this both are rounding noise of float32
 SAMPLE_ROWS, SAMPLE_HEADS = 128, 2
 
 
 @dataclass
 class Candidate:
     """One row of the table: milliseconds (median) and relative error, or the reasons why it has none."""
+
     backend: str
     ms: float | None = None
     error: float | None = None
@@ -40,6 +44,7 @@ class Candidate:
 @dataclass
 class Table:
     """What auto measured for one call, and what it chose."""
+
     call: str
     device: str
     chosen: str
@@ -47,7 +52,13 @@ class Table:
     candidates: list
 
     def as_data(self):
-        return {"call": self.call, "device": self.device, "chosen": self.chosen, "why": self.why, "candidates": [vars(c) for c in self.candidates]}
+        return {
+            "call": self.call,
+            "device": self.device,
+            "chosen": self.chosen,
+            "why": self.why,
+            "candidates": [vars(c) for c in self.candidates],
+        }
 
     def as_text(self):
         lines = [f"auto on {self.device}, {self.call}: {self.chosen} ({self.why})"]
@@ -64,8 +75,25 @@ def bucket(length):
 def bucket_key(call):
     """What the best kernel depends on, as a string that is stable between processes."""
     versions = ",".join(f"{slug}={registry.adapter(slug, call.device).version()}" for slug in candidates(call.device))
-    return "|".join(map(str, (call.device.name, call.device.arch, dtype_name(call.dtype), call.batch, bucket(call.q_len), bucket(call.kv_len),
-                              call.heads, call.kv_heads, call.head_dim, call.mask, call.need_lse, versions)))
+    return "|".join(
+        map(
+            str,
+            (
+                call.device.name,
+                call.device.arch,
+                dtype_name(call.dtype),
+                call.batch,
+                bucket(call.q_len),
+                bucket(call.kv_len),
+                call.heads,
+                call.kv_heads,
+                call.head_dim,
+                call.mask,
+                call.need_lse,
+                versions,
+            ),
+        )
+    )
 
 
 def candidates(device):
@@ -90,7 +118,11 @@ class Tuner:
         """(slug, Table) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
         key = bucket_key(call)
         with self._lock:
-            table = self._tables.get(key) or self._remembered(key, call) or self._decide(key, call, q, k, v, mask, kept, scale)
+            table = (
+                self._tables.get(key)
+                or self._remembered(key, call)
+                or self._decide(key, call, q, k, v, mask, kept, scale)
+            )
             self._tables[key] = table
             return table.chosen, table
 
@@ -98,7 +130,13 @@ class Tuner:
         rows = [Candidate(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)]
         accepted = [c for c in rows if not c.reason]
         if not can_time(q.device.type):
-            return Table(str(call), str(call.device), accepted[0].backend, "nothing can be timed here, so the fixed order decides", rows)
+            return Table(
+                str(call),
+                str(call.device),
+                accepted[0].backend,
+                "nothing can be timed here, so the fixed order decides",
+                rows,
+            )
         sdpa_error = None
         runners = {}
         for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
@@ -113,16 +151,34 @@ class Tuner:
         for candidate, ms in zip(accepted, map(race(runners).get, (c.backend for c in accepted))):
             candidate.ms = ms
         if not runners:  # memory is short for measuring: let PyTorch try the call itself
-            return Table(str(call), str(call.device), accepted[0].backend, "nothing could be measured here, the reasons are below", rows)
+            return Table(
+                str(call),
+                str(call.device),
+                accepted[0].backend,
+                "nothing could be measured here, the reasons are below",
+                rows,
+            )
         best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
-        table = Table(str(call), str(call.device), best.backend, f"fastest of {len(accepted)} exact backends, measured on this call", rows)
+        table = Table(
+            str(call),
+            str(call.device),
+            best.backend,
+            f"fastest of {len(accepted)} exact backends, measured on this call",
+            rows,
+        )
         self._remember(key, table)
         return table
 
     def _remembered(self, key, call):
         entry = self._known.get(key)
         if entry and entry["chosen"] in registry.ROWS and not registry.unsupported(entry["chosen"], call):
-            return Table(str(call), str(call.device), entry["chosen"], "measured earlier on this machine", [Candidate(**c) for c in entry["candidates"]])
+            return Table(
+                str(call),
+                str(call.device),
+                entry["chosen"],
+                "measured earlier on this machine",
+                [Candidate(**c) for c in entry["candidates"]],
+            )
         return None
 
     def _read(self):
@@ -143,19 +199,25 @@ class Tuner:
 
 
 def check(candidate, call, q, k, v, mask, kept, scale):
-    """Run a Candidate once on the tensors and fill in its error, or its reason when it fails. Returns the function that runs it, or None."""
+    """Run a Candidate once on the tensors and fill in its error, or its reason when it fails. Returns the function that
+    runs it, or None.
+    """
     adapter = registry.adapter(candidate.backend, call.device)
     try:
         run = bound(adapter, q, k, v, mask, kept, scale)
         candidate.error = sample_error(run(), q, k, v, mask, scale)
         return run
-    except Exception as error:  # out of memory, a kernel that does not launch: this candidate is out, the picture goes on
+    except (
+        Exception
+    ) as error:  # out of memory, a kernel that does not launch: this candidate is out, the picture goes on
         candidate.reason = f"{type(error).__name__}: {error}"
         return None
 
 
 def race(runners):
-    """Median milliseconds of each of {name: function}. Rounds go around all of them, so that a drift of the clocks is everybody's."""
+    """Median milliseconds of each of {name: function}. Rounds go around all of them, so that a drift of the clocks is
+    everybody's.
+    """
     times = {name: [] for name in runners}
     for name, run in runners.items():
         for _ in range(WARM_UP):
@@ -176,12 +238,18 @@ def bound(adapter, q, k, v, mask, kept, scale):
 
 
 def sample_error(out, q, k, v, mask, scale):
-    """Relative error against float32 on the first and last rows of the first heads: all keys take part, and it stays cheap."""
+    """Relative error against float32 on the first and last rows of the first heads: all keys take part, and it stays
+    cheap.
+    """
     heads = slice(0, SAMPLE_HEADS if k.shape[2] == q.shape[2] else q.shape[2] // k.shape[2])
     kv = slice(0, SAMPLE_HEADS if k.shape[2] == q.shape[2] else 1)
     errors = []
     for rows in (slice(0, SAMPLE_ROWS), slice(max(0, q.shape[1] - SAMPLE_ROWS), q.shape[1])):
-        part = mask[:, heads if mask.shape[1] != 1 else slice(None), rows if mask.shape[2] != 1 else slice(None)] if mask is not None else None
+        part = (
+            mask[:, heads if mask.shape[1] != 1 else slice(None), rows if mask.shape[2] != 1 else slice(None)]
+            if mask is not None
+            else None
+        )
         exact, _ = reference.attend(q[:, rows, heads], k[:, :, kv], v[:, :, kv], mask=part, scale=scale)
         errors.append(reference.relative_error(out[:, rows, heads], exact))
     return max(errors)

@@ -1,8 +1,9 @@
 """One attention call as data, what a kernel can take as data, and the errors that carry both.
 
-Layout legend: q is (B, Sq, H, D), k and v are (B, Sk, Hkv, D), mask broadcasts to (B, H, Sq, Sk); bool masks keep where True, float masks
-are added to the scores. lse is float32 (B, H, Sq), natural logarithm.
+Layout legend: q is (B, Sq, H, D), k and v are (B, Sk, Hkv, D), mask broadcasts to (B, H, Sq, Sk); bool masks keep where
+True, float masks are added to the scores. lse is float32 (B, H, Sq), natural logarithm.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,11 @@ OFFSET_LIMIT = 2**31  # kernels that index with 32-bit integers read past this e
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Everything a backend needs to know to accept or refuse a call. mask: "none", "keys" (the same keys for every query and head), "full"."""
+    """Everything a backend needs to know to accept or refuse a call. mask: "none", "keys" (the same keys for every
+    query
+    and head), "full".
+    """
+
     batch: int
     q_len: int
     kv_len: int
@@ -30,7 +35,9 @@ class AttentionCall:
 
     def __str__(self):
         lengths = f"{self.q_len}" if self.q_len == self.kv_len else f"{self.q_len} queries x {self.kv_len} keys"
-        heads = f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} heads ({self.kv_heads} for k/v)"
+        heads = (
+            f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} heads ({self.kv_heads} for k/v)"
+        )
         extra = {"none": "", "keys": ", key-padding mask", "full": ", mask"}[self.mask]
         return f"batch {self.batch}, length {lengths}, {heads} of {self.head_dim}, {dtype_name(self.dtype)}{extra}"
 
@@ -52,14 +59,25 @@ def last_offset(tensor):
 def call_of(q, k, v, mask_kind="none", need_lse=False):
     """The AttentionCall that describes these BSHD tensors."""
     return AttentionCall(
-        batch=q.shape[0], q_len=q.shape[1], kv_len=k.shape[1], heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3],
-        dtype=q.dtype, device=describe(q.device), mask=mask_kind, need_lse=need_lse,
-        last_offset=max(map(last_offset, (q, k, v))), unit_stride=all(t.stride(-1) == 1 for t in (q, k, v)))
+        batch=q.shape[0],
+        q_len=q.shape[1],
+        kv_len=k.shape[1],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+        device=describe(q.device),
+        mask=mask_kind,
+        need_lse=need_lse,
+        last_offset=max(map(last_offset, (q, k, v))),
+        unit_stride=all(t.stride(-1) == 1 for t in (q, k, v)),
+    )
 
 
 @dataclass(frozen=True)
 class Hardware:
     """Where a backend can run: platform -> architectures (empty means any of that platform)."""
+
     archs: dict
     why: str = ""
 
@@ -67,10 +85,20 @@ class Hardware:
         """Sentences why this device cannot run it; empty means it can."""
         if device.platform not in self.archs:
             wanted = " or ".join(PLATFORM_NAMES.get(p, p) for p in self.archs)
-            return [f"It needs {wanted}, and this model runs on {PLATFORM_NAMES.get(device.platform, device.platform)} ({device.arch})."]
+            return [
+                (
+                    f"It needs {wanted}, and this model runs on {PLATFORM_NAMES.get(device.platform, device.platform)} "
+                    f"({device.arch})."
+                )
+            ]
         allowed = self.archs[device.platform]
         if allowed and not arch_matches(device.arch, allowed):
-            return [f"It needs one of the architectures {', '.join(allowed)}, and this is {device.name} ({device.arch}).{' ' + self.why if self.why else ''}"]
+            return [
+                (
+                    f"It needs one of the architectures {', '.join(allowed)}, and this is {device.name} "
+                    f"({device.arch}).{' ' + self.why if self.why else ''}"
+                )
+            ]
         return []
 
 
@@ -82,11 +110,12 @@ def arch_matches(arch, allowed):
 @dataclass(frozen=True)
 class Limits:
     """What a kernel accepts. Each field is one constraint and one sentence; None means no limit."""
+
     dtypes: tuple = (torch.bfloat16, torch.float16)
-    head_dims: tuple | None = None      # exactly these
+    head_dims: tuple | None = None  # exactly these
     head_dim_max: int | None = None
     head_dim_multiple: int = 1
-    mask: bool = False                  # takes any mask itself
+    mask: bool = False  # takes any mask itself
     lse: bool = False
     grouped_heads: bool = True
     equal_lengths: bool = False
@@ -96,7 +125,15 @@ class Limits:
 
     def reasons(self, call):
         """Every reason as a sentence why this call is not accepted; empty means it is."""
-        found = [self._dtype(call), self._head_dim(call), self._mask(call), self._lse(call), self._heads(call), *self._lengths(call), self._offset(call)]
+        found = [
+            self._dtype(call),
+            self._head_dim(call),
+            self._mask(call),
+            self._lse(call),
+            self._heads(call),
+            *self._lengths(call),
+            self._offset(call),
+        ]
         return [sentence for sentence in found if sentence]
 
     def _dtype(self, call):
@@ -114,7 +151,10 @@ class Limits:
 
     def _mask(self, call):
         if call.mask == "full" and not self.mask:
-            return "It takes no attention mask, and this call has one that differs between queries, heads or weights (a mask that only hides keys would work)."
+            return (
+                "It takes no attention mask, and this call has one that differs between queries, heads or weights "
+                "(a mask that only hides keys would work)."
+            )
 
     def _lse(self, call):
         if call.need_lse and not self.lse:
@@ -122,7 +162,9 @@ class Limits:
 
     def _heads(self, call):
         if call.kv_heads != call.heads and not self.grouped_heads:
-            return f"It needs as many key/value heads as query heads, and this call has {call.kv_heads} and {call.heads}."
+            return (
+                f"It needs as many key/value heads as query heads, and this call has {call.kv_heads} and {call.heads}."
+            )
         if call.heads % call.kv_heads:
             return f"Query heads ({call.heads}) must be a multiple of key/value heads ({call.kv_heads})."
 
@@ -133,16 +175,22 @@ class Limits:
         if shortest < self.min_length:
             yield f"It needs at least {self.min_length} tokens, and this call has {shortest}."
         if call.q_len % self.length_multiple or call.kv_len % self.length_multiple:
-            yield f"It needs lengths divisible by {self.length_multiple}, and this call has {call.q_len} queries and {call.kv_len} keys."
+            yield (
+                f"It needs lengths divisible by {self.length_multiple}, and this call has {call.q_len} queries and "
+                f"{call.kv_len} keys."
+            )
 
     def _offset(self, call):
         if self.max_offset and call.last_offset >= self.max_offset:
-            return (f"It indexes with 32-bit integers, and these tensors span {call.last_offset + 1} elements "
-                    f"(limit {self.max_offset}). A smaller batch or picture works.")
+            return (
+                f"It indexes with 32-bit integers, and these tensors span {call.last_offset + 1} elements "
+                f"(limit {self.max_offset}). A smaller batch or picture works."
+            )
 
 
 class AttentionRefused(ValueError):
-    """A chosen backend cannot do this. Fields: backend (slug), reasons (list of sentences), hint (what to do), call (AttentionCall or None).
+    """A chosen backend cannot do this. Fields: backend (slug), reasons (list of sentences), hint (what to do), call
+    (AttentionCall or None).
 
     The text is made from the fields, so that nodes, tests and reports read the same data.
     """
@@ -159,4 +207,4 @@ class AttentionRefused(ValueError):
 
 def default_scale(head_dim):
     """1/sqrt(D), the scale of Vaswani et al. 2017, section 3.2.1."""
-    return head_dim ** -0.5
+    return head_dim**-0.5

@@ -1,16 +1,28 @@
-"""What a torch device really is. `device.type == "cuda"` is also true on ROCm, so every question about vendors is asked here."""
+"""What a torch device really is. `device.type == "cuda"` is also true on ROCm, so every question about vendors is asked
+here.
+"""
+
 from dataclasses import dataclass
 from functools import lru_cache
 import platform
 
 import torch
 
-PLATFORM_NAMES = {"nvidia": "an NVIDIA GPU", "amd": "an AMD GPU", "cpu": "a CPU", "apple": "an Apple GPU", "intel": "an Intel GPU"}
+PLATFORM_NAMES = {
+    "nvidia": "an NVIDIA GPU",
+    "amd": "an AMD GPU",
+    "cpu": "a CPU",
+    "apple": "an Apple GPU",
+    "intel": "an Intel GPU",
+}
 
 
 @dataclass(frozen=True)
 class Device:
-    """platform: nvidia, amd, cpu, apple, intel or torch's own device type; arch: sm90, gfx942, x86_64 ...; name: as the driver says it."""
+    """platform: nvidia, amd, cpu, apple, intel or torch's own device type; arch: sm90, gfx942, x86_64 ...; name: as the
+    driver says it.
+    """
+
     platform: str
     arch: str
     name: str

@@ -1,4 +1,5 @@
 """What one "Select Attention" node decided for a model, and the decisions that follow from it call by call."""
+
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,10 +17,13 @@ HANDED_BACK = "handed back"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where another backend is used: the first and last steps of a sampling, the first and last blocks of the model. Counts, 0 for none.
+    """Where another backend is used: the first and last steps of a sampling, the first and last blocks of the model.
+    Counts, 0 for none.
 
-    blocks: block kinds in the order in which the model runs them with their numbers, (("double", 8), ("single", 48)) for FLUX.2-dev.
+    blocks: block kinds in the order in which the model runs them with their numbers, (("double", 8), ("single", 48))
+    for FLUX.2-dev.
     """
+
     backend: str
     first_steps: int = 0
     last_steps: int = 0
@@ -31,7 +35,13 @@ class Schedule:
         if min(self.first_steps, self.last_steps, self.first_blocks, self.last_blocks) < 0:
             raise ValueError("First and last steps and blocks are counts and cannot be negative.")
         if (self.first_blocks or self.last_blocks) and not self.blocks:
-            raise ValueError("This model does not say how many blocks it has, so first and last blocks cannot be chosen. Set both to 0.")
+            raise ValueError(
+                (
+                    "This model does not say how many blocks it has, so first and last blocks cannot be chosen. Set "
+                    "both "
+                    "to 0."
+                )
+            )
 
     def at_edge(self, step, steps, block):
         """True where `backend` replaces the main one. step and block count from 0; step is None outside a sampling."""
@@ -52,7 +62,10 @@ class Schedule:
 
 @dataclass
 class Decision:
-    """How calls of one kind are computed, and why. adapter is None when they are handed back to whoever was there before."""
+    """How calls of one kind are computed, and why. adapter is None when they are handed back to whoever was there
+    before.
+    """
+
     backend: str
     adapter: object
     library: str
@@ -65,6 +78,7 @@ class Decision:
 
 class _Progress(threading.local):
     """Where the current thread is: step, number of steps, and how many attention calls this forward pass has made."""
+
     step = None
     steps = 0
     calls = 0
@@ -72,6 +86,7 @@ class _Progress(threading.local):
 
 class _Current(threading.local):
     """The selection whose model the current thread is running, set around each forward pass."""
+
     selection = None
 
 
@@ -83,8 +98,9 @@ _by_number = weakref.WeakValueDictionary()  # compiled graphs hold a number, not
 class Selection:
     """A backend for a model, with its schedule, its policy for calls it cannot run, and the log of what ran.
 
-    backend: slug or "auto". unsupported: REFUSE raises AttentionRefused, USE_SDPA computes with PyTorch and reports it. tuner: for auto.
-    options: backend-specific settings such as {"aiter_rounding": "toward zero"}, handed to adapters that know them.
+    backend: slug or "auto". unsupported: REFUSE raises AttentionRefused, USE_SDPA computes with PyTorch and reports it.
+    tuner: for auto. options: backend-specific settings such as {"aiter_rounding": "toward zero"}, handed to adapters
+    that know them.
     """
 
     def __init__(self, backend, *, unsupported=REFUSE, schedule=None, tuner=None, options=None):
@@ -93,7 +109,13 @@ class Selection:
                 registry.row(slug)
         if unsupported not in (REFUSE, USE_SDPA):
             raise ValueError(f"unsupported calls can be '{REFUSE}' or '{USE_SDPA}', not '{unsupported}'.")
-        self.backend, self.unsupported, self.schedule, self.tuner, self.options = backend, unsupported, schedule, tuner, options or {}
+        self.backend, self.unsupported, self.schedule, self.tuner, self.options = (
+            backend,
+            unsupported,
+            schedule,
+            tuner,
+            options or {},
+        )
         self.log = RunLog()
         self.previous_name = None
         self.hooked = False  # True once a sampler's hook has told it of a forward pass
@@ -123,18 +145,23 @@ class Selection:
         if not self.schedule:
             return self.backend
         s = self.schedule
-        return (f"{self.backend}, and {s.backend} in the first {s.first_steps} and last {s.last_steps} steps "
-                f"and the first {s.first_blocks} and last {s.last_blocks} blocks")
+        return (
+            f"{self.backend}, and {s.backend} in the first {s.first_steps} and last {s.last_steps} steps "
+            f"and the first {s.first_blocks} and last {s.last_blocks} blocks"
+        )
 
     # --- one call
 
-    def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False, block=None, full_precision=False, heads_first=None):
+    def attend(
+        self, q, k, v, *, mask=None, scale=None, need_lse=False, block=None, full_precision=False, heads_first=None
+    ):
         """Compute one call of BSHD tensors as selected, and count it.
 
         heads_first: the same q, k, v as (B, H, S, D), if the caller has them so: some libraries want that.
 
-        block: (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised kernel here.
-        Returns (out, lse), or None when the call is handed back. AttentionRefused when the backend cannot and the policy is REFUSE.
+        block: (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised
+        kernel here. Returns (out, lse), or None when the call is handed back. AttentionRefused when the backend cannot
+        and the policy is REFUSE.
         """
         kept, why = self._masks(mask, q.shape[1]) if mask is not None else (None, "")
         decision = self.decide(q, k, v, mask, kept, scale, need_lse, self._slug(block), full_precision)
@@ -153,23 +180,40 @@ class Selection:
         if self.schedule is None:
             return self.backend
         p = self._progress
-        # a compiled graph cannot pass its block number, so there the calls of this forward pass are counted: one attention per block
+        # a compiled graph cannot pass its block number, so there the calls of this forward pass are counted: one
+        # attention per block
         number = p.calls if block is None else self.schedule.block_number(*block)
         p.calls += 1
         return self.schedule.backend if self.schedule.at_edge(p.step, p.steps, number) else self.backend
 
     def decide(self, q, k, v, mask, kept, scale, need_lse, slug, full_precision):
         kind = "none" if mask is None else "full" if kept is None else "keys"
-        key = (slug, q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, kind, need_lse, full_precision)
+        key = (
+            slug,
+            q.shape,
+            k.shape,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            q.dtype,
+            q.device,
+            kind,
+            need_lse,
+            full_precision,
+        )
         decision = self._decisions.get(key)
         if decision is None:
-            decision = self._decisions[key] = self._decide(q, k, v, mask, kept, scale, call_of(q, k, v, kind, need_lse), slug, full_precision)
+            decision = self._decisions[key] = self._decide(
+                q, k, v, mask, kept, scale, call_of(q, k, v, kind, need_lse), slug, full_precision
+            )
             decision.key = key
         return decision
 
     def _decide(self, q, k, v, mask, kept, scale, call, slug, full_precision):
         if full_precision and slug != registry.AUTO and not registry.row(slug).exact:
-            return Decision(HANDED_BACK, None, "", None, call, f"the model asks for full precision here and {slug} is quantised")
+            return Decision(
+                HANDED_BACK, None, "", None, call, f"the model asks for full precision here and {slug} is quantised"
+            )
         table = None
         why = f"{slug} was chosen"
         if slug == registry.AUTO:
@@ -201,16 +245,22 @@ def hint_for(slug, call):
 
 
 def plain(q, k, v, mask, scale, need_lse=False):
-    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no selection computes, or that one hands back."""
+    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no selection computes, or that
+    one
+    hands back.
+    """
     adapter = registry.adapter("sdpa", call_of(q, k, v).device)
-    return adapter.attend(q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale, need_lse=need_lse)
+    return adapter.attend(
+        q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale, need_lse=need_lse
+    )
 
 
 def in_graph(number):
     """The Selection that computes a call of a compiled graph, or None for PyTorch's own.
 
-    The selection of the running model, not the one that the graph was traced with: core's compile node drops the guards that would tell two
-    selections apart, so a graph outlives the selection whose number it holds. That number counts only where nobody hooks forward passes.
+    The selection of the running model, not the one that the graph was traced with: core's compile node drops the guards
+    that would tell two selections apart, so a graph outlives the selection whose number it holds. That number counts
+    only where nobody hooks forward passes.
     """
     traced = _by_number.get(number)
     return _current.selection or (traced if traced is not None and not traced.hooked else None)
@@ -231,4 +281,5 @@ def set_default_tuner(file):
     """Keep auto's measurements in `file` (None: in this process only)."""
     global _default_tuner
     from .autotune import Tuner
+
     _default_tuner = Tuner(file)

@@ -1,8 +1,9 @@
 """Masks on kernels that take none: a mask that only hides keys is exact when the hidden keys are left out of k and v.
 
-ComfyUI hands masks over as bool or as additive floats, with or without batch and head axes. Whether a mask only hides keys needs its values,
-so the answer is remembered per tensor: one synchronisation per mask, not one per block.
+ComfyUI hands masks over as bool or as additive floats, with or without batch and head axes. Whether a mask only hides
+keys needs its values, so the answer is remembered per tensor: one synchronisation per mask, not one per block.
 """
+
 from dataclasses import dataclass
 import weakref
 
@@ -14,7 +15,8 @@ HIDDEN = -1e4  # additive values at or below this hide a key: exp(-1e4) is zero 
 def normalise(mask, q_len):
     """A mask of 2 to 4 axes as (B or 1, H or 1, Sq or 1, Sk), a view."""
     if mask.ndim == 2:
-        # core reads (Sq, Sk); a (B, Sk) mask cannot be told apart when B == Sq, and core would read that as (Sq, Sk) too
+        # core reads (Sq, Sk); a (B, Sk) mask cannot be told apart when B == Sq, and core would read that as (Sq, Sk)
+        # too
         mask = mask[None, None] if mask.shape[0] in (1, q_len) else mask[:, None, None]
     return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
@@ -22,6 +24,7 @@ def normalise(mask, q_len):
 @dataclass(frozen=True)
 class KeptKeys:
     """Which keys remain: one index tensor for the whole batch, or one per batch entry."""
+
     indices: tuple
 
     @classmethod
@@ -32,7 +35,8 @@ class KeptKeys:
 
 
 def kept_keys(mask):
-    """KeptKeys when the mask (B or 1, H or 1, Sq or 1, Sk) is the same for every query and head, else None; with the reason.
+    """KeptKeys when the mask (B or 1, H or 1, Sq or 1, Sk) is the same for every query and head, else None; with the
+    reason.
 
     Returns (KeptKeys or None, reason).
     """
@@ -56,8 +60,8 @@ def _same_everywhere(mask, row):
 class MaskMemory:
     """kept_keys with memory: a mask tensor is recognised by identity and version, and forgotten when it is freed.
 
-    ComfyUI samples in inference mode, whose tensors have no version: `forget` is called at the start of every forward pass, within which
-    nobody writes to a mask.
+    ComfyUI samples in inference mode, whose tensors have no version: `forget` is called at the start of every forward
+    pass, within which nobody writes to a mask.
     """
 
     def __init__(self):
@@ -68,7 +72,11 @@ class MaskMemory:
         if known and known[0]() is mask and known[1] == version(mask):
             return known[2]
         answer = kept_keys(normalise(mask, q_len))
-        self._seen[id(mask)] = (weakref.ref(mask, lambda _, key=id(mask): self._seen.pop(key, None)), version(mask), answer)
+        self._seen[id(mask)] = (
+            weakref.ref(mask, lambda _, key=id(mask): self._seen.pop(key, None)),
+            version(mask),
+            answer,
+        )
         return answer
 
     def forget(self):
@@ -81,10 +89,20 @@ def version(tensor):
 
 
 def attend_kept(attend, q, k, v, kept, *, scale, need_lse):
-    """Run `attend` on the keys that are kept: exact, because a hidden key has weight zero. One call per index tensor of `kept`."""
+    """Run `attend` on the keys that are kept: exact, because a hidden key has weight zero. One call per index tensor of
+    `kept`.
+    """
     if len(kept.indices) == 1:
         k, v = (t.index_select(1, kept.indices[0]) for t in (k, v))
         return attend(q, k, v, scale=scale, need_lse=need_lse)
-    parts = [attend(q[b:b + 1], k[b:b + 1].index_select(1, index), v[b:b + 1].index_select(1, index), scale=scale, need_lse=need_lse)
-             for b, index in enumerate(kept.indices)]
+    parts = [
+        attend(
+            q[b : b + 1],
+            k[b : b + 1].index_select(1, index),
+            v[b : b + 1].index_select(1, index),
+            scale=scale,
+            need_lse=need_lse,
+        )
+        for b, index in enumerate(kept.indices)
+    ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]) if need_lse else None

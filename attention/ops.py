@@ -1,8 +1,10 @@
 """One custom operator around every backend, so that torch.compile sees a call and not a kernel library.
 
-Which selection and backend compute is decided when the graph runs, so `auto`, schedules and reports work in compiled models, and another
-backend needs no new graph; the graph's own argument is the number of the selection it was traced with. Outside a graph this is not used.
+Which selection and backend compute is decided when the graph runs, so `auto`, schedules and reports work in compiled
+models, and another backend needs no new graph; the graph's own argument is the number of the selection it was traced
+with. Outside a graph this is not used.
 """
+
 from typing import Optional
 
 import torch
@@ -10,11 +12,26 @@ from torch import Tensor
 
 
 @torch.library.custom_op("flux2_attention::attend", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], scale: float, need_lse: bool, full_precision: bool, selection: int) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional[Tensor],
+    scale: float,
+    need_lse: bool,
+    full_precision: bool,
+    selection: int,
+) -> tuple[Tensor, Tensor]:
     from .dispatch import in_graph, plain
+
     chosen = in_graph(selection)
-    result = chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision) if chosen else None
-    # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the log says so
+    result = (
+        chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision)
+        if chosen
+        else None
+    )
+    # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the
+    # log says so
     out, lse = result if result is not None else plain(q, k, v, mask, scale, need_lse)
     # the fake promises a contiguous output: most kernels return one, and the others are made so
     return out.contiguous(), q.new_empty(0) if lse is None else lse
@@ -27,5 +44,8 @@ def _(q, k, v, mask, scale, need_lse, full_precision, selection):
 
 
 def attend(q, k, v, mask, scale, need_lse, full_precision, selection):
-    """Selection number `selection` on BSHD tensors, as one graph node. Returns (out, lse); lse is an empty tensor unless asked for."""
+    """Selection number `selection` on BSHD tensors, as one graph node. Returns (out, lse); lse is an empty tensor
+    unless
+    asked for.
+    """
     return _attend(q, k, v, mask, scale, need_lse, full_precision, selection)

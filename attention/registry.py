@@ -1,8 +1,10 @@
 """Every backend by its slug: what it is, where it can run, whether it can here, and why not.
 
-A slug in a saved workflow is a contract: rows are added, never renamed. Backend files are imported here, on first use, and nowhere else;
-whatever an import raises becomes a sentence. A new backend is one file under backends/ and one row below.
+A slug in a saved workflow is a contract: rows are added, never renamed. Backend files are imported here, on first use,
+and nowhere else; whatever an import raises becomes a sentence. A new backend is one file under backends/ and one row
+below.
 """
+
 from dataclasses import dataclass
 import importlib
 import threading
@@ -21,6 +23,7 @@ NVIDIA = Hardware({"nvidia": ()})
 @dataclass(frozen=True)
 class Row:
     """One backend: file under backends/, library, hardware, exact or quantised, how to install, what it is."""
+
     module: str
     library: str
     hardware: Hardware
@@ -30,47 +33,182 @@ class Row:
 
 
 BUILT_IN = "It is part of PyTorch; nothing has to be installed."
-AITER_INSTALL = ("Install AITER for your ROCm version from AMD's wheel index or from source (github.com/ROCm/aiter); "
-                 "the wheel on PyPI (pip install amd-aiter) is old and has the bf16 and Triton paths only.")
+AITER_INSTALL = (
+    "Install AITER for your ROCm version from AMD's wheel index or from source (github.com/ROCm/aiter); "
+    "the wheel on PyPI (pip install amd-aiter) is old and has the bf16 and Triton paths only."
+)
 ROWS = {
     "sdpa": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
-    "sdpa-flash": Row("sdpa", "PyTorch", Hardware({"nvidia": (), "amd": (), "cpu": ()}), True, BUILT_IN, "PyTorch's FlashAttention kernel (on a CPU: its blocked kernel)"),
-    "sdpa-cudnn": Row("sdpa", "PyTorch", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}), True, BUILT_IN, "cuDNN's fused kernel through PyTorch; fast on Hopper and Blackwell"),
-    "sdpa-efficient": Row("sdpa", "PyTorch", GPU, True, BUILT_IN, "PyTorch's memory-efficient kernel, float32 included"),
+    "sdpa-flash": Row(
+        "sdpa",
+        "PyTorch",
+        Hardware({"nvidia": (), "amd": (), "cpu": ()}),
+        True,
+        BUILT_IN,
+        "PyTorch's FlashAttention kernel (on a CPU: its blocked kernel)",
+    ),
+    "sdpa-cudnn": Row(
+        "sdpa",
+        "PyTorch",
+        Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}),
+        True,
+        BUILT_IN,
+        "cuDNN's fused kernel through PyTorch; fast on Hopper and Blackwell",
+    ),
+    "sdpa-efficient": Row(
+        "sdpa", "PyTorch", GPU, True, BUILT_IN, "PyTorch's memory-efficient kernel, float32 included"
+    ),
     "sdpa-math": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "matrix products and a softmax; slow, for comparison"),
-    "flash2": Row("flash2", "FlashAttention-2", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), True,
-                  "Install it with: pip install flash-attn --no-build-isolation", "Dao-AILab FlashAttention-2; on AMD its Composable Kernel or Triton build"),
-    "flash3": Row("flash3", "FlashAttention-3", Hardware({"nvidia": ("sm8x", "sm9x")}), True,
-                  "Install FlashAttention-3 from source (github.com/Dao-AILab/flash-attention, folder hopper).", "Dao-AILab FlashAttention-3 for Hopper"),
-    "flash4": Row("flash4", "FlashAttention-4", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}), True,
-                  "Install it with: pip install --pre flash-attn-4", "Dao-AILab FlashAttention-4 (CuTe DSL) for Hopper and Blackwell"),
-    "aiter": Row("aiter", "AITER", Hardware({"amd": ("gfx90a", "gfx942", "gfx950")}), True, AITER_INSTALL, "AMD's assembly and Composable Kernel attention for Instinct"),
-    "aiter-triton": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), True, AITER_INSTALL, "AITER's Triton kernel, Instinct and Radeon"),
-    "aiter-fp8": Row("aiter", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER with fp8 inputs, one scale per tensor"),
-    "aiter-sage": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx942", "gfx950")}), False, AITER_INSTALL, "AITER's SageAttention: int8 query-key, fp8 values"),
-    "aiter-sage-mxfp4": Row("aiter_triton", "AITER", Hardware({"amd": ("gfx950",)}), False, AITER_INSTALL, "AITER's SageAttention with MXFP4 query-key"),
-    **{f"aiter-v4-{name}": Row("aiter_v4", "AITER", Hardware({"amd": archs}), False, AITER_INSTALL, f"AITER MHA v4: {formats}") for name, archs, formats in (
-        ("i8fp8", ("gfx942", "gfx950"), "int8 query-key, fp8 values"), ("fp8", ("gfx950",), "fp8"), ("mxfp8", ("gfx950",), "MXFP8 query-key, fp8 values"),
-        ("f8f6", ("gfx950",), "fp8 query-key, MXFP6 values"), ("mxfp6", ("gfx950",), "MXFP6 query-key, fp8 values"),
-        ("f6f4", ("gfx950",), "MXFP6 query-key, MXFP4 values"), ("mxfp4", ("gfx950",), "MXFP4 query-key, fp8 values"), ("f4f4", ("gfx950",), "MXFP4"))},
-    "sage1": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}), False,
-                 "Install it with: pip install sageattention==1.0.6", "SageAttention 1 (Triton): int8 query-key"),
-    "sage2": Row("sage", "SageAttention", Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm12x")}), False,
-                 "Install SageAttention 2 from source (github.com/thu-ml/SageAttention).", "SageAttention 2 (CUDA): int8 query-key, fp8 values"),
-    "sage3": Row("sage3", "SageAttention", Hardware({"nvidia": ("sm100", "sm103", "sm120", "sm121")}), False,
-                 "Install sageattn3 from source (github.com/thu-ml/SageAttention, folder sageattention3_blackwell).", "SageAttention 3 (FP4) for Blackwell"),
-    "comfy-int8": Row("comfy_int8", "comfy-kitchen", Hardware({"nvidia": ("sm75", "sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx11xx", "gfx12xx")}), False,
-                      "Install a newer comfy-kitchen: pip install -U comfy-kitchen", "the INT8 kernel of ComfyUI's own library"),
-    "xformers": Row("xformers", "xFormers", GPU, True, "Install it with: pip install xformers", "xFormers memory-efficient attention"),
+    "flash2": Row(
+        "flash2",
+        "FlashAttention-2",
+        Hardware(
+            {
+                "nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"),
+                "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx"),
+            }
+        ),
+        True,
+        "Install it with: pip install flash-attn --no-build-isolation",
+        "Dao-AILab FlashAttention-2; on AMD its Composable Kernel or Triton build",
+    ),
+    "flash3": Row(
+        "flash3",
+        "FlashAttention-3",
+        Hardware({"nvidia": ("sm8x", "sm9x")}),
+        True,
+        "Install FlashAttention-3 from source (github.com/Dao-AILab/flash-attention, folder hopper).",
+        "Dao-AILab FlashAttention-3 for Hopper",
+    ),
+    "flash4": Row(
+        "flash4",
+        "FlashAttention-4",
+        Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}),
+        True,
+        "Install it with: pip install --pre flash-attn-4",
+        "Dao-AILab FlashAttention-4 (CuTe DSL) for Hopper and Blackwell",
+    ),
+    "aiter": Row(
+        "aiter",
+        "AITER",
+        Hardware({"amd": ("gfx90a", "gfx942", "gfx950")}),
+        True,
+        AITER_INSTALL,
+        "AMD's assembly and Composable Kernel attention for Instinct",
+    ),
+    "aiter-triton": Row(
+        "aiter_triton",
+        "AITER",
+        Hardware({"amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}),
+        True,
+        AITER_INSTALL,
+        "AITER's Triton kernel, Instinct and Radeon",
+    ),
+    "aiter-fp8": Row(
+        "aiter",
+        "AITER",
+        Hardware({"amd": ("gfx942", "gfx950")}),
+        False,
+        AITER_INSTALL,
+        "AITER with fp8 inputs, one scale per tensor",
+    ),
+    "aiter-sage": Row(
+        "aiter_triton",
+        "AITER",
+        Hardware({"amd": ("gfx942", "gfx950")}),
+        False,
+        AITER_INSTALL,
+        "AITER's SageAttention: int8 query-key, fp8 values",
+    ),
+    "aiter-sage-mxfp4": Row(
+        "aiter_triton",
+        "AITER",
+        Hardware({"amd": ("gfx950",)}),
+        False,
+        AITER_INSTALL,
+        "AITER's SageAttention with MXFP4 query-key",
+    ),
+    **{
+        f"aiter-v4-{name}": Row(
+            "aiter_v4", "AITER", Hardware({"amd": archs}), False, AITER_INSTALL, f"AITER MHA v4: {formats}"
+        )
+        for name, archs, formats in (
+            ("i8fp8", ("gfx942", "gfx950"), "int8 query-key, fp8 values"),
+            ("fp8", ("gfx950",), "fp8"),
+            ("mxfp8", ("gfx950",), "MXFP8 query-key, fp8 values"),
+            ("f8f6", ("gfx950",), "fp8 query-key, MXFP6 values"),
+            ("mxfp6", ("gfx950",), "MXFP6 query-key, fp8 values"),
+            ("f6f4", ("gfx950",), "MXFP6 query-key, MXFP4 values"),
+            ("mxfp4", ("gfx950",), "MXFP4 query-key, fp8 values"),
+            ("f4f4", ("gfx950",), "MXFP4"),
+        )
+    },
+    "sage1": Row(
+        "sage",
+        "SageAttention",
+        Hardware(
+            {
+                "nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x"),
+                "amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx"),
+            }
+        ),
+        False,
+        "Install it with: pip install sageattention==1.0.6",
+        "SageAttention 1 (Triton): int8 query-key",
+    ),
+    "sage2": Row(
+        "sage",
+        "SageAttention",
+        Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm12x")}),
+        False,
+        "Install SageAttention 2 from source (github.com/thu-ml/SageAttention).",
+        "SageAttention 2 (CUDA): int8 query-key, fp8 values",
+    ),
+    "sage3": Row(
+        "sage3",
+        "SageAttention",
+        Hardware({"nvidia": ("sm100", "sm103", "sm120", "sm121")}),
+        False,
+        "Install sageattn3 from source (github.com/thu-ml/SageAttention, folder sageattention3_blackwell).",
+        "SageAttention 3 (FP4) for Blackwell",
+    ),
+    "comfy-int8": Row(
+        "comfy_int8",
+        "comfy-kitchen",
+        Hardware({"nvidia": ("sm75", "sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx11xx", "gfx12xx")}),
+        False,
+        "Install a newer comfy-kitchen: pip install -U comfy-kitchen",
+        "the INT8 kernel of ComfyUI's own library",
+    ),
+    "xformers": Row(
+        "xformers",
+        "xFormers",
+        GPU,
+        True,
+        "Install it with: pip install xformers",
+        "xFormers memory-efficient attention",
+    ),
 }
 AUTO = "auto"
 SLUGS = [AUTO, *ROWS]
-# Tried in this order where nothing can be timed, and reported in it. PyTorch's own choice comes first: it runs everywhere.
-AUTO_ORDER = ["sdpa", "aiter", "sdpa-cudnn", "flash4", "flash3", "aiter-triton", "flash2", "sdpa-flash", "xformers", "sdpa-efficient"]
+# Tried in this order where nothing can be timed, and reported in it. PyTorch's own choice comes first: it runs
+# everywhere.
+AUTO_ORDER = [
+    "sdpa",
+    "aiter",
+    "sdpa-cudnn",
+    "flash4",
+    "flash3",
+    "aiter-triton",
+    "flash2",
+    "sdpa-flash",
+    "xformers",
+    "sdpa-efficient",
+]
 
 _lock = threading.Lock()
-_modules = {}     # module name -> (module or None, error sentence)
-_probes = {}      # (slug, device, dtype, head size) -> list of sentences
+_modules = {}  # module name -> (module or None, error sentence)
+_probes = {}  # (slug, device, dtype, head size) -> list of sentences
 
 
 def row(slug):
@@ -85,13 +223,17 @@ def _module(name):
         if name not in _modules:
             try:
                 _modules[name] = importlib.import_module(f".backends.{name}", __package__), None
-            except Exception as error:  # AITER without ROCm raises RuntimeError, broken wheels OSError: all of it is a reason, none a crash
+            # AITER without ROCm raises RuntimeError, broken wheels OSError: all of it is a reason, none a crash
+            except Exception as error:
                 _modules[name] = None, f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         return _modules[name]
 
 
 def unavailable(slug, device):
-    """Every reason, as sentences, why this backend cannot run on `device` (attention.device.Device); empty means it can be tried."""
+    """Every reason, as sentences, why this backend cannot run on `device` (attention.device.Device); empty means it
+    can be
+    tried.
+    """
     entry = row(slug)
     reasons = entry.hardware.reasons(device)
     module, error = _module(entry.module)
@@ -101,7 +243,9 @@ def unavailable(slug, device):
 
 
 def adapter(slug, device):
-    """The Adapter of a slug that can run on `device`. AttentionRefused with every reason and the install hint otherwise."""
+    """The Adapter of a slug that can run on `device`. AttentionRefused with every reason and the install hint
+    otherwise.
+    """
     reasons = unavailable(slug, device)
     if reasons:
         raise AttentionRefused(slug, reasons, row(slug).install)
@@ -118,7 +262,8 @@ def unsupported(slug, call):
 def probe(slug, device, dtype, head_dim):
     """Run a backend once on a small problem on the real device and compare with float32.
 
-    device: torch.device. Returns reasons why it cannot be used for this dtype and head size; empty means it ran and was right. Remembered.
+    device: torch.device. Returns reasons why it cannot be used for this dtype and head size; empty means it ran and was
+    right. Remembered.
     """
     key = (slug, str(device), dtype, head_dim)
     if key not in _probes:
@@ -126,8 +271,9 @@ def probe(slug, device, dtype, head_dim):
     return _probes[key]
 
 
-PROBE_TOKENS = 256  # longer than any kernel's special case for short sequences, such as AITER's assembly (more than 128)
-PROBE_ERROR = 0.2   # quantised kernels stay under 0.1 on gaussian data; a wrong layout or scale is above 0.5
+# longer than any kernel's special case for short sequences, such as AITER's assembly (more than 128)
+PROBE_TOKENS = 256
+PROBE_ERROR = 0.2  # quantised kernels stay under 0.1 on gaussian data; a wrong layout or scale is above 0.5
 
 
 def test_call(slug, device, dtype, head_dim):
@@ -146,5 +292,14 @@ def test_call(slug, device, dtype, head_dim):
         out, _ = chosen.attend(q, k, v)
         error = reference.relative_error(out, reference.attend(q, k, v)[0])
     except Exception as failure:  # a kernel that does not launch here is a reason to refuse, whatever it raises
-        return [f"A test call on {describe(device)} with {dtype_name(dtype)} and head size {head_dim} failed: {type(failure).__name__}: {failure}"]
-    return [] if error < PROBE_ERROR else [f"A test call on {describe(device)} gave a wrong result (relative error {error:.2g})."]
+        return [
+            (
+                f"A test call on {describe(device)} with {dtype_name(dtype)} and head size {head_dim} failed: "
+                f"{type(failure).__name__}: {failure}"
+            )
+        ]
+    return (
+        []
+        if error < PROBE_ERROR
+        else [f"A test call on {describe(device)} gave a wrong result (relative error {error:.2g})."]
+    )

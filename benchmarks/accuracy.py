@@ -1,12 +1,16 @@
-"""How exact attention backends are inside FLUX.2: the node Compare Attention in this process, without a server, AITER's Triton kernels included.
+"""How exact attention backends are inside FLUX.2: the node Compare Attention in this process, without a server, AITER's
+Triton kernels included.
 
-  COMFYUI_PATH=... python benchmarks/accuracy.py --weights drawn [--candidates sdpa-cudnn flash4 sage1] [--aiter-source FOLDER] [--save FILE]
+  COMFYUI_PATH=... python benchmarks/accuracy.py --weights drawn [--candidates sdpa-cudnn flash4 sage1] [--aiter-source
+  FOLDER] [--save FILE]
 
---weights drawn: the small trained model, whose pictures mean something, with a prompt of its own kind. --weights dev: FLUX.2-dev at full size with random
-weights (80 GB): errors of tensors only. --aiter-source: a checkout of ROCm/aiter; its Triton kernels (aiter-triton, aiter-sage) are portable and are compiled
-for this card, which says how exact they are and nothing about their speed on AMD. --edges SLUG N adds every quantised candidate once more with SLUG in the
-first and last N steps. Writes what scripts/measured_pages.py makes docs/accuracy.md from.
+--weights drawn: the small trained model, whose pictures mean something, with a prompt of its own kind. --weights dev:
+FLUX.2-dev at full size with random weights (80 GB): errors of tensors only. --aiter-source: a checkout of ROCm/aiter;
+its Triton kernels (aiter-triton, aiter-sage) are portable and are compiled for this card, which says how exact they are
+and nothing about their speed on AMD. --edges SLUG N adds every quantised candidate once more with SLUG in the first and
+last N steps. Writes what scripts/measured_pages.py makes docs/accuracy.md from.
 """
+
 import argparse
 import dataclasses
 import importlib
@@ -35,8 +39,10 @@ TEXTS = {"drawn": "the small model that draws (docs/small-model.md)", "dev": "ra
 
 def borrow_aiter(source):
     """Let AITER's portable Triton kernels run on this card."""
-    aiter_shim.install(source, "gfx942", torch.float8_e4m3fn)  # only gfx942's tiles fit into the shared memory of other GPUs
-    importlib.import_module("flux2_pack.attention.backends.aiter_triton")  # the tiles are replaced in modules that are there
+    # only gfx942's tiles fit into the shared memory of other GPUs
+    aiter_shim.install(source, "gfx942", torch.float8_e4m3fn)
+    # the tiles are replaced in modules that are there
+    importlib.import_module("flux2_pack.attention.backends.aiter_triton")
     aiter_shim.replace_tiles(aiter_shim.TILES)
     for slug in ("aiter-triton", "aiter-sage"):
         registry.ROWS[slug] = dataclasses.replace(registry.ROWS[slug], hardware=registry.GPU)
@@ -46,13 +52,25 @@ def drawn(args):
     """(MODEL, positive, VAE) of the small trained model."""
     from flux2_pack.flux2.loading import load
     from flux2_pack.flux2.prompts.encode import encode
-    model, clip, vae = (getattr(load, f"load_{kind}")(SMALL_MODEL / name) for kind, name in (
-        ("model", "flux2-small.safetensors"), ("text_encoder", "mistral3-flux2-small.safetensors"), ("vae", "flux2-vae-small.safetensors")))
-    return model, [[context, {**values, "guidance": 4.0}] for context, values in encode.encode(clip, args.prompt).conditioning], vae
+
+    model, clip, vae = (
+        getattr(load, f"load_{kind}")(SMALL_MODEL / name)
+        for kind, name in (
+            ("model", "flux2-small.safetensors"),
+            ("text_encoder", "mistral3-flux2-small.safetensors"),
+            ("vae", "flux2-vae-small.safetensors"),
+        )
+    )
+    return (
+        model,
+        [[context, {**values, "guidance": 4.0}] for context, values in encode.encode(clip, args.prompt).conditioning],
+        vae,
+    )
 
 
 def dev(args):
     from flux2_pack.flux2.measuring import capture
+
     model = build(DEV)
     return model, capture.random_conditioning(model), None
 
@@ -61,7 +79,11 @@ def candidates(args, nodes):
     found = [nodes.backend_candidate(slug) for slug in args.candidates]
     if args.edges:
         edge, count = args.edges[0], int(args.edges[1])
-        found += [nodes.backend_candidate(slug, edge, count, count) for slug in args.candidates if not registry.row(slug).exact]
+        found += [
+            nodes.backend_candidate(slug, edge, count, count)
+            for slug in args.candidates
+            if not registry.row(slug).exact
+        ]
     return nodes.unnamed_twice(found)
 
 
@@ -87,16 +109,24 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--save", type=Path, help="JSON file")
     args = parser.parse_args()
-    side, steps = args.side or {"drawn": 256, "dev": 1024}[args.weights], args.steps or {"drawn": 20, "dev": 4}[args.weights]
+    side, steps = (
+        args.side or {"drawn": 256, "dev": 1024}[args.weights],
+        args.steps or {"drawn": 20, "dev": 4}[args.weights],
+    )
     if args.aiter_source:
         borrow_aiter(args.aiter_source)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         folder_paths.set_user_directory(folder)
         from flux2_pack.nodes import compare as nodes
+
         model, positive, vae = globals()[args.weights](args)
         job = nodes.model_bench.job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
         found, *_ = nodes.compare(model, job, args.reference, candidates(args, nodes), vae)
-        data = {**nodes.measure.plain(found.as_data()), "weights": TEXTS[args.weights], "command": shareable("accuracy.py", sys.argv[1:])}
+        data = {
+            **nodes.measure.plain(found.as_data()),
+            "weights": TEXTS[args.weights],
+            "command": shareable("accuracy.py", sys.argv[1:]),
+        }
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(json.dumps(data, indent=1) + "\n")

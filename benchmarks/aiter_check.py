@@ -1,14 +1,21 @@
 #!/usr/bin/env python3
-"""Check the aiter-triton and aiter-sage backends against float32 with AITER's own kernels, on a machine without an AMD GPU.
+"""Check the aiter-triton and aiter-sage backends against float32 with AITER's own kernels, on a machine without an AMD
+GPU.
 
-  python3 benchmarks/aiter_check.py --aiter-source FOLDER                       on an NVIDIA GPU: output, log-sum-exp, odd lengths, strides, ring, time
-  TRITON_INTERPRET=1 python3 benchmarks/aiter_check.py --aiter-source FOLDER    the same at small sizes in Triton's interpreter, on the CPU (fp16)
-  python3 benchmarks/aiter_check.py --aiter-source FOLDER --compile gfx942      compile for an AMD GPU exactly what the backends launch, and run nothing
-  python3 benchmarks/aiter_check.py --aiter-source FOLDER --list-files          which files of the source tree are needed (to copy them elsewhere)
+  python3 benchmarks/aiter_check.py --aiter-source FOLDER                       on an NVIDIA GPU: output, log-sum-exp,
+                                                                                odd lengths, strides, ring, time
+  TRITON_INTERPRET=1 python3 benchmarks/aiter_check.py --aiter-source FOLDER    the same at small sizes in Triton's
+                                                                                interpreter, on the CPU (fp16)
+  python3 benchmarks/aiter_check.py --aiter-source FOLDER --compile gfx942      compile for an AMD GPU exactly what the
+                                                                                backends launch, and run nothing
+  python3 benchmarks/aiter_check.py --aiter-source FOLDER --list-files          which files of the source tree are
+                                                                                needed (to copy them elsewhere)
 
-FOLDER holds AITER's `aiter` package: a checkout of ROCm/aiter, or an unpacked wheel (which has no SageAttention). Prints a table, then one JSON
-line; the exit code is 1 when a case fails. Not covered: AITER's assembly and Composable Kernel paths, which exist as AMD machine code only.
+FOLDER holds AITER's `aiter` package: a checkout of ROCm/aiter, or an unpacked wheel (which has no SageAttention).
+Prints a table, then one JSON line; the exit code is 1 when a case fails. Not covered: AITER's assembly and Composable
+Kernel paths, which exist as AMD machine code only.
 """
+
 import argparse
 import importlib
 import json
@@ -25,20 +32,33 @@ import pack  # noqa: E402, F401
 from flux2_pack.attention.device import Device  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Bounds on the relative error of the output and the absolute error of the log-sum-exp, on gaussian data. Exact kernels have no entry: their
-# bounds come from the data. aiter-sage: probabilities and values are fp8 e4m3, whose rounding error is 2**-4 / sqrt(3) / 1.4 = 0.026 rms of a
-# value, 0.037 for a product of two, and the bound twice that; the interpreter truncates instead of rounding, which doubles it. The log-sum-exp
-# sees int8 rounding only, 0.014 rms of a score and less in the sum; a shift of the keys that is not put back would be above 1.
+# Bounds on the relative error of the output and the absolute error of the log-sum-exp, on gaussian data. Exact kernels
+# have no entry: their
+# bounds come from the data. aiter-sage: probabilities and values are fp8 e4m3, whose rounding error is 2**-4 / sqrt(3)
+# / 1.4 = 0.026 rms of a
+# value, 0.037 for a product of two, and the bound twice that; the interpreter truncates instead of rounding, which
+# doubles it. The log-sum-exp
+# sees int8 rounding only, 0.014 rms of a score and less in the sum; a shift of the keys that is not put back would be
+# above 1.
 QUANTISED = {"aiter-sage": (0.15 if INTERPRETED else 0.075, 0.02)}
 
 
-def problem(torch, lengths, heads=(2, 2), head_dim=128, dtype=None, device="cpu", strides="contiguous", offset=0.0, batch=1):
-    """Gaussian q, k, v (B, S, H, D). strides: contiguous, "bhsd" memory, slices of one fused "qkv" tensor, or "far" apart in memory."""
+def problem(
+    torch, lengths, heads=(2, 2), head_dim=128, dtype=None, device="cpu", strides="contiguous", offset=0.0, batch=1
+):
+    """Gaussian q, k, v (B, S, H, D). strides: contiguous, "bhsd" memory, slices of one fused "qkv" tensor, or "far"
+    apart
+    in memory.
+    """
     generator = torch.Generator().manual_seed(sum(lengths))
-    make = {"contiguous": lambda s, h: torch.empty(batch, s, h, head_dim, dtype=dtype, device=device),
-            "bhsd": lambda s, h: torch.empty(batch, h, s, head_dim, dtype=dtype, device=device).transpose(1, 2),
-            "qkv": lambda s, h: torch.empty(batch, s, h, 3 * head_dim, dtype=dtype, device=device)[..., head_dim:2 * head_dim],
-            "far": lambda s, h: far(torch, s, h, head_dim, dtype, device)}[strides]
+    make = {
+        "contiguous": lambda s, h: torch.empty(batch, s, h, head_dim, dtype=dtype, device=device),
+        "bhsd": lambda s, h: torch.empty(batch, h, s, head_dim, dtype=dtype, device=device).transpose(1, 2),
+        "qkv": lambda s, h: torch.empty(batch, s, h, 3 * head_dim, dtype=dtype, device=device)[
+            ..., head_dim : 2 * head_dim
+        ],
+        "far": lambda s, h: far(torch, s, h, head_dim, dtype, device),
+    }[strides]
     tensors = [make(s, h) for s, h in zip((lengths[0], lengths[1], lengths[1]), (heads[0], heads[1], heads[1]))]
     for t in tensors:
         t.copy_(torch.randn(t.shape, generator=generator))
@@ -74,24 +94,33 @@ def cases(device):
 
 def merged(torch, parts):
     """(out, lse) of attention over all keys from (out, lse) over parts of the keys, as a ring does it."""
-    lse = torch.logsumexp(torch.stack([of_part for _, of_part in parts]), dim=0)                 # (B, H, Sq)
+    lse = torch.logsumexp(torch.stack([of_part for _, of_part in parts]), dim=0)  # (B, H, Sq)
     weigh = [(out.float() * (of_part - lse).exp().transpose(1, 2).unsqueeze(-1)) for out, of_part in parts]
     return sum(weigh), lse
 
 
 def ring(torch, attend, q, k, v, scale):
     half = k.shape[1] // 2
-    return merged(torch, [attend(q, k[:, keys], v[:, keys], scale=scale, need_lse=True) for keys in (slice(0, half), slice(half, None))])
+    return merged(
+        torch,
+        [attend(q, k[:, keys], v[:, keys], scale=scale, need_lse=True) for keys in (slice(0, half), slice(half, None))],
+    )
 
 
 def bounds(torch, slug, q, k, v, scale, want_out, want_lse, reference):
-    """Largest acceptable (output, log-sum-exp) error. Exact: twice PyTorch's own output error in the same dtype, and float32 rounding of the scores."""
+    """Largest acceptable (output, log-sum-exp) error. Exact: twice PyTorch's own output error in the same dtype, and
+    float32 rounding of the scores.
+    """
     if slug in QUANTISED:
         return QUANTISED[slug]
     qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
-    sdpa = torch.nn.functional.scaled_dot_product_attention(qt, kt, vt, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        qt, kt, vt, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+    ).transpose(1, 2)
     own = reference.relative_error(sdpa, want_out)
-    return 2 * max(own, torch.finfo(q.dtype).eps / 4), 64 * torch.finfo(torch.float32).eps * max(1.0, want_lse.abs().max().item())
+    return 2 * max(own, torch.finfo(q.dtype).eps / 4), 64 * torch.finfo(torch.float32).eps * max(
+        1.0, want_lse.abs().max().item()
+    )
 
 
 def measure(torch, slug, adapter, name, lengths, options, scale, args, reference):
@@ -103,12 +132,30 @@ def measure(torch, slug, adapter, name, lengths, options, scale, args, reference
     want_out, want_lse = reference.attend(q, k, v, scale=scale)
     limit_out, limit_lse = bounds(torch, slug, q, k, v, scale, want_out, want_lse, reference)
     rows = []
-    for how, result in (("one call", adapter.attend(q, k, v, scale=scale, need_lse=True)), ("two halves", ring(torch, adapter.attend, q, k, v, scale))):
+    for how, result in (
+        ("one call", adapter.attend(q, k, v, scale=scale, need_lse=True)),
+        ("two halves", ring(torch, adapter.attend, q, k, v, scale)),
+    ):
         out_error = reference.relative_error(result[0], want_out)
         lse_error = (result[1] - want_lse).abs().max().item()
-        ok = out_error <= limit_out and lse_error <= limit_lse and tuple(result[1].shape) == (q.shape[0], q.shape[2], q.shape[1])
-        rows.append({"backend": slug, "case": name, "how": how, "lengths": list(lengths), "rel_error": out_error, "rel_error_bound": limit_out,
-                     "lse_error": lse_error, "lse_error_bound": limit_lse, "ok": ok})
+        ok = (
+            out_error <= limit_out
+            and lse_error <= limit_lse
+            and tuple(result[1].shape) == (q.shape[0], q.shape[2], q.shape[1])
+        )
+        rows.append(
+            {
+                "backend": slug,
+                "case": name,
+                "how": how,
+                "lengths": list(lengths),
+                "rel_error": out_error,
+                "rel_error_bound": limit_out,
+                "lse_error": lse_error,
+                "lse_error_bound": limit_lse,
+                "ok": ok,
+            }
+        )
     plain, _ = adapter.attend(q, k, v, scale=scale)
     rows[0]["without_lse_rel_error"] = reference.relative_error(plain, want_out)
     rows[0]["ok"] &= rows[0]["without_lse_rel_error"] <= limit_out and plain.dtype == q.dtype
@@ -131,32 +178,55 @@ def milliseconds(torch, call, warm=3, runs=10):
 
 
 def compiled(torch, adapters, arch, dtype):
-    """Compile what each backend launches at FLUX.2's shape (1, 4608, 48, 128), with and without log-sum-exp. Rows of kernel, bytes, ok."""
+    """Compile what each backend launches at FLUX.2's shape (1, 4608, 48, 128), with and without log-sum-exp. Rows of
+    kernel, bytes, ok.
+    """
     from torch._subclasses import FakeTensorMode
+
     objects, rows = aiter_shim.compile_only(arch), []
-    with FakeTensorMode():  # one for all: AITER remembers a tensor (the Hadamard matrix), and fake tensors of two modes do not mix
+    # one for all: AITER remembers a tensor (the Hadamard matrix), and fake tensors of two modes do not mix
+    with FakeTensorMode():
         tensors = [torch.empty(1, 4608, 48, 128, dtype=dtype, device="cuda") for _ in range(3)]
         for slug, need_lse in ((s, n) for s in adapters for n in (False, True)):
             objects.clear()
             adapters[slug].attend(*tensors, need_lse=need_lse)
-            rows += [{"backend": slug, "arch": arch, "dtype": str(dtype), "need_lse": need_lse, "kernel": kernel, "bytes": len(binary),
-                      "ok": aiter_shim.is_code_object(binary, arch)} for kernel, binary in objects]
+            rows += [
+                {
+                    "backend": slug,
+                    "arch": arch,
+                    "dtype": str(dtype),
+                    "need_lse": need_lse,
+                    "kernel": kernel,
+                    "bytes": len(binary),
+                    "ok": aiter_shim.is_code_object(binary, arch),
+                }
+                for kernel, binary in objects
+            ]
     return rows
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--aiter-source", required=True, metavar="FOLDER", help="folder that holds AITER's `aiter` package")
-    parser.add_argument("--backends", nargs="+", help=f"aiter-triton, aiter-sage, {DAO!r} (not in the interpreter), "
-                        "aiter-sage-mxfp4 (--compile gfx950 only). Default: all that can run")
+    parser.add_argument(
+        "--aiter-source", required=True, metavar="FOLDER", help="folder that holds AITER's `aiter` package"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        help=f"aiter-triton, aiter-sage, {DAO!r} (not in the interpreter), "
+        "aiter-sage-mxfp4 (--compile gfx950 only). Default: all that can run",
+    )
     parser.add_argument("--cases", nargs="+", help="names of the cases to run; all by default")
-    parser.add_argument("--compile", metavar="ARCH", choices=sorted(aiter_shim.MACH), help="compile only, for this architecture")
+    parser.add_argument(
+        "--compile", metavar="ARCH", choices=sorted(aiter_shim.MACH), help="compile only, for this architecture"
+    )
     parser.add_argument("--json", help="file to write the result to as well")
     parser.add_argument("--list-files", action="store_true", help="print the needed files, relative to FOLDER")
     return parser.parse_args()
 
 
-DAO = "aiter-triton (dao_ai)"  # the second implementation behind aiter-triton, which it uses where the first has no tiles (gfx90a, Radeon)
+# the second implementation behind aiter-triton, which it uses where the first has no tiles (gfx90a, Radeon)
+DAO = "aiter-triton (dao_ai)"
 
 
 def dao(module):
@@ -164,28 +234,39 @@ def dao(module):
         """aiter-triton with its second implementation on every architecture."""
 
         def missing(self):
-            return super().missing() or ([] if hasattr(module.MHA, "mha_set_impl") else ["This build has one implementation only."])
+            return super().missing() or (
+                [] if hasattr(module.MHA, "mha_set_impl") else ["This build has one implementation only."]
+            )
 
         def implementation(self, device):
             return "dao_ai"
 
         def unsupported(self, call):
             return self.dao_limits.reasons(call)
+
     return Dao()
 
 
 def call_of(*tensors, need_lse):
     from flux2_pack.attention import call
+
     return call.call_of(*tensors, need_lse=need_lse)
 
 
 def prepare(args):
-    """Import the adapters over the shim. Returns (torch, slug -> adapter); backends that this source tree lacks are named and left out."""
+    """Import the adapters over the shim. Returns (torch, slug -> adapter); backends that this source tree lacks are
+    named
+    and left out.
+    """
     import torch
+
     args.device = "cuda" if torch.cuda.is_available() and not (INTERPRETED or args.compile) else "cpu"
-    args.dtype = torch.float16 if INTERPRETED else torch.bfloat16  # bf16 is wrong in Triton's interpreter: it computes in numpy, which has none
+    # bf16 is wrong in Triton's interpreter: it computes in numpy, which has none
+    args.dtype = torch.float16 if INTERPRETED else torch.bfloat16
     if args.device == "cpu" and not (INTERPRETED or args.compile):
-        raise SystemExit("aiter_check: no GPU here. Set TRITON_INTERPRET=1 to run in Triton's interpreter, or use --compile.")
+        raise SystemExit(
+            "aiter_check: no GPU here. Set TRITON_INTERPRET=1 to run in Triton's interpreter, or use --compile."
+        )
     fp8 = torch.float8_e4m3fnuz if args.compile == "gfx942" else torch.float8_e4m3fn
     # gfx942 and not gfx950 also elsewhere: only its tiles fit into the shared memory of other GPUs
     aiter_shim.install(args.aiter_source, args.compile or "gfx942", fp8)
@@ -196,7 +277,8 @@ def prepare(args):
         module.describe = lambda _: device
     else:
         aiter_shim.replace_tiles(aiter_shim.TILES if args.device == "cuda" else None)
-    able = [s for s in ("aiter-triton", DAO, "aiter-sage") if s != DAO or not INTERPRETED]  # dao_ai asserts that its tensors are on a GPU
+    # dao_ai asserts that its tensors are on a GPU
+    able = [s for s in ("aiter-triton", DAO, "aiter-sage") if s != DAO or not INTERPRETED]
     wanted = {slug: backends[slug] for slug in args.backends or able}
     for slug in [s for s in wanted if wanted[s].missing()]:
         print(f"{slug}: left out. {' '.join(wanted.pop(slug).missing())}")
@@ -206,13 +288,20 @@ def prepare(args):
 def show(rows):
     for r in rows:
         if "kernel" in r:
-            print(f"{'ok ' if r['ok'] else 'BAD'} {r['backend']:14} {r['arch']} lse={r['need_lse']!s:5} {r['kernel'][:60]:60} {r['bytes']:>8} bytes")
+            print(
+                f"{'ok ' if r['ok'] else 'BAD'} {r['backend']:14} {r['arch']} lse={r['need_lse']!s:5} "
+                f"{r['kernel'][:60]:60} {r['bytes']:>8} bytes"
+            )
         elif "refused" in r:
             print(f"ok  {r['backend']:14} {r['case']:26} refused: {r['refused'][0]}", flush=True)
         else:
             speed = f"{r['ms']:8.3f} ms {r['tflops']:6.0f} TFLOP/s" if "ms" in r else ""
-            print(f"{'ok ' if r['ok'] else 'BAD'} {r['backend']:14} {r['case']:26} {r['how']:10} out {r['rel_error']:.1e} (<= {r['rel_error_bound']:.1e})  "
-                  f"lse {r['lse_error']:.1e} (<= {r['lse_error_bound']:.1e}) {speed}", flush=True)
+            print(
+                f"{'ok ' if r['ok'] else 'BAD'} {r['backend']:14} {r['case']:26} {r['how']:10} out "
+                f"{r['rel_error']:.1e} (<= {r['rel_error_bound']:.1e})  "
+                f"lse {r['lse_error']:.1e} (<= {r['lse_error_bound']:.1e}) {speed}",
+                flush=True,
+            )
 
 
 def main():
@@ -222,6 +311,7 @@ def main():
         return
     torch, adapters = prepare(args)
     from flux2_pack.attention import reference
+
     rows = compiled(torch, adapters, args.compile, torch.bfloat16) if args.compile else []
     show(rows)
     for slug, adapter in ({} if args.compile else adapters).items():
@@ -231,9 +321,15 @@ def main():
                 show(found)
                 rows += found
     import triton
+
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    result = {"machine": machine, "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-              "command": "python benchmarks/aiter_check.py --aiter-source FOLDER " + " ".join(sys.argv[3:]), "ok": bool(rows) and all(r["ok"] for r in rows), "cases": rows}
+    result = {
+        "machine": machine,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "command": "python benchmarks/aiter_check.py --aiter-source FOLDER " + " ".join(sys.argv[3:]),
+        "ok": bool(rows) and all(r["ok"] for r in rows),
+        "cases": rows,
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -1,7 +1,10 @@
-"""What every benchmark shares: the pack as flux2_pack, the machine's stamp, medians, and a table with one JSON line last.
+"""What every benchmark shares: the pack as flux2_pack, the machine's stamp, medians, and a table with one JSON line
+last.
 
-Times are CUDA (or HIP) events around the work, after warm-up, medians over repetitions with minimum and maximum beside them.
+Times are CUDA (or HIP) events around the work, after warm-up, medians over repetitions with minimum and maximum beside
+them.
 """
+
 import importlib.metadata
 import json
 from pathlib import Path
@@ -13,7 +16,17 @@ import types
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "xformers", "comfy-kitchen", "amd-aiter", "diffusers")
+PACKAGES = (
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "sageattention",
+    "xformers",
+    "comfy-kitchen",
+    "amd-aiter",
+    "diffusers",
+)
 
 
 def import_pack():
@@ -29,14 +42,23 @@ def machine():
     if not torch.cuda.is_available():
         return {"device": platform.processor() or platform.machine(), "gpus": 0}
     properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1),
-            "arch": getattr(properties, "gcnArchName", f"sm{properties.major}{properties.minor}")}
+    return {
+        "device": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "arch": getattr(properties, "gcnArchName", f"sm{properties.major}{properties.minor}"),
+    }
 
 
 def versions():
     """Everything whose version can change a figure; packages that are not installed are left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
-             "cudnn": torch.backends.cudnn.version()}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -62,7 +84,9 @@ def times_ms(work, repeat, warm_up=2):
 
 
 def times_in_rounds(runners, repeat, warm_up=2):
-    """{name: milliseconds of each run} of several works. Rounds go around all of them, so that a drift of the clocks is everybody's."""
+    """{name: milliseconds of each run} of several works. Rounds go around all of them, so that a drift of the clocks is
+    everybody's.
+    """
     for work in runners.values():
         for _ in range(warm_up):
             work()
@@ -85,7 +109,9 @@ def command():
 
 
 def save(result, path):
-    """Write a result as JSON when a path is given; returns it with the machine, the versions and the command in front."""
+    """Write a result as JSON when a path is given; returns it with the machine, the versions and the command in
+    front.
+    """
     result = {"machine": machine(), "versions": versions(), "command": command(), **result}
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

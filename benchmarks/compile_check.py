@@ -1,10 +1,12 @@
-"""torch.compile(fullgraph=True) of FLUX.2's blocks with every backend that runs on this machine: no graph breaks, same output, still counted.
+"""torch.compile(fullgraph=True) of FLUX.2's blocks with every backend that runs on this machine: no graph breaks, same
+output, still counted.
 
   COMFYUI_PATH=... python benchmarks/compile_check.py [--compiler inductor] [--json FILE]
 
-A FLUX.2 of hidden size 512 with 2 double and 4 single blocks, two sequence lengths per backend with dynamic shapes. Error: compiled against eager with the
-same backend, relative. On a machine without a GPU use --compiler aot_eager.
+A FLUX.2 of hidden size 512 with 2 double and 4 single blocks, two sequence lengths per backend with dynamic shapes.
+Error: compiled against eager with the same backend, relative. On a machine without a GPU use --compiler aot_eager.
 """
+
 import argparse
 
 import torch
@@ -24,12 +26,21 @@ PICTURES = (512, 640)
 
 
 def compiled(patcher, compiler):
-    """A clone whose blocks are compiled one by one without graph breaks, as core's compile node does for whole models."""
+    """A clone whose blocks are compiled one by one without graph breaks, as core's compile node does for whole
+    models.
+    """
     from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+
     clone = patcher.clone(disable_dynamic=True)
     keys = [f"diffusion_model.{kind}_blocks.{i}" for kind, n in attention_slot.block_kinds(patcher) for i in range(n)]
-    set_torch_compile_wrapper(clone, backend=compiler, fullgraph=True, dynamic=True, keys=keys,
-                              options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]})
+    set_torch_compile_wrapper(
+        clone,
+        backend=compiler,
+        fullgraph=True,
+        dynamic=True,
+        keys=keys,
+        options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]},
+    )
     return clone
 
 
@@ -59,7 +70,13 @@ def main():
         slugs = [s for s in registry.ROWS if not registry.probe(s, device, dtype, head_dim)]
         rows = [check(patcher, slug, options.compiler) for slug in ["auto", *slugs]]
     for row in rows:
-        print(f"{row['backend']:<16} errors {', '.join(f'{e:.1e}' for e in row['errors'])}  {row['calls']} calls, {row['graphs']} graphs", flush=True)
+        print(
+            (
+                f"{row['backend']:<16} errors {', '.join(f'{e:.1e}' for e in row['errors'])}  {row['calls']} calls, "
+                f"{row['graphs']} graphs"
+            ),
+            flush=True,
+        )
     write({"compiler": options.compiler, "cases": rows}, options.json)
 
 

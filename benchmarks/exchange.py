@@ -1,13 +1,18 @@
-"""What one attention call over several GPUs consists of: exchange, attention, merge, apart and together. The parts that parallel_model.py wants.
+"""What one attention call over several GPUs consists of: exchange, attention, merge, apart and together. The parts that
+parallel_model.py wants.
 
-  torchrun --standalone --nproc-per-node 4 benchmarks/exchange.py [--seq 4608 16896] [--heads 48] [--backend sdpa-cudnn] [--json FILE]
+  torchrun --standalone --nproc-per-node 4 benchmarks/exchange.py [--seq 4608 16896] [--heads 48] [--backend sdpa-cudnn]
+  [--json FILE]
 
-Per length and arrangement (Ulysses x ring): milliseconds of the whole call, with heads in one group or several (so that one travels while another is
-computed); of everything but attention (packing, exchange, unpacking); of the bare collective, with its payload in GB/s per GPU; of the attention that
-one GPU computes; of one rotation and one merge of a ring; and how much of the exchange a matrix product of a single block's feed-forward part covers
-(begin, product, compute, product, finish against the same one after the other). Error: this rank's rows of two heads against float32. Medians over
-repetitions, the slowest rank counts. NCCL on GPUs, gloo on the CPU (--device cpu: to try it out). Not covered: whole steps (benchmarks/parallel.py).
+Per length and arrangement (Ulysses x ring): milliseconds of the whole call, with heads in one group or several (so that
+one travels while another is computed); of everything but attention (packing, exchange, unpacking); of the bare
+collective, with its payload in GB/s per GPU; of the attention that one GPU computes; of one rotation and one merge of a
+ring; and how much of the exchange a matrix product of a single block's feed-forward part covers (begin, product,
+compute, product, finish against the same one after the other). Error: this rank's rows of two heads against float32.
+Medians over repetitions, the slowest rank counts. NCCL on GPUs, gloo on the CPU (--device cpu: to try it out). Not
+covered: whole steps (benchmarks/parallel.py).
 """
+
 import argparse
 import os
 import statistics
@@ -40,7 +45,10 @@ class Bench:
     def whole(self, seq):
         """q, k, v (1, S, H, D), the same on every rank."""
         generator = torch.Generator(self.device).manual_seed(seq)
-        return [torch.randn(1, seq, self.options.heads, HEAD_DIM, generator=generator, device=self.device, dtype=self.dtype) for _ in range(3)]
+        return [
+            torch.randn(1, seq, self.options.heads, HEAD_DIM, generator=generator, device=self.device, dtype=self.dtype)
+            for _ in range(3)
+        ]
 
     def local(self, q, k, v, *, mask, scale, need_lse):
         return self.adapter.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse)
@@ -82,7 +90,9 @@ def bare(bench, mesh, lengths):
     """{"collective_ms", "collective_gbs"} of q, k and v to their ranks, without packing."""
     mine, width = lengths[bench.rank], 3 * bench.options.heads // mesh.ulysses * HEAD_DIM
     near = [lengths[r] for r in mesh.neighbours()]
-    sent, received = (torch.empty(n * width, device=bench.device, dtype=bench.dtype) for n in (mine * mesh.ulysses, sum(near)))
+    sent, received = (
+        torch.empty(n * width, device=bench.device, dtype=bench.dtype) for n in (mine * mesh.ulysses, sum(near))
+    )
     sizes = [n * width for n in near], [mine * width] * mesh.ulysses
     ms = bench.ms(lambda: dist.all_to_all_single(received, sent, *sizes, group=mesh.ulysses_group))
     return {"collective_ms": ms, "collective_gbs": round((mesh.ulysses - 1) * mine * width * 2 / ms / 1e6, 1)}
@@ -101,7 +111,9 @@ def rotation(bench, mesh, q, k, lengths):
 
 
 def covered(bench, mesh, own, lengths):
-    """{"product_ms", "in_turn_ms", "covered_ms"}: the exchange beside a matrix product of the feed-forward part in two halves."""
+    """{"product_ms", "in_turn_ms", "covered_ms"}: the exchange beside a matrix product of the feed-forward part in two
+    halves.
+    """
     x = torch.randn(lengths[bench.rank], bench.options.heads * HEAD_DIM, device=bench.device, dtype=bench.dtype)
     weight = torch.randn(bench.options.feed_forward // 2, x.shape[1], device=bench.device, dtype=bench.dtype)
 
@@ -118,7 +130,12 @@ def covered(bench, mesh, own, lengths):
         call.compute()
         product()
         call.finish()
-    return {"product_ms": bench.ms(lambda: (product(), product()), False), "in_turn_ms": bench.ms(in_turn), "covered_ms": bench.ms(at_once)}
+
+    return {
+        "product_ms": bench.ms(lambda: (product(), product()), False),
+        "in_turn_ms": bench.ms(in_turn),
+        "covered_ms": bench.ms(at_once),
+    }
 
 
 def case(bench, mesh, seq):
@@ -127,13 +144,23 @@ def case(bench, mesh, seq):
     q, k, v = bench.whole(seq)
     own = [t.split(lengths, dim=1)[bench.rank] for t in (q, k, v)]
     heads = bench.options.heads // mesh.ulysses
-    part, keys = q[:, :sum(lengths[r] for r in mesh.neighbours()), :heads], [t[:, :seq // mesh.ring, :heads] for t in (k, v)]
+    part, keys = (
+        q[:, : sum(lengths[r] for r in mesh.neighbours()), :heads],
+        [t[:, : seq // mesh.ring, :heads] for t in (k, v)],
+    )
 
     def attention():
         for _ in range(mesh.ring):
             bench.local(part, *keys, mask=None, scale=None, need_lse=mesh.ring > 1)
-    found = {"seq": seq, "ulysses": mesh.ulysses, "ring": mesh.ring, "backend": bench.options.backend,
-             "exchange_ms": bench.ms(lambda: mesh.attend(untouched, *own, lengths)), "attention_ms": bench.ms(attention, False)}
+
+    found = {
+        "seq": seq,
+        "ulysses": mesh.ulysses,
+        "ring": mesh.ring,
+        "backend": bench.options.backend,
+        "exchange_ms": bench.ms(lambda: mesh.attend(untouched, *own, lengths)),
+        "attention_ms": bench.ms(attention, False),
+    }
     for groups in bench.options.head_groups if mesh.ring == 1 else [1]:
         if heads % groups == 0:
             mesh.head_groups = groups
@@ -152,7 +179,12 @@ def main():
     parser.add_argument("--heads", type=int, default=48)
     parser.add_argument("--backend", default="sdpa-cudnn", help="attention kernel on each GPU")
     parser.add_argument("--head-groups", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--feed-forward", type=int, default=FEED_FORWARD, help="columns of the product that the exchange is to hide behind")
+    parser.add_argument(
+        "--feed-forward",
+        type=int,
+        default=FEED_FORWARD,
+        help="columns of the product that the exchange is to hide behind",
+    )
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", help="file to write the result to")
@@ -160,7 +192,9 @@ def main():
     device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if options.device == "cpu" else "nccl", device_id=None if options.device == "cpu" else device)
+    dist.init_process_group(
+        "gloo" if options.device == "cpu" else "nccl", device_id=None if options.device == "cpu" else device
+    )
     rank, size, rows = dist.get_rank(), dist.get_world_size(), []
     with torch.inference_mode():
         for degrees in pairs(size, options.heads):

@@ -1,10 +1,13 @@
-"""The fused blocks on a GPU: are they exact, how near is each kernel to the copy bandwidth, which matrix product is fastest, where does a step's time go.
+"""The fused blocks on a GPU: are they exact, how near is each kernel to the copy bandwidth, which matrix product is
+fastest, where does a step's time go.
 
   COMFYUI_PATH=... python benchmarks/fast_check.py [--parts kernels exact products steps] [--json FILE]
 
-Full-size FLUX.2-dev with random weights (about 80 GB). exact: one double and one single block in bf16, fused and core's, against the same block in float32
-with the same weights; the error is the relative Frobenius norm of what the block adds. kernels: GB/s of the least traffic the kernel can do.
+Full-size FLUX.2-dev with random weights (about 80 GB). exact: one double and one single block in bf16, fused and
+core's, against the same block in float32 with the same weights; the error is the relative Frobenius norm of what the
+block adds. kernels: GB/s of the least traffic the kernel can do.
 """
+
 import argparse
 from contextlib import contextmanager
 
@@ -17,7 +20,7 @@ import_pack()
 import_comfyui()
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
 from flux2_pack.attention.dispatch import Selection  # noqa: E402
-from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise
+from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu  # noqa: E402
 
@@ -43,41 +46,75 @@ def setting(module, **values):
 
 
 def launchable(option):
-    """Whether a program of so many warps has no more threads than a GPU runs in one, 1024: AMD Instinct's warps have 64."""
+    """Whether a program of so many warps has no more threads than a GPU runs in one, 1024: AMD Instinct's warps have
+    64.
+    """
     return option[1].get("WARPS", 1) * torch.cuda.get_device_properties(0).warp_size <= 1024
 
 
 def kernels():
-    """[{kernel, length, options, ms, gb_per_s}]: every kernel with every option, and a plain copy of the same size beside it."""
+    """[{kernel, length, options, ms, gb_per_s}]: every kernel with every option, and a plain copy of the same size
+    beside
+    it.
+    """
     rows = []
     for length in LENGTHS:
         x, delta, both = randn(1, length, N), randn(1, length, N), randn(1, length, 9 * N)
         mod = randn(1, 1, 3 * N).chunk(3, -1)
-        qw, pe = torch.ones(D, device="cuda", dtype=torch.bfloat16), randn(1, 1, length, D // 2, 2, 2, dtype=torch.float32)
+        qw, pe = (
+            torch.ones(D, device="cuda", dtype=torch.bfloat16),
+            randn(1, 1, length, D // 2, 2, 2, dtype=torch.float32),
+        )
         attn, size, one = randn(1, length, N), 2 * length * N, torch.ones((), device="cuda")
-        txt, img = both[:, :512, :3 * N].contiguous(), both[:, 512:, :3 * N].contiguous()
+        txt, img = both[:, :512, : 3 * N].contiguous(), both[:, 512:, : 3 * N].contiguous()
         target = torch.empty_like(both)
-        works = {"copy": (2 * 9 * size, lambda: target.copy_(both), [(None, {})]),
-                 "norm_modulate": (2 * size, lambda: norm.norm_modulate(x, mod[0], mod[1]), NORM),
-                 "norm_modulate fp8": (1.5 * size, lambda: norm.norm_modulate(x, mod[0], mod[1], fp8_scale=one), [(norm, {})]),
-                 "add_gated": (3 * size, lambda: norm.add_gated(x, delta, mod[2]), NORM),
-                 "add_gated_norm_modulate": (4 * size, lambda: norm.add_gated_norm_modulate(x, delta, mod[2], mod[0], mod[1]), NORM),
-                 "single_qkv": (4 * size, lambda: qkv.single_qkv(both, H, qw, qw, pe), HEADS),
-                 "joint_qkv": (6 * size, lambda: qkv.joint_qkv(txt, img, H, (qw, qw), (qw, qw), pe), HEADS),
-                 "swiglu beside attention": (11 * size, lambda: swiglu.swiglu(both[..., 3 * N:], attn), [(swiglu, {"LARGEST": b, "ELEMENTS": e}) for b in (2048,) for e in (8, 16, 32)]),
-                 "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N:]), [(swiglu, {})]),
-                 "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N:], attn, fp8_scale=one), [(swiglu, {})])}
+        works = {
+            "copy": (2 * 9 * size, lambda: target.copy_(both), [(None, {})]),
+            "norm_modulate": (2 * size, lambda: norm.norm_modulate(x, mod[0], mod[1]), NORM),
+            "norm_modulate fp8": (
+                1.5 * size,
+                lambda: norm.norm_modulate(x, mod[0], mod[1], fp8_scale=one),
+                [(norm, {})],
+            ),
+            "add_gated": (3 * size, lambda: norm.add_gated(x, delta, mod[2]), NORM),
+            "add_gated_norm_modulate": (
+                4 * size,
+                lambda: norm.add_gated_norm_modulate(x, delta, mod[2], mod[0], mod[1]),
+                NORM,
+            ),
+            "single_qkv": (4 * size, lambda: qkv.single_qkv(both, H, qw, qw, pe), HEADS),
+            "joint_qkv": (6 * size, lambda: qkv.joint_qkv(txt, img, H, (qw, qw), (qw, qw), pe), HEADS),
+            "swiglu beside attention": (
+                11 * size,
+                lambda: swiglu.swiglu(both[..., 3 * N :], attn),
+                [(swiglu, {"LARGEST": b, "ELEMENTS": e}) for b in (2048,) for e in (8, 16, 32)],
+            ),
+            "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N :]), [(swiglu, {})]),
+            "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N :], attn, fp8_scale=one), [(swiglu, {})]),
+        }
         for name, (traffic, work, options) in works.items():
             for module, values in filter(launchable, options):
                 with setting(module, **values):
                     ms = summary(times_in_rounds({"": work}, 15, 3)[""])["ms"]
-                rows.append({"kernel": name, "length": length, "options": values, "ms": ms, "gb_per_s": round(traffic / ms / 1e6)})
-                print(f"{name:<26} S={length:<6} {str(values):<32} {ms * 1000:8.1f} us {rows[-1]['gb_per_s']:6d} GB/s", flush=True)
+                rows.append(
+                    {
+                        "kernel": name,
+                        "length": length,
+                        "options": values,
+                        "ms": ms,
+                        "gb_per_s": round(traffic / ms / 1e6),
+                    }
+                )
+                print(
+                    f"{name:<26} S={length:<6} {str(values):<32} {ms * 1000:8.1f} us {rows[-1]['gb_per_s']:6d} GB/s",
+                    flush=True,
+                )
     return rows
 
 
 def float32_of(block):
     import copy
+
     wide = copy.deepcopy(block)
     for parameter in wide.parameters():
         parameter.data = parameter.data.float()
@@ -87,15 +124,20 @@ def float32_of(block):
 def block_call(kind, length):
     """(arguments of core's block, the replacement's args) on random hidden states of one modulation."""
     from comfy.ldm.flux.layers import EmbedND, ModulationOut
+
     g = torch.Generator("cuda").manual_seed(3)
+
     def noise(*shape):
         return torch.randn(shape, generator=g, device="cuda")
+
     ids = torch.zeros(1, length, 4, device="cuda")
     ids[..., 1] = torch.arange(length, device="cuda") % 64
     ids[..., 3] = torch.arange(length, device="cuda") // 64
     pe = EmbedND(128, 2000, [32] * 4)(ids)
+
     def modulation():
         return ModulationOut(noise(1, 1, N) * 0.1, noise(1, 1, N) * 0.1, noise(1, 1, N) * 0.3)
+
     if kind == "double":
         vec = ((modulation(), modulation()), (modulation(), modulation()))
         return {"img": noise(1, length - 512, N), "txt": noise(1, 512, N), "vec": vec, "pe": pe}
@@ -111,10 +153,17 @@ def cast(value, dtype):
 
 
 def exact(patcher):
-    """Errors of fused and core's blocks in bf16 against float32, with PyTorch's exact attention for all; and that two runs are bit-identical."""
+    """Errors of fused and core's blocks in bf16 against float32, with PyTorch's exact attention for all; and that two
+    runs
+    are bit-identical.
+    """
     inner, rows = patcher.model.diffusion_model, []
-    for kind, block, fused in (("double", inner.double_blocks[1], fused_blocks.double_block), ("single", inner.single_blocks[5], fused_blocks.single_block)):
+    for kind, block, fused in (
+        ("double", inner.double_blocks[1], fused_blocks.double_block),
+        ("single", inner.single_blocks[5], fused_blocks.single_block),
+    ):
         given = block_call(kind, 2560)
+
         def run(which, dtype):
             args = {name: cast(v, dtype) if name != "pe" else v for name, v in given.items()}
             args |= {"attn_mask": None, "transformer_options": {}}
@@ -124,13 +173,23 @@ def exact(patcher):
             first = [args.pop("img")] if kind == "single" else []
             out = which(*first, **args)
             return [t.double() for t in (out if isinstance(out, tuple) else (out,))]
+
         wide = run(float32_of(block), torch.float32)
         base = [given[n].double() for n in ("img", "txt") if n in given]
         core, ours, again = run(block, torch.bfloat16), run(fused, torch.bfloat16), run(fused, torch.bfloat16)
+
         def error(out):
             return max(((o - w).norm() / (w - b).norm()).item() for o, w, b in zip(out, wide, base))
-        rows.append({"block": kind, "core_error": error(core), "fused_error": error(ours), "ratio": error(ours) / error(core),
-                     "bit_identical": all(torch.equal(a, b) for a, b in zip(ours, again))})
+
+        rows.append(
+            {
+                "block": kind,
+                "core_error": error(core),
+                "fused_error": error(ours),
+                "ratio": error(ours) / error(core),
+                "bit_identical": all(torch.equal(a, b) for a, b in zip(ours, again)),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -146,22 +205,32 @@ def fp8_rounding():
 def products():
     """TFLOP/s of bf16 and fp8 products of the model's shapes by cuBLAS, cuBLASLt, quack and torch._scaled_mm."""
     rows = []
-    shapes = [(m, k, n) for m in LENGTHS for k, n in ((N, 9 * N), (4 * N, N), (N, 3 * N), (N, 6 * N), (3 * N, N), (N, N))]
+    shapes = [
+        (m, k, n) for m in LENGTHS for k, n in ((N, 9 * N), (4 * N, N), (N, 3 * N), (N, 6 * N), (3 * N, N), (N, N))
+    ]
     for m, k, n in shapes:
-        a, w = randn(m, k), randn(n, k) * k ** -0.5
+        a, w = randn(m, k), randn(n, k) * k**-0.5
+
         def by(library):
             def work():
                 torch.backends.cuda.preferred_blas_library(library)
                 return torch.nn.functional.linear(a, w)
+
             return work
+
         runners = {"cublas": by("cublas"), "cublaslt": by("cublaslt")}
         qa, qw = a.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         one, ra, rw = torch.ones((), device="cuda"), torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
         runners["fp8 tensor"] = lambda: torch._scaled_mm(qa, qw.t(), one, one, out_dtype=torch.bfloat16)
-        runners["fp8 tensor fast"] = lambda: torch._scaled_mm(qa, qw.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        runners["fp8 rows fast"] = lambda: torch._scaled_mm(qa, qw.t(), ra, rw, out_dtype=torch.bfloat16, use_fast_accum=True)
+        runners["fp8 tensor fast"] = lambda: torch._scaled_mm(
+            qa, qw.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        runners["fp8 rows fast"] = lambda: torch._scaled_mm(
+            qa, qw.t(), ra, rw, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
         try:
             from quack.gemm_interface import gemm
+
             gemm(a, w.t(), tuned=False)
             runners["quack"] = lambda: gemm(a, w.t(), tuned=False)
         except Exception as error:
@@ -182,18 +251,30 @@ def products():
 
 
 def sustained():
-    """TFLOP/s of bf16 products over a second each, when the card has reached its power limit: cuBLAS against quack's own choice and its tuned one."""
+    """TFLOP/s of bf16 products over a second each, when the card has reached its power limit: cuBLAS against quack's
+    own
+    choice and its tuned one.
+    """
     from quack.gemm_interface import gemm
+
     rows = []
     for m, k, n in ((4608, N, 9 * N), (4608, 4 * N, N), (16896, 4 * N, N)):
-        a, w = randn(m, k), randn(n, k) * k ** -0.5
-        runners = {"cublas": lambda: torch.nn.functional.linear(a, w), "quack": lambda: gemm(a, w.t(), tuned=False), "quack tuned": lambda: gemm(a, w.t(), tuned=True)}
+        a, w = randn(m, k), randn(n, k) * k**-0.5
+        runners = {
+            "cublas": lambda: torch.nn.functional.linear(a, w),
+            "quack": lambda: gemm(a, w.t(), tuned=False),
+            "quack tuned": lambda: gemm(a, w.t(), tuned=True),
+        }
         row = {"m": m, "k": k, "n": n}
         for turn in range(2):
             for name, work in runners.items():
                 work()
                 torch.cuda.synchronize()
-                start, end, count = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), int(500 / (2 * m * k * n / 6.8e11)) + 1
+                start, end, count = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                    int(500 / (2 * m * k * n / 6.8e11)) + 1,
+                )
                 start.record()
                 for _ in range(count):
                     work()
@@ -208,10 +289,12 @@ def sustained():
 def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
     """Whole steps: core, core with the fastest attention, fused blocks with it; in rounds."""
     rows = []
+
     def with_attention(model, backend="auto"):
         clone = model.clone()
         attention_slot.install(clone, AttentionOverride(Selection(backend), attention_slot.occupant(clone)))
         return clone
+
     auto = with_attention(patcher)
     fused = auto.clone()
     log, _ = fused_blocks.install(fused)
@@ -230,9 +313,17 @@ def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
             peaks[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         times = times_in_rounds({name: (lambda m=model: step(m, inputs)) for name, model in models.items()}, repeat, 1)
         a, b, c = (step(m, inputs).float() for m in (auto, fused, eight))
-        row = {"pixels": pixels, "references": references, **{name: summary(t)["ms"] for name, t in times.items()}, "peak_gib": peaks,
-               "difference": ((a - b).norm() / a.norm()).item(), "again": bool(torch.equal(step(fused, inputs).float(), b)), "log": log.as_data(),
-               "fp8_difference": ((a - c).norm() / a.norm()).item(), "fp8": log8.as_text()}
+        row = {
+            "pixels": pixels,
+            "references": references,
+            **{name: summary(t)["ms"] for name, t in times.items()},
+            "peak_gib": peaks,
+            "difference": ((a - b).norm() / a.norm()).item(),
+            "again": bool(torch.equal(step(fused, inputs).float(), b)),
+            "log": log.as_data(),
+            "fp8_difference": ((a - c).norm() / a.norm()).item(),
+            "fp8": log8.as_text(),
+        }
         rows.append(row)
         print(row, flush=True)
     for model in (fused, eight):
@@ -243,6 +334,7 @@ def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
 def profile(model, inputs):
     """Kernels of one step by total time."""
     from torch.profiler import ProfilerActivity, profile as record
+
     step(model, inputs)
     with record(activities=[ProfilerActivity.CUDA]) as found:
         step(model, inputs)
@@ -250,7 +342,12 @@ def profile(model, inputs):
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:25]
     total = sum(e.self_device_time_total for e in found.key_averages()) / 1000
     return f"{total:.1f} ms in {sum(e.count for e in found.key_averages())} kernels\n" + "\n".join(
-        f"{e.self_device_time_total / 1000:9.2f} ms {e.count:5d} x {e.self_device_time_total / e.count:8.1f} us  {e.key[:110]}" for e in events)
+        (
+            f"{e.self_device_time_total / 1000:9.2f} ms {e.count:5d} x {e.self_device_time_total / e.count:8.1f} us  "
+            f"{e.key[:110]}"
+        )
+        for e in events
+    )
 
 
 def main():

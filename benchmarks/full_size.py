@@ -1,7 +1,10 @@
-"""FLUX.2-dev at full size with random weights, in ComfyUI, on one GPU: speed is that of the real model, pictures are noise.
+"""FLUX.2-dev at full size with random weights, in ComfyUI, on one GPU: speed is that of the real model, pictures are
+noise.
 
-Sizes from the published model (black-forest-labs/flux2, src/flux2/model.py): hidden 6144, 8 double and 48 single blocks, text width 15360.
+Sizes from the published model (black-forest-labs/flux2, src/flux2/model.py): hidden 6144, 8 double and 48 single
+blocks, text width 15360.
 """
+
 import json
 import os
 import sys
@@ -9,9 +12,16 @@ import sys
 import torch
 
 DEV = {"hidden_size": 6144, "depth": 8, "depth_single_blocks": 48, "context_in_dim": 15360, "guidance_embed": True}
-KLEIN_9B = {"hidden_size": 4096, "depth": 8, "depth_single_blocks": 24, "context_in_dim": 12288, "guidance_embed": False}
+KLEIN_9B = {
+    "hidden_size": 4096,
+    "depth": 8,
+    "depth_single_blocks": 24,
+    "context_in_dim": 12288,
+    "guidance_embed": False,
+}
 KLEIN_4B = {"hidden_size": 3072, "depth": 5, "depth_single_blocks": 20, "context_in_dim": 7680, "guidance_embed": False}
-SMALL = {"hidden_size": 256, "depth": 1, "depth_single_blocks": 2, "context_in_dim": 192, "guidance_embed": True}  # to try every path on a CPU
+# to try every path on a CPU
+SMALL = {"hidden_size": 256, "depth": 1, "depth_single_blocks": 2, "context_in_dim": 192, "guidance_embed": True}
 TEXT_TOKENS = 512
 
 
@@ -21,19 +31,42 @@ def import_comfyui():
         raise SystemExit("Set COMFYUI_PATH to a ComfyUI checkout.")
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.options
+
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
+
     args.cpu = not torch.cuda.is_available()
 
 
 def build(sizes=DEV, dtype=torch.bfloat16, seed=0):
-    """A MODEL (comfy.model_patcher.ModelPatcher) of these sizes, its random weights made on the GPU. import_comfyui first."""
+    """A MODEL (comfy.model_patcher.ModelPatcher) of these sizes, its random weights made on the GPU. import_comfyui
+    first.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
-    config = {"image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": sizes["hidden_size"] // 128, "mlp_ratio": 3.0, "theta": 2000, "in_channels": 128,
-              "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
-              "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], "yak_mlp": False, "txt_norm": False, **sizes}
+
+    config = {
+        "image_model": "flux2",
+        "axes_dim": [32, 32, 32, 32],
+        "num_heads": sizes["hidden_size"] // 128,
+        "mlp_ratio": 3.0,
+        "theta": 2000,
+        "in_channels": 128,
+        "out_channels": 128,
+        "patch_size": 1,
+        "vec_in_dim": None,
+        "global_modulation": True,
+        "mlp_silu_act": True,
+        "qkv_bias": False,
+        "ops_bias": False,
+        "default_ref_method": "index",
+        "ref_index_scale": 10.0,
+        "txt_ids_dims": [3],
+        "yak_mlp": False,
+        "txt_norm": False,
+        **sizes,
+    }
     description = comfy.supported_models.Flux2(config)
     description.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
@@ -56,19 +89,38 @@ def fill(network, seed):
 def variant_of(sizes):
     """The row of flux2/checkpoints/variants.py with these sizes. common.import_pack first."""
     from flux2_pack.flux2.checkpoints import variants
-    return variants.Variant("", sizes["hidden_size"], sizes["depth"], sizes["depth_single_blocks"], sizes["context_in_dim"], sizes["guidance_embed"], "")
+
+    return variants.Variant(
+        "",
+        sizes["hidden_size"],
+        sizes["depth"],
+        sizes["depth_single_blocks"],
+        sizes["context_in_dim"],
+        sizes["guidance_embed"],
+        "",
+    )
 
 
-INPUT_SCALE = 0.02  # of the fp8 inputs of every layer: what is above 448 times this is cut off, which random activations of size one never reach
+# of the fp8 inputs of every layer: what is above 448 times this is cut off, which random activations of size one never
+# reach
+INPUT_SCALE = 0.02
 
 
 def build_fp8(sizes=DEV, seed=0):
-    """A MODEL as ComfyUI loads an fp8 checkpoint: every product of the blocks in e4m3 with a scale for its weight and one for its input, the rest in bf16."""
+    """A MODEL as ComfyUI loads an fp8 checkpoint: every product of the blocks in e4m3 with a scale for its weight and
+    one
+    for its input, the rest in bf16.
+    """
     import comfy.model_management
     import comfy.sd
+
     device = comfy.model_management.get_torch_device()
     weights, quantised = fp8_checkpoint(sizes, device, seed)
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in quantised}})}
+    metadata = {
+        "_quantization_metadata": json.dumps(
+            {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in quantised}}
+        )
+    }
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata, disable_dynamic=True)
     patcher.model.to(device)
     return patcher
@@ -77,6 +129,7 @@ def build_fp8(sizes=DEV, seed=0):
 def fp8_checkpoint(sizes, device, seed):
     """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
     from flux2_pack.flux2.checkpoints import keys
+
     generator, weights, quantised = torch.Generator(device).manual_seed(seed), {}, []
     for name, shape in keys.model_shapes(variant_of(sizes)).items():
         weight = torch.ones(shape, device=device, dtype=torch.bfloat16)
@@ -85,7 +138,10 @@ def fp8_checkpoint(sizes, device, seed):
         if len(shape) > 1 and "_blocks." in name:
             layer, scale = name.removesuffix(".weight"), weight.abs().max().float() / 448
             weight = (weight / scale).to(torch.float8_e4m3fn)
-            weights |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(INPUT_SCALE, device=device)}
+            weights |= {
+                f"{layer}.weight_scale": scale,
+                f"{layer}.input_scale": torch.tensor(INPUT_SCALE, device=device),
+            }
             quantised.append(layer)
         weights[name] = weight
     return weights, quantised
@@ -98,11 +154,18 @@ def step_inputs(patcher, pixels, references=0, seed=1, reference_pixels=1024, te
 
     def noise(*shape):
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
     width = patcher.model.diffusion_model.params.context_in_dim
-    inputs = {"x": noise(1, 128, pixels // 16, pixels // 16), "t": torch.full((1,), 0.7, device=device), "c_crossattn": noise(1, text_tokens, width).to(dtype),
-              "guidance": torch.full((1,), 4.0, device=device)}
+    inputs = {
+        "x": noise(1, 128, pixels // 16, pixels // 16),
+        "t": torch.full((1,), 0.7, device=device),
+        "c_crossattn": noise(1, text_tokens, width).to(dtype),
+        "guidance": torch.full((1,), 4.0, device=device),
+    }
     if references:
-        inputs["ref_latents"] = [noise(1, 128, reference_pixels // 16, reference_pixels // 16).to(dtype) for _ in range(references)]
+        inputs["ref_latents"] = [
+            noise(1, 128, reference_pixels // 16, reference_pixels // 16).to(dtype) for _ in range(references)
+        ]
     return inputs
 
 

@@ -1,18 +1,22 @@
-"""One FLUX.2-dev step on several GPUs against our own step on one, through the code that the node Sequence Parallel runs; and, with --rounds, kills
-and cancels.
+"""One FLUX.2-dev step on several GPUs against our own step on one, through the code that the node Sequence Parallel
+runs;
+and, with --rounds, kills and cancels.
 
-  COMFYUI_PATH=... python benchmarks/parallel.py [--gpus 4 2] [--cases bf16-1024 bf16-2048 fp8-1024] [--backend flash4] [--fast] [--json FILE]
-  COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 --rounds 50
-  COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 4 --checks
+  COMFYUI_PATH=... python benchmarks/parallel.py [--gpus 4 2] [--cases bf16-1024 bf16-2048 fp8-1024] [--backend flash4]
+  [--fast] [--json FILE] COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 --rounds 50 COMFYUI_PATH=... python
+  benchmarks/parallel.py --gpus 2 4 --checks
 
-Random weights at full size, made on every GPU from the same seed: right for speed, noise for pictures. The other ranks are processes as the node
-starts them; this one is rank 0. Milliseconds: CUDA events around whole steps on rank 0, medians after warm-up; the one-GPU step of the same case is
-measured in the same run, before. Error: the output against the one-GPU output, and beside it how far two of PyTorch's exact kernels are apart on one
-GPU. Exchange: the mean of all ranks per step, waiting included, and the bytes that left a rank in that time. Ready: seconds from the start of the
-processes until they had their weights and were connected (random weights are made faster than a file is read). The rounds sample a small model of the
-same shape, kill or cancel at random moments, and check latents, processes and the memory of every GPU. The checks sample one in float32, every kind of
-picture on every arrangement, and fail above 1e-6 of one GPU's latents. --small tries everything in a minute, on a CPU with FLUX2_CPU_RANKS=2 too.
+Random weights at full size, made on every GPU from the same seed: right for speed, noise for pictures. The other ranks
+are processes as the node starts them; this one is rank 0. Milliseconds: CUDA events around whole steps on rank 0,
+medians after warm-up; the one-GPU step of the same case is measured in the same run, before. Error: the output against
+the one-GPU output, and beside it how far two of PyTorch's exact kernels are apart on one GPU. Exchange: the mean of all
+ranks per step, waiting included, and the bytes that left a rank in that time. Ready: seconds from the start of the
+processes until they had their weights and were connected (random weights are made faster than a file is read). The
+rounds sample a small model of the same shape, kill or cancel at random moments, and check latents, processes and the
+memory of every GPU. The checks sample one in float32, every kind of picture on every arrangement, and fail above 1e-6
+of one GPU's latents. --small tries everything in a minute, on a CPU with FLUX2_CPU_RANKS=2 too.
 """
+
 import argparse
 import gc
 import os
@@ -33,12 +37,18 @@ from flux2_pack.attention.override import AttentionOverride  # noqa: E402
 from flux2_pack.attention.parallel import degrees  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 from flux2_pack.attention.dispatch import Selection  # noqa: E402
-from flux2_pack.flux2.fused import blocks as fused_blocks
+from flux2_pack.flux2.fused import blocks as fused_blocks  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.parallel.workers import session as ranks, devices, install  # noqa: E402
 
-CASES = {"bf16-1024": (build, 1024, 0, 10), "bf16-1024-ref1": (build, 1024, 1, 6), "bf16-2048": (build, 2048, 0, 5),
-         "fp8-1024": (build_fp8, 1024, 0, 10), "fp8-2048": (build_fp8, 2048, 0, 5)}  # maker, pixels, references, repetitions
+CASES = {
+    "bf16-1024": (build, 1024, 0, 10),
+    "bf16-1024-ref1": (build, 1024, 1, 6),
+    "bf16-2048": (build, 2048, 0, 5),
+    # maker, pixels, references, repetitions
+    "fp8-1024": (build_fp8, 1024, 0, 10),
+    "fp8-2048": (build_fp8, 2048, 0, 5),
+}
 CONTROL = ("sdpa-flash", "sdpa-efficient" if torch.cuda.is_available() else "sdpa-math")
 
 
@@ -46,6 +56,7 @@ class Tools:
     """See nodes/parallel.py, which needs a running ComfyUI's folders."""
 
     from flux2_pack.attention.parallel import make_mesh
+
     make_mesh = staticmethod(make_mesh)
 
     @staticmethod
@@ -53,7 +64,9 @@ class Tools:
         return AttentionOverride(Selection("auto"))
 
 
-# --- models ----------------------------------------------------------------------------------------------------------------
+# --- models
+# ----------------------------------------------------------------------------------------------------------------
+
 
 def made(maker, *arguments):
     """A MODEL that every rank can make again."""
@@ -72,7 +85,9 @@ def prepared(patcher, backend, fast):
 
 def split(model, gpus, ulysses=0, ring=0, head_groups=1):
     """(the model on several GPUs, its Plan)."""
-    plan, why = devices.plan(model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring))
+    plan, why = devices.plan(
+        model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring)
+    )
     plan = type(plan)(**{**vars(plan), "head_groups": head_groups})
     clone = model.clone()
     install.install(clone, install.Request(plan, Tools, why))
@@ -95,18 +110,29 @@ def timed(work, repeat):
     return found[1:]
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------------
+# --- steps
+# -----------------------------------------------------------------------------------------------------------------
+
 
 def exchange(model):
-    """What the ranks spent in exchanges since the last time, per step: {"exchange_ms", "compute_ms", "sent_mb", "sent_gb_per_s", "tokens"}."""
+    """What the ranks spent in exchanges since the last time, per step: {"exchange_ms", "compute_ms", "sent_mb",
+    "sent_gb_per_s", "tokens"}.
+    """
     group = ranks.existing(model.model)
     group.finish()
     times = [one["times"] for one in group.last.values()]
     steps = max(1, min(one["forwards"] for one in times))
-    mean = {name: statistics.mean(one[name] for one in times) / steps for name in ("exchange_seconds", "compute_seconds", "sent")}
-    return {"exchange_ms": round(mean["exchange_seconds"] * 1e3, 2), "compute_ms": round(mean["compute_seconds"] * 1e3, 2),
-            "sent_mb": round(mean["sent"] / 1e6, 1),
-            "sent_gb_per_s": round(mean["sent"] / 1e9 / max(mean["exchange_seconds"], 1e-9), 1), "tokens": times[0]["tokens"]}
+    mean = {
+        name: statistics.mean(one[name] for one in times) / steps
+        for name in ("exchange_seconds", "compute_seconds", "sent")
+    }
+    return {
+        "exchange_ms": round(mean["exchange_seconds"] * 1e3, 2),
+        "compute_ms": round(mean["compute_seconds"] * 1e3, 2),
+        "sent_mb": round(mean["sent"] / 1e6, 1),
+        "sent_gb_per_s": round(mean["sent"] / 1e9 / max(mean["exchange_seconds"], 1e-9), 1),
+        "tokens": times[0]["tokens"],
+    }
 
 
 def measure(model, plan, inputs, repeat, one, expected):
@@ -114,10 +140,21 @@ def measure(model, plan, inputs, repeat, one, expected):
     out = step(model, inputs)
     group = ranks.existing(model.model)
     exchange(model)
-    row = {"gpus": plan.size, "ulysses": plan.ulysses, "ring": plan.ring, "head_groups": plan.head_groups,
-           **summary(timed(lambda: step(model, inputs), repeat)), "one_gpu_ms": one["ms"]}
-    return {**row, "speedup": round(one["ms"] / row["ms"], 3), **exchange(model), "error_to_one_gpu": difference(out, expected),
-            "seconds_to_ready": {name: round(seconds, 2) for name, seconds in group.seconds.items()}}
+    row = {
+        "gpus": plan.size,
+        "ulysses": plan.ulysses,
+        "ring": plan.ring,
+        "head_groups": plan.head_groups,
+        **summary(timed(lambda: step(model, inputs), repeat)),
+        "one_gpu_ms": one["ms"],
+    }
+    return {
+        **row,
+        "speedup": round(one["ms"] / row["ms"], 3),
+        **exchange(model),
+        "error_to_one_gpu": difference(out, expected),
+        "seconds_to_ready": {name: round(seconds, 2) for name, seconds in group.seconds.items()},
+    }
 
 
 def arrangements(gpus, heads, rings):
@@ -138,15 +175,20 @@ def case(patcher, name, options):
         for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, options.rings):
             for parts in options.head_groups if arranged.ring == 1 else [1]:
                 model, plan = split(single, gpus, arranged.ulysses, arranged.ring, parts)
-                rows.append({"name": name, **measure(model, plan, inputs, repeat, one, expected), "kernel_noise": noise})
+                rows.append(
+                    {"name": name, **measure(model, plan, inputs, repeat, one, expected), "kernel_noise": noise}
+                )
                 print(line(rows[-1]), flush=True)
     return rows
 
 
 def line(row):
-    return (f"{row['name']:<16} {row['gpus']} GPUs, Ulysses {row['ulysses']} x ring {row['ring']}, head groups {row['head_groups']}: {row['ms']:9.2f} ms  "
-            f"{row['speedup']:.2f}x  exchange {row['exchange_ms']} ms ({row['sent_mb']} MB, {row['sent_gb_per_s']} GB/s)  "
-            f"error {row['error_to_one_gpu']:.1e}  ready after {row['seconds_to_ready'].get('ready')} s")
+    return (
+        f"{row['name']:<16} {row['gpus']} GPUs, Ulysses {row['ulysses']} x ring {row['ring']}, head groups "
+        f"{row['head_groups']}: {row['ms']:9.2f} ms  "
+        f"{row['speedup']:.2f}x  exchange {row['exchange_ms']} ms ({row['sent_mb']} MB, {row['sent_gb_per_s']} GB/s)  "
+        f"error {row['error_to_one_gpu']:.1e}  ready after {row['seconds_to_ready'].get('ready')} s"
+    )
 
 
 def steps(options):
@@ -157,7 +199,15 @@ def steps(options):
             free()
             patcher = made(maker, SMALL if options.small else DEV)
         found += case(patcher, name, options)
-        write({"model": "FLUX.2-dev, random weights", "backend": options.backend, "fast_blocks": options.fast, "cases": found}, options.json)
+        write(
+            {
+                "model": "FLUX.2-dev, random weights",
+                "backend": options.backend,
+                "fast_blocks": options.fast,
+                "cases": found,
+            },
+            options.json,
+        )
     end(patcher)
 
 
@@ -175,51 +225,99 @@ def free():
         torch.cuda.empty_cache()
 
 
-# --- kills and cancels -----------------------------------------------------------------------------------------------------
+# --- kills and cancels
+# -----------------------------------------------------------------------------------------------------
+
 
 def sample(model, size, steps, seed=1, *, width=None, batch=1, text=64, references=(), method=None):
     import comfy.sample
+
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((batch, 128, size, width or size), generator=generator)
-    extra = {"guidance": 4.0, **({"reference_latents": [torch.randn((1, 128, *one), generator=generator) for one in references]} if references else {}),
-             **({"reference_latents_method": method} if method else {})}
+    extra = {
+        "guidance": 4.0,
+        **(
+            {"reference_latents": [torch.randn((1, 128, *one), generator=generator) for one in references]}
+            if references
+            else {}
+        ),
+        **({"reference_latents_method": method} if method else {}),
+    }
     cond = [[torch.randn((1, text, model.model.diffusion_model.params.context_in_dim), generator=generator), extra]]
-    return comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise), disable_pbar=True, seed=seed)
+    return comfy.sample.sample(
+        model, noise, steps, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise), disable_pbar=True, seed=seed
+    )
 
 
 def used():
     """Bytes in use on each GPU, by anybody; [] without GPUs."""
-    return [torch.cuda.mem_get_info(index)[1] - torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    return [
+        torch.cuda.mem_get_info(index)[1] - torch.cuda.mem_get_info(index)[0]
+        for index in range(torch.cuda.device_count())
+    ]
 
 
 def rounds(options):
     """Kills and cancels at random moments. Prints one line per round; raises on the first thing that is lost."""
     import comfy.model_management as management
+
     before = used()
-    patcher = made(build, {**SMALL, "hidden_size": 2048, "depth": 4, "depth_single_blocks": 8} if torch.cuda.is_available() else SMALL)
+    patcher = made(
+        build,
+        {**SMALL, "hidden_size": 2048, "depth": 4, "depth_single_blocks": 8} if torch.cuda.is_available() else SMALL,
+    )
     model, _ = split(patcher, options.gpus[0])
     size, chance, pids = (64 if torch.cuda.is_available() else 24), random.Random(3), set()
     expected, slow = sample(model, size, 3), []
     group = ranks.existing(patcher.model)
     for number in range(options.rounds):
         pids |= {member.pid for member in group.crew.members}
-        kill, delay, victim = chance.random() < 0.34, chance.random() * options.window, chance.choice(group.crew.members).pid
-        slow.append(disturbed(model, size, delay, (lambda: os.kill(victim, signal.SIGKILL)) if kill else management.interrupt_current_processing))
+        kill, delay, victim = (
+            chance.random() < 0.34,
+            chance.random() * options.window,
+            chance.choice(group.crew.members).pid,
+        )
+        slow.append(
+            disturbed(
+                model,
+                size,
+                delay,
+                (lambda: os.kill(victim, signal.SIGKILL)) if kill else management.interrupt_current_processing,
+            )
+        )
         management.interrupt_current_processing(False)
         try:
             found = sample(model, size, 3)
         except RuntimeError:  # killed after the last step: noticed at the next prompt, which this was
             found = sample(model, size, 3)
-        if difference(found, expected) > (1e-6 if found.dtype == torch.float32 and not torch.cuda.is_available() else 2e-2):
+        if difference(found, expected) > (
+            1e-6 if found.dtype == torch.float32 and not torch.cuda.is_available() else 2e-2
+        ):
             raise SystemExit(f"round {number}: other latents, {difference(found, expected):.1e}")
-        print(f"round {number}: {'kill' if kill else 'cancel'} after {delay:.2f} s: {slow[-1][0]} after {slow[-1][1]:.2f} s", flush=True)
+        print(
+            f"round {number}: {'kill' if kill else 'cancel'} after {delay:.2f} s: {slow[-1][0]} after "
+            f"{slow[-1][1]:.2f} s",
+            flush=True,
+        )
     group.stop()
     left = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     patcher = model = group = None
     free()
     time.sleep(2)
-    slowest = {kind: max((seconds for what, seconds in slow if word in what), default=0) for kind, word in (("cancel", "Interrupt"), ("kill", "Ranks"))}
-    write({"rounds": options.rounds, "slowest_seconds": slowest, "processes_left": left, "gpu_bytes_before": before, "gpu_bytes_after": used()}, options.json)
+    slowest = {
+        kind: max((seconds for what, seconds in slow if word in what), default=0)
+        for kind, word in (("cancel", "Interrupt"), ("kill", "Ranks"))
+    }
+    write(
+        {
+            "rounds": options.rounds,
+            "slowest_seconds": slowest,
+            "processes_left": left,
+            "gpu_bytes_before": before,
+            "gpu_bytes_after": used(),
+        },
+        options.json,
+    )
 
 
 def disturbed(model, size, delay, action):
@@ -230,6 +328,7 @@ def disturbed(model, size, delay, action):
         time.sleep(delay)
         moment.append(time.perf_counter())
         action()
+
     thread = threading.Thread(target=later)
     thread.start()
     ended = "nothing"
@@ -242,17 +341,25 @@ def disturbed(model, size, delay, action):
     return ended, seconds
 
 
-# --- every kind of picture -------------------------------------------------------------------------------------------------
+# --- every kind of picture
+# -------------------------------------------------------------------------------------------------
 
 SAME = 1e-6  # relative, float32
-CHECKS = {"text to image": {}, "lengths that divide nothing": {"width": 13, "text": 601}, "batch 2": {"batch": 2}, "one reference": {"references": ((8, 6),)},
-          "two references": {"references": ((8, 6), (5, 9))}, "references at timestep zero": {"references": ((8, 6), (5, 9)), "method": "index_timestep_zero"},
-          "LoRA": {}}
+CHECKS = {
+    "text to image": {},
+    "lengths that divide nothing": {"width": 13, "text": 601},
+    "batch 2": {"batch": 2},
+    "one reference": {"references": ((8, 6),)},
+    "two references": {"references": ((8, 6), (5, 9))},
+    "references at timestep zero": {"references": ((8, 6), (5, 9)), "method": "index_timestep_zero"},
+    "LoRA": {},
+}
 
 
 def with_lora(patcher, rank=4):
     """The MODEL with a LoRA on a layer of each kind of block, as Load LoRA puts it there."""
     import comfy.sd
+
     generator, state = torch.Generator().manual_seed(5), {}
     for name in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
         rows, columns = patcher.model.diffusion_model.get_parameter(f"{name}.weight").shape
@@ -262,7 +369,9 @@ def with_lora(patcher, rank=4):
 
 
 def checks(options):
-    """Latents of every kind of picture on every arrangement against those of one GPU. Exits with a sentence when one differs."""
+    """Latents of every kind of picture on every arrangement against those of one GPU. Exits with a sentence when one
+    differs.
+    """
     patcher, rows = made(build, {**SMALL, "hidden_size": 1536}, torch.float32), []
     for gpus in options.gpus:
         for name, kind in CHECKS.items():
@@ -270,8 +379,15 @@ def checks(options):
             expected = sample(single, 17, 2, **kind)
             for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, True):
                 model, plan = split(single, gpus, arranged.ulysses, arranged.ring)
-                rows.append({"name": name, "gpus": gpus, "ulysses": plan.ulysses, "ring": plan.ring,
-                             "error": difference(sample(model, 17, 2, **kind), expected)})
+                rows.append(
+                    {
+                        "name": name,
+                        "gpus": gpus,
+                        "ulysses": plan.ulysses,
+                        "ring": plan.ring,
+                        "error": difference(sample(model, 17, 2, **kind), expected),
+                    }
+                )
                 print(f"{name:<28} {gpus} GPUs, {arranged}: {rows[-1]['error']:.1e}", flush=True)
     end(patcher)
     write({"model": "random weights, float32", "allowed": SAME, "checks": rows}, options.json)
@@ -282,15 +398,27 @@ def checks(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpus", type=int, nargs="+", default=[4, 2], help="how many GPUs; another number starts new processes")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[4, 2], help="how many GPUs; another number starts new processes"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["bf16-1024", "bf16-2048", "fp8-1024"])
     parser.add_argument("--backend", default="auto", help="attention backend of every rank")
-    parser.add_argument("--fast", action="store_true", help="Fast Blocks on every rank, and on the one GPU that is compared with")
+    parser.add_argument(
+        "--fast", action="store_true", help="Fast Blocks on every rank, and on the one GPU that is compared with"
+    )
     parser.add_argument("--rings", action="store_true", help="arrangements with rings too")
-    parser.add_argument("--head-groups", type=int, nargs="+", default=[1], help="into how many parts heads are cut for the exchange")
-    parser.add_argument("--rounds", type=int, help="instead: so many kills and cancels at random moments, with the first of --gpus")
-    parser.add_argument("--checks", action="store_true", help="instead: every kind of picture in float32 against one GPU")
-    parser.add_argument("--window", type=float, default=1.0, help="seconds from the start of a sampling in which they happen")
+    parser.add_argument(
+        "--head-groups", type=int, nargs="+", default=[1], help="into how many parts heads are cut for the exchange"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="instead: so many kills and cancels at random moments, with the first of --gpus"
+    )
+    parser.add_argument(
+        "--checks", action="store_true", help="instead: every kind of picture in float32 against one GPU"
+    )
+    parser.add_argument(
+        "--window", type=float, default=1.0, help="seconds from the start of a sampling in which they happen"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model, to try every path")
     parser.add_argument("--json", help="file to write the result to")
     options = parser.parse_args()

@@ -1,18 +1,27 @@
-"""What a FLUX.2 step on many GPUs should cost, on paper, from parts that were measured: for GPUs and hosts that are not at hand.
+"""What a FLUX.2 step on many GPUs should cost, on paper, from parts that were measured: for GPUs and hosts that are
+not at
+hand.
 
-  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52                       the defaults are FLUX.2-dev at 1024 x 1024 on H200
-  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52 --measured benchmarks/results/parallel-h200.json --json FILE
+  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52                       the defaults are
+      FLUX.2-dev at 1024 x 1024 on H200
+  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52 --measured
+  benchmarks/results/parallel-h200.json --json FILE
 
 The model. With S tokens of width W in b bytes, P = U x R GPUs and s = S / P tokens on each:
-  compute    fixed + (one_gpu - fixed) / P; fixed is what every GPU does again (modulation, launches), fitted to measured cases when there are any
-  Ulysses    per attention call each GPU sends 3 s W b (U-1)/U and gets its result back for s W b (U-1)/U (DeepSpeed-Ulysses, section 3.2), each
+  compute    fixed + (one_gpu - fixed) / P; fixed is what every GPU does again (modulation, launches), fitted to
+             measured cases when there are any
+  Ulysses    per attention call each GPU sends 3 s W b (U-1)/U and gets its result back for s W b (U-1)/U
+             (DeepSpeed-Ulysses, section 3.2), each
              taking a latency; what leaves the host travels at the same time as what stays, and the slower one counts
-  ring       R-1 rotations of keys and values, 2 (S/R) (W/U) b each, hidden behind the attention of one part (attention / P / R); what is longer than
+  ring       R-1 rotations of keys and values, 2 (S/R) (W/U) b each, hidden behind the attention of one part (attention
+             / P / R); what is longer than
              that counts, and the merges, which read and write the output in float32
   gather     the result, s C b to each GPU, once per step
-Bandwidths are what a GPU can send, in GB/s of payload; measure them with benchmarks/exchange.py. Overlap of the Ulysses exchange with other work is a
-share that is given (0 by default). Not in the model: ranks that wait for one another, clocks that fall, other traffic on the network.
+Bandwidths are what a GPU can send, in GB/s of payload; measure them with benchmarks/exchange.py. Overlap of the Ulysses
+exchange with other work is a share that is given (0 by default). Not in the model: ranks that wait for one another,
+clocks that fall, other traffic on the network.
 """
+
 import argparse
 from dataclasses import dataclass, replace
 import json
@@ -21,7 +30,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Work:
-    """One forward pass. one_gpu_ms, attention_ms: on one GPU, attention being part of it; fixed_ms: what does not become less with more GPUs."""
+    """One forward pass. one_gpu_ms, attention_ms: on one GPU, attention being part of it; fixed_ms: what does not
+    become
+    less with more GPUs.
+    """
+
     one_gpu_ms: float
     attention_ms: float
     fixed_ms: float = 0.0
@@ -35,8 +48,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Links:
-    """host_gbs, network_gbs: payload that one GPU sends within its host and to other hosts; host_us, network_us: latency per exchange, within a host
-    and across; memory_gbs: of the GPU's own memory, for merges; hidden: share of the Ulysses exchange that other work covers, 0 to 1."""
+    """host_gbs, network_gbs: payload that one GPU sends within its host and to other hosts; host_us, network_us:
+    latency
+    per exchange, within a host and across; memory_gbs: of the GPU's own memory, for merges; hidden: share of the
+    Ulysses exchange that other work covers, 0 to 1.
+    """
+
     host_gbs: float = 330.0
     network_gbs: float = 45.0
     host_us: float = 25.0
@@ -48,6 +65,7 @@ class Links:
 @dataclass(frozen=True)
 class Layout:
     """gpus per Ulysses group and number of groups, over hosts of so many GPUs."""
+
     ulysses: int
     ring: int
     hosts: int = 1
@@ -61,7 +79,10 @@ class Layout:
         return self.gpus // self.hosts
 
     def __str__(self):
-        return f"{self.gpus} GPU{'s' * (self.gpus > 1)}, {self.hosts} host{'s' * (self.hosts > 1)}, Ulysses {self.ulysses} x ring {self.ring}"
+        return (
+            f"{self.gpus} GPU{'s' * (self.gpus > 1)}, {self.hosts} host{'s' * (self.hosts > 1)}, Ulysses "
+            f"{self.ulysses} x ring {self.ring}"
+        )
 
 
 def impossible(work, layout):
@@ -72,7 +93,9 @@ def impossible(work, layout):
 
 
 def ulysses_bytes(work, layout):
-    """(bytes one GPU sends in a step, of those to other hosts) for all attention calls: q, k and v there and the result back."""
+    """(bytes one GPU sends in a step, of those to other hosts) for all attention calls: q, k and v there and the result
+    back.
+    """
     peers, near = layout.ulysses - 1, min(layout.ulysses, layout.per_host) - 1
     to_each = 4 * work.tokens * work.width * work.item_bytes / layout.gpus / layout.ulysses
     return work.blocks * to_each * peers, work.blocks * to_each * (peers - near)
@@ -100,7 +123,8 @@ def ring_ms(work, layout, links):
     gbs, latency_us = (links.network_gbs, links.network_us) if far else (links.host_gbs, links.host_us)
     one = ring_bytes(work, layout) / rotations / gbs / 1e6 + latency_us / 1e3
     behind = work.attention_ms / work.blocks / layout.gpus / layout.ring
-    # merge (attention/parallel/lse_merge.py): zeros where there were no keys, conversion, weighted mean: 22 bytes per element for 2-byte results
+    # merge (attention/parallel/lse_merge.py): zeros where there were no keys, conversion, weighted mean: 22 bytes per
+    # element for 2-byte results
     merging = 22 * work.tokens * work.width / layout.gpus / links.memory_gbs / 1e6
     return rotations * (max(0.0, one - behind) + merging)
 
@@ -110,43 +134,67 @@ def gather_ms(work, layout, links):
         return 0.0
     each = work.tokens / layout.gpus * work.out_width * work.item_bytes
     near, far = layout.per_host - 1, layout.gpus - layout.per_host
-    return max(each * near / links.host_gbs, each * far / links.network_gbs) / 1e6 + (links.network_us if far else links.host_us) / 1e3
+    return (
+        max(each * near / links.host_gbs, each * far / links.network_gbs) / 1e6
+        + (links.network_us if far else links.host_us) / 1e3
+    )
 
 
 def predict(work, layout, links):
     """{"compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "ms", "speedup"} of one step; speedup against one_gpu_ms."""
-    parts = {"compute_ms": work.fixed_ms + (work.one_gpu_ms - work.fixed_ms) / layout.gpus, "ulysses_ms": ulysses_ms(work, layout, links),
-             "ring_ms": ring_ms(work, layout, links), "gather_ms": gather_ms(work, layout, links)}
+    parts = {
+        "compute_ms": work.fixed_ms + (work.one_gpu_ms - work.fixed_ms) / layout.gpus,
+        "ulysses_ms": ulysses_ms(work, layout, links),
+        "ring_ms": ring_ms(work, layout, links),
+        "gather_ms": gather_ms(work, layout, links),
+    }
     total = sum(parts.values())
     return {**parts, "ms": total, "speedup": work.one_gpu_ms / total}
 
 
 def fitted(work, links, measured):
-    """The Work whose fixed_ms is the least-squares fit to measured [(Layout, ms)] of more than one GPU; never below zero."""
-    rows = [(1 - 1 / layout.gpus, ms - predict(replace(work, fixed_ms=0.0), layout, links)["ms"]) for layout, ms in measured if layout.gpus > 1]
+    """The Work whose fixed_ms is the least-squares fit to measured [(Layout, ms)] of more than one GPU; never below
+    zero.
+    """
+    rows = [
+        (1 - 1 / layout.gpus, ms - predict(replace(work, fixed_ms=0.0), layout, links)["ms"])
+        for layout, ms in measured
+        if layout.gpus > 1
+    ]
     weight = sum(share * share for share, _ in rows)
     return replace(work, fixed_ms=max(0.0, sum(share * rest for share, rest in rows) / weight)) if rows else work
 
 
 def layouts(work, per_host=8):
-    """Those worth a look: Ulysses alone on 1, 2, 4 and 8 GPUs of a host, ring alone and both on a whole host, and two hosts."""
+    """Those worth a look: Ulysses alone on 1, 2, 4 and 8 GPUs of a host, ring alone and both on a whole host, and two
+    hosts.
+    """
     sizes = [n for n in (1, 2, 4, 8) if n <= per_host]
     made = [Layout(n, 1) for n in sizes] + [Layout(per_host // 2, 2), Layout(1, per_host)]
-    made += [Layout(2 * per_host, 1, 2), Layout(per_host, 2, 2), Layout(per_host // 2, 4, 2), Layout(1, 2 * per_host, 2)]
+    made += [
+        Layout(2 * per_host, 1, 2),
+        Layout(per_host, 2, 2),
+        Layout(per_host // 2, 4, 2),
+        Layout(1, 2 * per_host, 2),
+    ]
     return [layout for layout in made if not impossible(work, layout)]
 
 
 def read_measured(path, name):
     """[(Layout, ms)] of the cases of benchmarks/results/parallel-*.json with this name."""
     cases = json.loads(Path(path).read_text())["cases"]
-    return [(Layout(case["ulysses"], case["ring"]), case["ms"]) for case in cases if case["name"] == name and "ms" in case]
+    return [
+        (Layout(case["ulysses"], case["ring"]), case["ms"]) for case in cases if case["name"] == name and "ms" in case
+    ]
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--one-gpu-ms", type=float, required=True, help="a step on one GPU")
     parser.add_argument("--attention-ms", type=float, required=True, help="of that, attention")
-    parser.add_argument("--fixed-ms", type=float, default=0.0, help="what every GPU does again; fitted when --measured is given")
+    parser.add_argument(
+        "--fixed-ms", type=float, default=0.0, help="what every GPU does again; fitted when --measured is given"
+    )
     for name in ("tokens", "width", "heads", "blocks"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Work, name))
     for name, field in Links.__dataclass_fields__.items():
@@ -159,18 +207,34 @@ def options():
 
 def main():
     given = options()
-    work = Work(given.one_gpu_ms, given.attention_ms, given.fixed_ms, given.tokens, given.width, given.heads, given.blocks)
+    work = Work(
+        given.one_gpu_ms, given.attention_ms, given.fixed_ms, given.tokens, given.width, given.heads, given.blocks
+    )
     links = Links(**{name: getattr(given, name) for name in Links.__dataclass_fields__})
     measured = read_measured(given.measured, given.case) if given.measured else []
     work = fitted(work, links, measured)
     known = dict(measured)
-    print(f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not divided {work.fixed_ms:.1f} ms")
+    print(
+        (
+            f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not "
+            "divided "
+            f"{work.fixed_ms:.1f} ms"
+        )
+    )
     print(f"{'':46s}{'compute':>9}{'ulysses':>9}{'ring':>9}{'gather':>9}{'ms':>9}{'speedup':>9}{'measured':>10}")
     rows = []
     for layout in dict.fromkeys([*known, *layouts(work)]):
         found = predict(work, layout, links)
-        rows.append({**vars(layout), **{name: round(value, 3) for name, value in found.items()}, "measured_ms": known.get(layout)})
-        cells = [f"{found[name]:9.2f}" for name in ("compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "ms", "speedup")]
+        rows.append(
+            {
+                **vars(layout),
+                **{name: round(value, 3) for name, value in found.items()},
+                "measured_ms": known.get(layout),
+            }
+        )
+        cells = [
+            f"{found[name]:9.2f}" for name in ("compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "ms", "speedup")
+        ]
         print(f"{str(layout):46s}{''.join(cells)}{known.get(layout, ''):>10}")
     result = {"work": vars(work), "links": vars(links), "rows": rows}
     if given.json:

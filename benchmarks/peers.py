@@ -1,8 +1,9 @@
 """Who takes part in benchmarks/step.py: each a way of running one step of the same weights.
 
-A peer is made once for a model, and gives a function for each size: prepare(inputs) -> work() -> the denoised latent (1, 128, H, W). Making or running
-may raise: that is the row's reason.
+A peer is made once for a model, and gives a function for each size: prepare(inputs) -> work() -> the denoised latent
+(1, 128, H, W). Making or running may raise: that is the row's reason.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,11 @@ ALL = ("core", "core-attention", "core-compiled", *DIFFUSERS, *OURS)
 
 @dataclass
 class Setting:
-    """What peers are made of. weights: "bf16" or "fp8"; attention: the selector's slug; compiler: torch.compile's backend; weight_bytes: of the model."""
+    """What peers are made of. weights: "bf16" or "fp8"; attention: the selector's slug; compiler: torch.compile's
+    backend;
+    weight_bytes: of the model.
+    """
+
     patcher: object
     sizes: dict
     weights: str
@@ -33,9 +38,13 @@ def make(name, setting):
         return diffusers_peer(setting, name.endswith("compiled"))
     if name == "ours-fp8" and setting.weights == "fp8":
         raise ValueError("the checkpoint is fp8 already: see ours")
-    model = {"core": lambda: setting.patcher, "core-attention": lambda: select(setting.patcher, setting.attention),
-             "core-compiled": lambda: compiled(select(setting.patcher, setting.attention), setting.compiler),
-             "ours": lambda: fast(setting, "checkpoint"), "ours-fp8": lambda: fast(setting, "fp8")}.get(name)
+    model = {
+        "core": lambda: setting.patcher,
+        "core-attention": lambda: select(setting.patcher, setting.attention),
+        "core-compiled": lambda: compiled(select(setting.patcher, setting.attention), setting.compiler),
+        "ours": lambda: fast(setting, "checkpoint"),
+        "ours-fp8": lambda: fast(setting, "fp8"),
+    }.get(name)
     if model is None:  # core+SLUG: one more backend under core's blocks
         return prepared(select(setting.patcher, name.removeprefix("core+")))
     return prepared(model())
@@ -45,23 +54,28 @@ def prepared(model):
     def prepare(inputs):
         def work():
             return step(model, inputs)
+
         work.model = model
         return work
+
     return prepare
 
 
 def select(patcher, slug):
     from flux2_pack.nodes.attention import Flux2SelectAttention
+
     return Flux2SelectAttention.execute(patcher, slug).args[0]
 
 
 def fast(setting, precision):
     from flux2_pack.nodes.fast import Flux2FastBlocks
+
     return Flux2FastBlocks.execute(select(setting.patcher, setting.attention), precision).args[0]
 
 
 def compiled(patcher, compiler):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
+
     clone = patcher.clone()
     compiled_blocks.install(clone, compiled_blocks.Plan(backend=compiler))
     return clone
@@ -79,11 +93,15 @@ def diffusers_peer(setting, is_compiled):
     def prepare(inputs):
         given = twins.inputs_of(inputs, dtype)
         return lambda: twins.step(model, given, inputs)
+
     return prepare
 
 
 def fastest_attention(setting, inputs, time_ms):
-    """({name: ms}, the fastest) of diffusers' attention backends for one step; ({}, None) where none runs or diffusers is not installed."""
+    """({name: ms}, the fastest) of diffusers' attention backends for one step; ({}, None) where none runs or diffusers
+    is
+    not installed.
+    """
     found = {}
     for name in twins.ATTENTION if inputs["x"].is_cuda else twins.ATTENTION[:1]:
         try:
@@ -91,13 +109,20 @@ def fastest_attention(setting, inputs, time_ms):
             given = twins.inputs_of(inputs, setting.patcher.model.get_dtype_inference())
             found[name] = time_ms(lambda: twins.step(model, given, inputs))
         except Exception as error:  # not on this card, or no diffusers: the next one
-            print(f"diffusers with {name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}", flush=True)
+            print(
+                (
+                    f"diffusers with {name}: {type(error).__name__}: "
+                    f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                ),
+                flush=True,
+            )
     return found, min(found, key=found.get, default=None)
 
 
 def ran(work):
     """{backend: calls} of the attention of a peer's steps since this was last asked, where it keeps a log."""
     from flux2_pack.flux2 import attention_slot
+
     selection = getattr(attention_slot.occupant(work.model), "selection", None) if hasattr(work, "model") else None
     entries = selection.log.current.as_data()["entries"] if selection and selection.log.current else []
     if selection:
@@ -107,4 +132,8 @@ def ran(work):
 
 def error_between(out, expected):
     """Relative Frobenius distance."""
-    return ((out.float() - expected.float()).norm() / expected.float().norm()).item() if torch.isfinite(out).all() else float("nan")
+    return (
+        ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+        if torch.isfinite(out).all()
+        else float("nan")
+    )

@@ -1,11 +1,16 @@
-"""How fast attention backends are inside FLUX.2: the node Benchmark Attention in this process, without a server, AITER's Triton kernels included.
+"""How fast attention backends are inside FLUX.2: the node Benchmark Attention in this process, without a server,
+AITER's
+Triton kernels included.
 
-  COMFYUI_PATH=... python benchmarks/speed.py --weights dev [--sizes "1024x1024, 2048x2048"] [--backends flash4 aiter-triton] [--aiter-source FOLDER] [--save FILE]
+  COMFYUI_PATH=... python benchmarks/speed.py --weights dev [--sizes "1024x1024, 2048x2048"] [--backends flash4
+  aiter-triton] [--aiter-source FOLDER] [--save FILE]
 
-Random weights, which cost the same time as trained ones; dev needs 80 GB of GPU memory. --aiter-source: a checkout of ROCm/aiter; its Triton kernels are
-compiled for this card, which says nothing about their speed on AMD. Without --aiter-source, scripts/benchmark.py --random-weights does the same. Writes what
-scripts/measured_pages.py makes docs/speed.md from.
+Random weights, which cost the same time as trained ones; dev needs 80 GB of GPU memory. --aiter-source: a checkout of
+ROCm/aiter; its Triton kernels are compiled for this card, which says nothing about their speed on AMD. Without
+--aiter-source, scripts/benchmark.py --random-weights does the same. Writes what scripts/measured_pages.py makes
+docs/speed.md from.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -36,11 +41,17 @@ def parse(arguments=None):
 def measured(args):
     """(table, data) of one run."""
     from flux2_pack.nodes import compare as nodes
+
     model = full_size.build(getattr(full_size, WEIGHTS[args.weights]))
-    found = nodes.benchmark(model, nodes.model_bench.sizes(args.sizes), None, args.backends, args.call_repeat, args.step_repeat)
+    found = nodes.benchmark(
+        model, nodes.model_bench.sizes(args.sizes), None, args.backends, args.call_repeat, args.step_repeat
+    )
     borrowed = ", AITER's Triton kernels compiled for this card" if args.aiter_source else ""
-    return found.as_text(), {**nodes.measure.plain(found.as_data()), "weights": f"random weights, FLUX.2 {args.weights}{borrowed}",
-                             "command": shareable("speed.py", sys.argv[1:])}
+    return found.as_text(), {
+        **nodes.measure.plain(found.as_data()),
+        "weights": f"random weights, FLUX.2 {args.weights}{borrowed}",
+        "command": shareable("speed.py", sys.argv[1:]),
+    }
 
 
 def main():

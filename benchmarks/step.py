@@ -1,19 +1,24 @@
-"""One FLUX.2-dev step (a forward pass of the 32B model): ComfyUI's core, its core with the best attention and compiled, diffusers, and this pack.
+"""One FLUX.2-dev step (a forward pass of the 32B model): ComfyUI's core, its core with the best attention and compiled,
+diffusers, and this pack.
 
   COMFYUI_PATH=... python benchmarks/step.py [--cases bf16-1024 ...] [--peers core ours ...] [--json FILE]
 
-All peers of a case share one set of weights (random, seeded, at full size: right for speed, noise for pictures), run in one process, and are timed in
-rounds that go around all of them, so that a drift of the card's clocks is everybody's. Milliseconds are CUDA events around one step, medians over rounds,
-first runs (compiling, tuning) apart. The file is written anew after every round: a run that is cut keeps what it has. diffusers: see benchmarks/twins.py
-for how to get it; its blocks are compiled one by one (compile_repeated_blocks, fullgraph, free lengths, as ours), and of its attention backends the fastest
-on this card is taken.
+All peers of a case share one set of weights (random, seeded, at full size: right for speed, noise for pictures), run in
+one process, and are timed in rounds that go around all of them, so that a drift of the card's clocks is everybody's.
+Milliseconds are CUDA events around one step, medians over rounds, first runs (compiling, tuning) apart. The file is
+written anew after every round: a run that is cut keeps what it has. diffusers: see benchmarks/twins.py for how to get
+it; its blocks are compiled one by one (compile_repeated_blocks, fullgraph, free lengths, as ours), and of its attention
+backends the fastest on this card is taken.
 
-Work of a step in floating point operations, S tokens of which I are image, h = 6144: 2 * 13 h^2 S in each block for its products, 4 S^2 h for its attention,
-and 2 h (128 I + text width * text + 128 I) for in- and output. Products of modulations are left out (0.01 %). Ceiling: what torch.mm (bf16) or
-torch._scaled_mm (fp8, e4m3) reach on the two large products of a single block at this length, measured in the same run; that of fp8 for fp8 weights and
-for ours-fp8, whose attention stays bf16. Peak: PyTorch's allocator; the model's weights, what the peer keeps beside them, and what a step takes.
-Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too. Not covered: sampler, text encoder and VAE (benchmarks/klein.py).
+Work of a step in floating point operations, S tokens of which I are image, h = 6144: 2 * 13 h^2 S in each block for its
+products, 4 S^2 h for its attention, and 2 h (128 I + text width * text + 128 I) for in- and output. Products of
+modulations are left out (0.01 %). Ceiling: what torch.mm (bf16) or torch._scaled_mm (fp8, e4m3) reach on the two large
+products of a single block at this length, measured in the same run; that of fp8 for fp8 weights and for ours-fp8, whose
+attention stays bf16. Peak: PyTorch's allocator; the model's weights, what the peer keeps beside them, and what a step
+takes. Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too. Not covered: sampler, text
+encoder and VAE (benchmarks/klein.py).
 """
+
 import argparse
 import gc
 import json
@@ -30,14 +35,28 @@ import_pack()
 import peers  # noqa: E402
 
 CASES = {  # weights, pixels, references, rounds
-    "bf16-1024": ("bf16", 1024, 0, 6), "bf16-1024-ref1": ("bf16", 1024, 1, 4), "bf16-2048": ("bf16", 2048, 0, 3),
-    "fp8-1024": ("fp8", 1024, 0, 6), "fp8-2048": ("fp8", 2048, 0, 3)}
-COLUMNS = {"core_ms": ("core",), "core_attention_ms": ("core-attention",), "core_compiled_ms": ("core-compiled",), "diffusers_ms": peers.DIFFUSERS,
-           "diffusers_eager_ms": ("diffusers",), "diffusers_compiled_ms": ("diffusers-compiled",), "ours_ms": ("ours",), "ours_fp8_ms": ("ours-fp8",)}
-SMALLER, SMALL_TEXT = 32, 8  # --small: how many times smaller pictures are, and text tokens: Triton's interpreter takes a second for ten tokens
+    "bf16-1024": ("bf16", 1024, 0, 6),
+    "bf16-1024-ref1": ("bf16", 1024, 1, 4),
+    "bf16-2048": ("bf16", 2048, 0, 3),
+    "fp8-1024": ("fp8", 1024, 0, 6),
+    "fp8-2048": ("fp8", 2048, 0, 3),
+}
+COLUMNS = {
+    "core_ms": ("core",),
+    "core_attention_ms": ("core-attention",),
+    "core_compiled_ms": ("core-compiled",),
+    "diffusers_ms": peers.DIFFUSERS,
+    "diffusers_eager_ms": ("diffusers",),
+    "diffusers_compiled_ms": ("diffusers-compiled",),
+    "ours_ms": ("ours",),
+    "ours_fp8_ms": ("ours-fp8",),
+}
+# --small: how many times smaller pictures are, and text tokens: Triton's interpreter takes a second for ten tokens
+SMALLER, SMALL_TEXT = 32, 8
 
 
 # --- time, work and ceilings -----------------------------------------------------------------------------------------
+
 
 def synchronise():
     if torch.cuda.is_available():
@@ -66,17 +85,26 @@ def median_ms(work, repeat=5):
 def flops(sizes, image, text):
     """Floating point operations of one step; image and text: tokens, references counted as image."""
     h, tokens, blocks = sizes["hidden_size"], image + text, sizes["depth"] + sizes["depth_single_blocks"]
-    return blocks * (2 * 13 * h * h * tokens + 4 * tokens ** 2 * h) + 2 * h * (256 * image + sizes["context_in_dim"] * text)
+    return blocks * (2 * 13 * h * h * tokens + 4 * tokens**2 * h) + 2 * h * (
+        256 * image + sizes["context_in_dim"] * text
+    )
 
 
 class Ceiling:
-    """The two products of a single block in one number format, timed beside the peers. Nothing is timed where this device has none in that format."""
+    """The two products of a single block in one number format, timed beside the peers. Nothing is timed where this
+    device
+    has none in that format.
+    """
 
     def __init__(self, sizes, tokens, weights, device):
         h, self.tokens = sizes["hidden_size"], tokens
         self.shapes, self.times = ((h, 9 * h), (4 * h, h)), {}
         try:
-            self.works = {(shape, number): work for shape in self.shapes for number, work in enumerate(products(weights, tokens, *shape, device))}
+            self.works = {
+                (shape, number): work
+                for shape in self.shapes
+                for number, work in enumerate(products(weights, tokens, *shape, device))
+            }
             for work in self.works.values():
                 work()
         except RuntimeError as error:
@@ -92,12 +120,16 @@ class Ceiling:
         """TFLOP/s over both products, each at the best of its variants; None if nothing was timed."""
         if not self.times:
             return None
-        best = [min(summary(times)["ms"] for (of, _), times in self.times.items() if of == shape) for shape in self.shapes]
+        best = [
+            min(summary(times)["ms"] for (of, _), times in self.times.items() if of == shape) for shape in self.shapes
+        ]
         return sum(2 * self.tokens * inner * outer for inner, outer in self.shapes) / sum(best) / 1e9
 
 
 def products(weights, rows, inner, outer, device):
-    """[function that multiplies (rows, inner) by (inner, outer) once]: in fp8 with and without fast accumulation, which goes either way."""
+    """[function that multiplies (rows, inner) by (inner, outer) once]: in fp8 with and without fast accumulation, which
+    goes either way.
+    """
     a, b = (torch.randn(shape, device=device).to(torch.bfloat16) for shape in ((rows, inner), (outer, inner)))
     if weights == "bf16":
         return [lambda: a @ b.t()]
@@ -140,6 +172,7 @@ def gib(size):
 
 # --- one case --------------------------------------------------------------------------------------------------------
 
+
 class Case:
     """A case as it is measured: its peers' functions and rows."""
 
@@ -147,14 +180,21 @@ class Case:
         self.name, self.works, self.rows, self.times = name, {}, [], {}
         self.image = sum(t.shape[2] * t.shape[3] for t in (inputs["x"], *inputs.get("ref_latents", ())))
         self.tokens = self.image + inputs["c_crossattn"].shape[1]
-        self.flops, self.diffusers_attention = flops(setting.sizes, self.image, self.tokens - self.image), setting.diffusers_attention
-        self.ceilings = {kind: Ceiling(setting.sizes, self.tokens, kind, inputs["x"].device) for kind in ("bf16", "fp8")}
+        self.flops, self.diffusers_attention = (
+            flops(setting.sizes, self.image, self.tokens - self.image),
+            setting.diffusers_attention,
+        )
+        self.ceilings = {
+            kind: Ceiling(setting.sizes, self.tokens, kind, inputs["x"].device) for kind in ("bf16", "fp8")
+        }
         self.expected = None
         for peer in names:
             self.add(peer, setting, inputs, made)
 
     def add(self, peer, setting, inputs, made):
-        """Run a peer for the first times: compiling, its error, peak memory and kernels. What it raises is the row's reason."""
+        """Run a peer for the first times: compiling, its error, peak memory and kernels. What it raises is the row's
+        reason.
+        """
         row = {"peer": peer, "weights": "fp8" if peer == "ours-fp8" else setting.weights}
         self.rows.append(row)
         try:
@@ -172,10 +212,18 @@ class Case:
             row["attention"] = peers.ran(work)
             self.works[peer], self.times[peer] = work, []
         except Exception as error:
-            row["reason"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            row["reason"] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
             torch.cuda.empty_cache()
-        said = f"not run. {row['reason']}" if "reason" in row else (
-            f"first {row['first_s']:.1f} s, peak {row['peak_gib']} GiB, {row['kernels']} kernels, error to core {row['error_to_core'] or 0:.1e}")
+        said = (
+            f"not run. {row['reason']}"
+            if "reason" in row
+            else (
+                f"first {row['first_s']:.1f} s, peak {row['peak_gib']} GiB, {row['kernels']} kernels, error to core "
+                f"{row['error_to_core'] or 0:.1e}"
+            )
+        )
         print(f"{self.name:<16} {peer:<20} {said}", flush=True)
 
     def round(self):
@@ -193,27 +241,44 @@ class Case:
 
     def as_data(self):
         times = {row["peer"]: row["ms"] for row in self.rows if "ms" in row}
-        columns = {column: min((times[peer] for peer in of if peer in times), default=None) for column, of in COLUMNS.items()}
-        return {"name": self.name, **columns, "diffusers_attention": self.diffusers_attention,
-                "tokens": self.tokens, "tflop": round(self.flops / 1e12, 2),
-                "ceiling_tflops": {kind: limit.tflops and round(limit.tflops, 1) for kind, limit in self.ceilings.items()}, "rows": self.rows}
+        columns = {
+            column: min((times[peer] for peer in of if peer in times), default=None) for column, of in COLUMNS.items()
+        }
+        return {
+            "name": self.name,
+            **columns,
+            "diffusers_attention": self.diffusers_attention,
+            "tokens": self.tokens,
+            "tflop": round(self.flops / 1e12, 2),
+            "ceiling_tflops": {kind: limit.tflops and round(limit.tflops, 1) for kind, limit in self.ceilings.items()},
+            "rows": self.rows,
+        }
 
 
 def table(cases):
     """The cases as text."""
-    lines = [f"{'case':<16}{'peer':<20}{'ms':>9}{'spread':>18}{'TFLOP/s':>9}{'of ceiling':>11}{'peak GiB':>9}{'kernels':>8}{'error':>9}"]
+    lines = [
+        f"{'case':<16}{'peer':<20}{'ms':>9}{'spread':>18}{'TFLOP/s':>9}{'of ceiling':>11}{'peak GiB':>9}"
+        f"{'kernels':>8}{'error':>9}"
+    ]
     for case in cases:
         for row in case["rows"]:
             if "ms" not in row:
                 lines.append(f"{case['name']:<16}{row['peer']:<20}  {row.get('reason', 'not reached')}")
                 continue
-            spread, share = f"{row['min_ms']:.1f} to {row['max_ms']:.1f}", f"{100 * row['share_of_ceiling']:.0f} %" if row["share_of_ceiling"] else ""
-            lines.append(f"{case['name']:<16}{row['peer']:<20}{row['ms']:>9.1f}{spread:>18}{row['tflops']:>9.0f}{share:>11}"
-                         f"{row['peak_gib'] or '':>9}{row['kernels'] or '':>8}{row['error_to_core'] or 0:>9.1e}")
+            spread, share = (
+                f"{row['min_ms']:.1f} to {row['max_ms']:.1f}",
+                f"{100 * row['share_of_ceiling']:.0f} %" if row["share_of_ceiling"] else "",
+            )
+            lines.append(
+                f"{case['name']:<16}{row['peer']:<20}{row['ms']:>9.1f}{spread:>18}{row['tflops']:>9.0f}{share:>11}"
+                f"{row['peak_gib'] or '':>9}{row['kernels'] or '':>8}{row['error_to_core'] or 0:>9.1e}"
+            )
     return "\n".join(lines)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
+
 
 class Run:
     """A run over cases: the model in memory, what was found so far, and the time that is left."""
@@ -235,9 +300,13 @@ class Run:
             torch.cuda.empty_cache()
             small_bf16, before = torch.bfloat16 if torch.cuda.is_available() else torch.float32, allocated()
             patcher = build_fp8(self.sizes) if weights == "fp8" else build(self.sizes, small_bf16)
-            self.setting = peers.Setting(patcher, self.sizes, weights, self.options.attention, self.options.compiler, allocated() - before)
+            self.setting = peers.Setting(
+                patcher, self.sizes, weights, self.options.attention, self.options.compiler, allocated() - before
+            )
             if weights == "bf16" and set(self.options.peers) & set(peers.DIFFUSERS):
-                times, self.setting.diffusers_attention = peers.fastest_attention(self.setting, inputs_for(patcher), median_of_two)
+                times, self.setting.diffusers_attention = peers.fastest_attention(
+                    self.setting, inputs_for(patcher), median_of_two
+                )
                 tried = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
                 print(f"diffusers' attention: {self.setting.diffusers_attention} of {tried}", flush=True)
         return self.setting
@@ -248,6 +317,7 @@ class Run:
 
         def inputs_for(patcher):
             return step_inputs(patcher, pixels // small, references, reference_pixels=1024 // small, text_tokens=text)
+
         setting = self.setting_for(weights, inputs_for)
         case = Case(name, setting, self.options.peers, inputs_for(setting.patcher), self.made)
         self.found.append(case.as_data())
@@ -272,13 +342,23 @@ def median_of_two(work):
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--peers", nargs="+", default=list(peers.ALL),
-                        help=f"of {', '.join(peers.ALL)}, or core+SLUG for core's blocks with one more attention backend")
-    parser.add_argument("--attention", default="auto", help="what core-attention, core-compiled and ours select (default auto)")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=list(peers.ALL),
+        help=f"of {', '.join(peers.ALL)}, or core+SLUG for core's blocks with one more attention backend",
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="what core-attention, core-compiled and ours select (default auto)"
+    )
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend (default inductor)")
     parser.add_argument("--rounds", type=int, help="timed steps of each peer (default depends on the case)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after so many, a case gets two rounds and no case is begun")
-    parser.add_argument("--small", action="store_true", help="a small model and small pictures: to try all paths, not to measure")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="after so many, a case gets two rounds and no case is begun"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a small model and small pictures: to try all paths, not to measure"
+    )
     parser.add_argument("--json", help="file to write the result to")
     return parser.parse_args(arguments)
 
@@ -287,6 +367,7 @@ def main():
     options = parse()
     import_comfyui()
     import folder_paths
+
     run = Run(options)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         folder_paths.set_user_directory(folder)  # auto's measurements are made anew
@@ -298,7 +379,8 @@ def main():
     result = run.save()
     print(table(result["cases"]))
     print(json.dumps(result), flush=True)
-    os._exit(0) if torch.cuda.is_available() else None  # freeing 64 GB tensor by tensor takes seconds of a card that is paid for
+    # freeing 64 GB tensor by tensor takes seconds of a card that is paid for
+    os._exit(0) if torch.cuda.is_available() else None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""An attention override on a ComfyUI MODEL: set, found again, replaced; and the sampler's hooks that tell it where a sampling is.
+"""An attention override on a ComfyUI MODEL: set, found again, replaced; and the sampler's hooks that tell it where a
+sampling is.
 
-Everything goes through the model patcher of a clone: the model's weights and modules are not touched, and a model without the clone's
-options behaves as before.
+Everything goes through the model patcher of a clone: the model's weights and modules are not touched, and a model
+without the clone's options behaves as before.
 """
+
 import torch
 
 from comfy.patcher_extension import WrappersMP
@@ -19,20 +21,28 @@ def occupant(model):
 
 
 def install(model, override):
-    """Put `override` (called like core's attention functions) into the slot of a MODEL clone and hook its selection to the sampler.
+    """Put `override` (called like core's attention functions) into the slot of a MODEL clone and hook its selection to
+    the
+    sampler.
 
-    override.selection receives begin_run, forward and log.end. Hooks of an earlier selection are removed: selecting twice replaces.
+    override.selection receives begin_run, forward and log.end. Hooks of an earlier selection are removed: selecting
+    twice replaces.
     """
-    # not through set_model_optimized_attention, which cores after 0.30 have: it drops the function that an override hands calls back to
+    # not through set_model_optimized_attention, which cores after 0.30 have: it drops the function that an override
+    # hands calls back to
     model.model_options.setdefault("transformer_options", {})[SLOT] = override
     selection = override.selection
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, during_sampling(selection)), (WrappersMP.APPLY_MODEL, during_forward(selection))):
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, during_sampling(selection)),
+        (WrappersMP.APPLY_MODEL, during_forward(selection)),
+    ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
 def during_sampling(selection):
     """A wrapper around one whole sampling: begins and ends a run in the selection's log."""
+
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         run = selection.begin_run(max(0, len(sigmas) - 1))
         try:
@@ -45,15 +55,19 @@ def during_sampling(selection):
             torch.cuda.synchronize(output.device)
         selection.log.end(run, output)
         return output
+
     return wrapper
 
 
 def during_forward(selection):
     """A wrapper around one forward pass: tells the selection the step, from the sampler's own sigmas."""
+
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        step, steps = step_of(transformer_options) if selection.schedule else (None, 0)  # a look at the sigmas waits for the GPU
+        # a look at the sigmas waits for the GPU
+        step, steps = step_of(transformer_options) if selection.schedule else (None, 0)
         with selection.forward(step, steps):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
     return wrapper
 
 
@@ -66,7 +80,8 @@ def step_of(transformer_options):
     if sigmas is None or sigma is None:
         return None, 0
     steps = len(sigmas) - 1
-    # sigmas fall; the step is that of the last scheduled sigma not below the current one (a hair of tolerance for casts)
+    # sigmas fall; the step is that of the last scheduled sigma not below the current one (a hair of tolerance for
+    # casts)
     at_or_above = int((sigmas >= sigma.flatten()[0].to(sigmas) * (1 - 1e-5)).sum())
     return min(max(at_or_above - 1, 0), steps - 1), steps
 
@@ -79,12 +94,18 @@ def attention_facts(model):
     inner = model.model
     dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
     params = getattr(inner.diffusion_model, "params", None)
-    head_dim = params.hidden_size // params.num_heads if hasattr(params, "hidden_size") and hasattr(params, "num_heads") else None
+    head_dim = (
+        params.hidden_size // params.num_heads
+        if hasattr(params, "hidden_size") and hasattr(params, "num_heads")
+        else None
+    )
     return model.load_device, dtype, head_dim
 
 
 def block_kinds(model):
-    """(("double", n), ("single", m)) for models of Flux's shape, () where the model does not number its blocks in that way."""
+    """(("double", n), ("single", m)) for models of Flux's shape, () where the model does not number its blocks in that
+    way.
+    """
     inner = model.model.diffusion_model
     kinds = ((kind, len(getattr(inner, f"{kind}_blocks", ()))) for kind in ("double", "single"))
     return tuple((kind, n) for kind, n in kinds if n)

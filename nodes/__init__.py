@@ -1,4 +1,5 @@
 """The nodes of the pack, one file per family. ComfyUI calls comfy_entrypoint."""
+
 from comfy_api.latest import ComfyExtension
 
 from ..flux2 import error_links
@@ -13,7 +14,18 @@ class Flux2Attention(ComfyExtension):
         status.add_routes()
 
     async def get_node_list(self):
-        return [error_links.linked(node) for node in (*loaders.NODES, *attention.NODES, *fast.NODES, *speed.NODES, *parallel.NODES, *compare.NODES, *prompt.NODES)]
+        return [
+            error_links.linked(node)
+            for node in (
+                *loaders.NODES,
+                *attention.NODES,
+                *fast.NODES,
+                *speed.NODES,
+                *parallel.NODES,
+                *compare.NODES,
+                *prompt.NODES,
+            )
+        ]
 
 
 async def comfy_entrypoint():

@@ -1,4 +1,5 @@
 """Choose the attention kernel of a MODEL, and report which one ran."""
+
 import os
 
 import folder_paths
@@ -24,14 +25,20 @@ ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-ma
 
 def backend_tooltip():
     """What the choices mean, short enough for a tooltip; the README's table has a line for each."""
-    exact, quantised = (", ".join(slug for slug, row in registry.ROWS.items() if row.exact == kind) for kind in (True, False))
-    return ("Which kernel computes attention. It runs or the graph stops with the reason; nothing falls back in silence.\n"
-            "auto: the fastest exact one, measured on this model's first step.\n"
-            f"Exact: {exact}.\nQuantised, faster and less exact: {quantised}.")
+    exact, quantised = (
+        ", ".join(slug for slug, row in registry.ROWS.items() if row.exact == kind) for kind in (True, False)
+    )
+    return (
+        "Which kernel computes attention. It runs or the graph stops with the reason; nothing falls back in silence.\n"
+        "auto: the fastest exact one, measured on this model's first step.\n"
+        f"Exact: {exact}.\nQuantised, faster and less exact: {quantised}."
+    )
 
 
 def known_slugs(*slugs):
-    """What validate_inputs returns: True, or the sentence that lists the backends. None stands for an input that is linked."""
+    """What validate_inputs returns: True, or the sentence that lists the backends. None stands for an input that is
+    linked.
+    """
     for slug in slugs:
         if slug not in (None, NO_SECOND, registry.AUTO, *registry.ROWS):
             return f"There is no attention backend '{slug}'. The backends are: {', '.join(registry.SLUGS)}."
@@ -63,7 +70,10 @@ def check_encoder_attention(device, backend):
 
 
 def choose_encoder_attention(clip, backend):
-    """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run on its device."""
+    """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run
+    on
+    its device.
+    """
     if backend != ENCODER_BACKENDS[0]:
         check_encoder_attention(clip.patcher.load_device, backend)
         encoder_attention.install(clip, AttentionOverride(dispatch.Selection(backend, tuner=tuner())))
@@ -77,44 +87,114 @@ class Flux2SelectAttention(io.ComfyNode):
     def define_schema(cls):
         counts = {"default": 0, "min": 0, "max": 1000, "optional": True, "advanced": True}
         return io.Schema(
-            node_id="Flux2SelectAttention", display_name="Select Attention (FLUX.2)", category=CATEGORY,
-            description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on AMD, PyTorch. "
-                        "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
-            search_aliases=["flash attention", "flashattention", "aiter", "rocm", "amd", "sage", "sage attention", "sageattention", "cudnn", "sdpa",
-                            "attention backend", "xformers", "nvidia"],
+            node_id="Flux2SelectAttention",
+            display_name="Select Attention (FLUX.2)",
+            category=CATEGORY,
+            description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on "
+            "AMD, PyTorch. "
+            "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
+            search_aliases=[
+                "flash attention",
+                "flashattention",
+                "aiter",
+                "rocm",
+                "amd",
+                "sage",
+                "sage attention",
+                "sageattention",
+                "cudnn",
+                "sdpa",
+                "attention backend",
+                "xformers",
+                "nvidia",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention.",
+                ),
                 io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
-                io.Combo.Input("unsupported_calls", options=[dispatch.REFUSE, dispatch.USE_SDPA], default=dispatch.REFUSE, optional=True, advanced=True,
-                               tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop with the reason, "
-                                       "or let PyTorch compute that call and say so in the report."),
-                io.Combo.Input("edge_backend", options=[NO_SECOND, *registry.SLUGS], default=NO_SECOND, optional=True, advanced=True,
-                               tooltip="A second backend for the first and last steps or blocks chosen below. Typical use: a quantised backend above "
-                                       "for speed, an exact one here, where errors show most."),
-                io.Int.Input("first_steps", **counts, tooltip="How many steps at the beginning use the second backend."),
+                io.Combo.Input(
+                    "unsupported_calls",
+                    options=[dispatch.REFUSE, dispatch.USE_SDPA],
+                    default=dispatch.REFUSE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop "
+                    "with the reason, "
+                    "or let PyTorch compute that call and say so in the report.",
+                ),
+                io.Combo.Input(
+                    "edge_backend",
+                    options=[NO_SECOND, *registry.SLUGS],
+                    default=NO_SECOND,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A second backend for the first and last steps or blocks chosen below. Typical use: a "
+                    "quantised backend above "
+                    "for speed, an exact one here, where errors show most.",
+                ),
+                io.Int.Input(
+                    "first_steps", **counts, tooltip="How many steps at the beginning use the second backend."
+                ),
                 io.Int.Input("last_steps", **counts, tooltip="How many steps at the end use the second backend."),
-                io.Int.Input("first_blocks", **counts, tooltip="How many transformer blocks at the input side use the second backend, in every step."),
-                io.Int.Input("last_blocks", **counts, tooltip="How many transformer blocks at the output side use the second backend, in every step."),
-                io.Combo.Input("aiter_rounding", options=ROUNDINGS, default=ROUNDINGS[0], optional=True, advanced=True,
-                               tooltip="How AITER's bf16 assembly kernel rounds on MI300: nearest away is AITER's default, toward zero is fastest "
-                                       "and least exact. Other backends ignore it."),
+                io.Int.Input(
+                    "first_blocks",
+                    **counts,
+                    tooltip="How many transformer blocks at the input side use the second backend, in every step.",
+                ),
+                io.Int.Input(
+                    "last_blocks",
+                    **counts,
+                    tooltip="How many transformer blocks at the output side use the second backend, in every step.",
+                ),
+                io.Combo.Input(
+                    "aiter_rounding",
+                    options=ROUNDINGS,
+                    default=ROUNDINGS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="How AITER's bf16 assembly kernel rounds on MI300: nearest away is AITER's default, "
+                    "toward zero is fastest "
+                    "and least exact. Other backends ignore it.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model with the chosen attention.")],
-            has_intermediate_output=True)  # its ui output, which tells the page whose status to show, is sent again when the node is cached
+            # its ui output, which tells the page whose status to show, is sent again when the node is cached
+            has_intermediate_output=True,
+        )
 
     @classmethod
     def validate_inputs(cls, backend=None, edge_backend=None):
         return known_slugs(backend, edge_backend)
 
     @classmethod
-    def execute(cls, model, backend, unsupported_calls=dispatch.REFUSE, edge_backend=NO_SECOND, first_steps=0, last_steps=0,
-                first_blocks=0, last_blocks=0, aiter_rounding=ROUNDINGS[0]) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        backend,
+        unsupported_calls=dispatch.REFUSE,
+        edge_backend=NO_SECOND,
+        first_steps=0,
+        last_steps=0,
+        first_blocks=0,
+        last_blocks=0,
+        aiter_rounding=ROUNDINGS[0],
+    ) -> io.NodeOutput:
         for slug in (backend, edge_backend):
             check(model, slug)
         schedule = None
         if edge_backend != NO_SECOND:
-            schedule = dispatch.Schedule(edge_backend, first_steps, last_steps, first_blocks, last_blocks, attention_slot.block_kinds(model))
-        chosen = dispatch.Selection(backend, unsupported=unsupported_calls, schedule=schedule, tuner=tuner(), options={"aiter_rounding": aiter_rounding})
+            schedule = dispatch.Schedule(
+                edge_backend, first_steps, last_steps, first_blocks, last_blocks, attention_slot.block_kinds(model)
+            )
+        chosen = dispatch.Selection(
+            backend,
+            unsupported=unsupported_calls,
+            schedule=schedule,
+            tuner=tuner(),
+            options={"aiter_rounding": aiter_rounding},
+        )
         patched = model.clone()
         attention_slot.install(patched, AttentionOverride(chosen, attention_slot.occupant(patched)))
         return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(chosen)]})
@@ -126,16 +206,34 @@ class Flux2AttentionReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2AttentionReport", display_name="Attention Report (FLUX.2)", category=CATEGORY, is_output_node=True, not_idempotent=True,
-            description="Shows which attention kernel really ran during the last sampling with this model: backend, library and version, "
-                        "kernel, number of calls, shapes, and calls that were not handled and why. Put it between the sampler and the VAE.",
+            node_id="Flux2AttentionReport",
+            display_name="Attention Report (FLUX.2)",
+            category=CATEGORY,
+            is_output_node=True,
+            not_idempotent=True,
+            description="Shows which attention kernel really ran during the last sampling with this model: backend, "
+            "library and version, "
+            "kernel, number of calls, shapes, and calls that were not handled and why. Put it between the sampler and "
+            "the VAE.",
             search_aliases=["attention backend", "which attention", "is flash attention on", "benchmark"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that went into the sampler (after Select Attention)."),
-                io.Latent.Input("latent", tooltip="What the sampler produced. It is passed on unchanged and tells which sampling to report."),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to report its attention too. Says something only when its loader was told which kernel to use."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="What the sampler produced. It is passed on unchanged and tells which sampling to report.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, to report its attention too. Says something only when its loader was "
+                    "told which kernel to use.",
+                ),
             ],
-            outputs=[io.Latent.Output(tooltip="The latent, unchanged."), io.String.Output(display_name="report", tooltip="The report as text.")])
+            outputs=[
+                io.Latent.Output(tooltip="The latent, unchanged."),
+                io.String.Output(display_name="report", tooltip="The report as text."),
+            ],
+        )
 
     @classmethod
     def execute(cls, model, latent, clip=None) -> io.NodeOutput:
@@ -154,12 +252,23 @@ def report(model, samples):
     override = attention_slot.occupant(model)
     chosen = getattr(override, "selection", None)
     if chosen is None:
-        text = "No Select Attention (FLUX.2) node is on this model: ComfyUI's own attention runs, and it keeps no record."
-        return text + (f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""), {"backend": None, "calls": 0}
+        text = (
+            "No Select Attention (FLUX.2) node is on this model: ComfyUI's own attention runs, and it keeps no record."
+        )
+        return text + (
+            f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""
+        ), {"backend": None, "calls": 0}
     run, by_latent = chosen.log.find(None if samples.is_nested else fingerprint(samples))
     if run is None:
-        return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {"backend": chosen.backend, "calls": 0}
-    note = "" if by_latent else "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
+        return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {
+            "backend": chosen.backend,
+            "calls": 0,
+        }
+    note = (
+        ""
+        if by_latent
+        else "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
+    )
     return run.as_text() + note, run.as_data()
 
 
@@ -170,7 +279,11 @@ def encoder_report(clip):
     chosen = encoder_attention.selection_of(clip)
     if chosen is None:
         return "Text encoder: ComfyUI's own attention, which keeps no record."
-    return "Text encoder. " + (chosen.log.current.as_text() if chosen.log.current else f"Attention backend chosen: {chosen.backend}. No prompt has been encoded yet.")
+    return "Text encoder. " + (
+        chosen.log.current.as_text()
+        if chosen.log.current
+        else f"Attention backend chosen: {chosen.backend}. No prompt has been encoded yet."
+    )
 
 
 NODES = [Flux2SelectAttention, Flux2AttentionReport]

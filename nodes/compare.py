@@ -1,4 +1,8 @@
-"""Is another attention good enough, and is it faster? Two nodes that answer with pictures and numbers from the user's own model and card."""
+"""Is another attention good enough, and is it faster? Two nodes that answer with pictures and numbers from the user's
+own
+model and card.
+"""
+
 import dataclasses
 import itertools
 import json
@@ -21,21 +25,28 @@ from ..flux2 import attention_slot
 from . import figures
 from .attention import CATEGORY, NO_SECOND, Flux2SelectAttention, known_slugs
 
-# PyTorch's own kernels, all of the same mathematics: two of them on the same noise are the control. The most different one comes first.
+# PyTorch's own kernels, all of the same mathematics: two of them on the same noise are the control. The most different
+# one comes first.
 CONTROL_ORDER = ("sdpa-math", "sdpa-efficient", "sdpa-cudnn", "sdpa-flash", "sdpa")
 SLOTS = ("a", "b", "c", "d")
 AS_CONNECTED = "as connected"
-COMPILED_BEFORE = "No attention call reached this backend: a model that was compiled keeps the kernels it was compiled with. Measure it before it is compiled."
+COMPILED_BEFORE = (
+    "No attention call reached this backend: a model that was compiled keeps the kernels it was "
+    "compiled with. Measure it before it is compiled."
+)
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
+
 
 def backend_candidate(slug, edge_backend=NO_SECOND, first_steps=0, last_steps=0):
     """The Candidate of a backend, with a second one in the first and last steps."""
     scheduled = edge_backend != NO_SECOND and (first_steps or last_steps)
     schedule = {"edge_backend": edge_backend, "first_steps": first_steps, "last_steps": last_steps} if scheduled else {}
     name = f"{slug}, {edge_backend} in {first_steps} first and {last_steps} last steps" if schedule else slug
-    return runs.Candidate(name, lambda model: Flux2SelectAttention.execute(model, slug, **schedule).args[0], selects=True)
+    return runs.Candidate(
+        name, lambda model: Flux2SelectAttention.execute(model, slug, **schedule).args[0], selects=True
+    )
 
 
 def model_candidate(slot, model):
@@ -45,33 +56,56 @@ def model_candidate(slot, model):
 
 
 def log_of(model):
-    """(what computed a MODEL's last sampling, in words; its calls) from its selection's log; ("", None) for a model without one."""
+    """(what computed a MODEL's last sampling, in words; its calls) from its selection's log; ("", None) for a model
+    without one.
+    """
     selection = getattr(attention_slot.occupant(model), "selection", None) if model else None
     if selection is None or not selection.log.current:
         return "", None
     entries = selection.log.current.as_data()["entries"]
-    return "; ".join(f"{e['backend']} ({e['kernel'] or e['library']}), {e['calls']} calls" for e in entries), sum(e["calls"] for e in entries)
+    return "; ".join(f"{e['backend']} ({e['kernel'] or e['library']}), {e['calls']} calls" for e in entries), sum(
+        e["calls"] for e in entries
+    )
 
 
 def elsewhere(recording, expected):
-    """The sentence about attention calls that did not reach the selected backend, or "". expected: calls of the same job in the reference, or None."""
-    if recording.calls is None or recording.error or (recording.calls and (expected is None or recording.calls >= expected)):
+    """The sentence about attention calls that did not reach the selected backend, or "". expected: calls of the same
+    job
+    in the reference, or None.
+    """
+    if (
+        recording.calls is None
+        or recording.error
+        or (recording.calls and (expected is None or recording.calls >= expected))
+    ):
         return ""
-    return (f"Only {recording.calls} of {expected or 'its'} attention calls reached the selected backend, so the figures would be of a mixture. "
-            "A model that was compiled keeps the kernels it was compiled with: select first, compile behind it, and connect each compiled model to model_a, model_b, model_c or model_d.")
+    return (
+        f"Only {recording.calls} of {expected or 'its'} attention calls reached the selected backend, so the figures "
+        "would be of a mixture. "
+        "A model that was compiled keeps the kernels it was compiled with: select first, compile behind it, and "
+        "connect each compiled model to model_a, model_b, model_c or model_d."
+    )
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
 
+
 def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
-    """(Comparison, IMAGE side by side, IMAGE of differences). reference: slug; candidates: [Candidate]. ValueError when the reference cannot run."""
+    """(Comparison, IMAGE side by side, IMAGE of differences). reference: slug; candidates: [Candidate]. ValueError when
+    the reference cannot run.
+    """
     if not job.steps:  # everything would be equal, and the verdict a bare pass
-        raise ValueError("The schedule has no step, so there is nothing to compare with. Connect sigmas with at least one step and a denoise above 0.")
+        raise ValueError(
+            "The schedule has no step, so there is nothing to compare with. Connect sigmas with at least one step and "
+            "a denoise above 0."
+        )
+
     def record(candidate):
         found = runs.record(candidate, model, job, AttentionProbe, tick)
         found.ran, calls = log_of(found.model)  # now: a later candidate of a compiled model could still add to this log
         found.calls = calls if candidate.selects else None
         return found
+
     base = record(backend_candidate(reference))
     why = base.error or elsewhere(base, None)
     if why:
@@ -82,10 +116,21 @@ def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
     pictures = draw(model, vae, [base, *tried])
     for row, recording in zip(rows, tried):
         similarity(row, pictures.get(recording.name), pictures[base.name], vae)
-    found = Comparison(Row(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran), rows, control_row, note, statistics.machine(model.load_device),
-                       settings(model, job), notes=notes(base, vae))
+    found = Comparison(
+        Row(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran),
+        rows,
+        control_row,
+        note,
+        statistics.machine(model.load_device),
+        settings(model, job),
+        notes=notes(base, vae),
+    )
     others = [(r.name, pictures[r.name]) for r in tried if r.name in pictures]
-    return found, figures.side_by_side([(base.name + " (reference)", pictures[base.name]), *others]), figures.heat_maps(pictures[base.name], others)
+    return (
+        found,
+        figures.side_by_side([(base.name + " (reference)", pictures[base.name]), *others]),
+        figures.heat_maps(pictures[base.name], others),
+    )
 
 
 def differences(recording, base):
@@ -100,20 +145,38 @@ def row_of(recording, base, control):
     evidence = Evidence(differences(recording, base), recording.probe.calls)
     verdict = statistics.judge(evidence, control)
     broken = f"It produced {evidence.non_finite} NaN or infinite values." if evidence.non_finite else ""
-    return Row(recording.name, evidence, verdict, seconds_per_step=recording.seconds_per_step, reason=broken, ran=recording.ran)
+    return Row(
+        recording.name, evidence, verdict, seconds_per_step=recording.seconds_per_step, reason=broken, ran=recording.ran
+    )
 
 
 def trusted(recording, calls):
-    """Whether a recording of an exact kernel can serve as yardstick: it ran in all `calls`, each of them as near to float32 as rounding allows."""
-    return not recording.error and not elsewhere(recording, calls) and all(call.plausible for call in recording.probe.calls.values())
+    """Whether a recording of an exact kernel can serve as yardstick: it ran in all `calls`, each of them as near to
+    float32 as rounding allows.
+    """
+    return (
+        not recording.error
+        and not elsewhere(recording, calls)
+        and all(call.plausible for call in recording.probe.calls.values())
+    )
 
 
 def find_control(model, base, tried, record):
-    """(Control, its Row, a sentence), or (None, None, why). Two of PyTorch's own kernels on the same noise, the reference as one of them if it is exact."""
+    """(Control, its Row, a sentence), or (None, None, why). Two of PyTorch's own kernels on the same noise, the
+    reference
+    as one of them if it is exact.
+    """
     exact = base.name == registry.AUTO or (base.name in registry.ROWS and registry.row(base.name).exact)
-    anchor, known, device = (base if exact and trusted(base, None) else None), {r.name: r for r in (base, *tried)}, model.load_device
+    anchor, known, device = (
+        (base if exact and trusted(base, None) else None),
+        {r.name: r for r in (base, *tried)},
+        model.load_device,
+    )
     for slug in CONTROL_ORDER:
-        too_large = slug == "sdpa-math" and time_backends.math_bytes(base.probe.largest_scores) > comfy.model_management.get_free_memory(device) / 2
+        too_large = (
+            slug == "sdpa-math"
+            and time_backends.math_bytes(base.probe.largest_scores) > comfy.model_management.get_free_memory(device) / 2
+        )
         if too_large or registry.unavailable(slug, registry.describe(device)):
             continue
         other = known.get(slug) or record(backend_candidate(slug))
@@ -136,24 +199,41 @@ def control_of(other, anchor):
 
 def settings(model, job):
     """What was run, in words."""
-    return {"model": model_text(model), "latent": "x".join(map(str, job.latent["samples"].shape)), "steps": job.steps, "seed": job.seed}
+    return {
+        "model": model_text(model),
+        "latent": "x".join(map(str, job.latent["samples"].shape)),
+        "steps": job.steps,
+        "seed": job.seed,
+    }
 
 
 def model_text(model):
     """Kind, width, blocks and number format of a MODEL."""
     params, blocks = getattr(model.model.diffusion_model, "params", None), attention_slot.block_kinds(model)
-    size = f", width {params.hidden_size}, {' + '.join(str(n) for _, n in blocks)} blocks" if hasattr(params, "hidden_size") and blocks else ""
+    size = (
+        f", width {params.hidden_size}, {' + '.join(str(n) for _, n in blocks)} blocks"
+        if hasattr(params, "hidden_size") and blocks
+        else ""
+    )
     return f"{type(model.model).__name__}{size}, {str(attention_slot.attention_facts(model)[1]).removeprefix('torch.')}"
 
 
 def notes(base, vae):
     said = figures.absent()
     if vae is None:
-        said.append("No VAE is connected: the pictures are rough previews of the latents, and there is no PSNR and SSIM.")
+        said.append(
+            "No VAE is connected: the pictures are rough previews of the latents, and there is no PSNR and SSIM."
+        )
     if not base.probe.calls:
-        said.append("No attention call could be checked by itself (compiled model, or no attention that ComfyUI knows): the verdicts rest on the latents.")
+        said.append(
+            "No attention call could be checked by itself (compiled model, or no attention that ComfyUI knows): the "
+            "verdicts rest on the latents."
+        )
     if base.seconds_per_step is None:
-        said.append("There were too few steps to time one: the steps in which attention is checked are not timed. The benchmark node times.")
+        said.append(
+            "There were too few steps to time one: the steps in which attention is checked are not timed. The "
+            "benchmark node times."
+        )
     return said
 
 
@@ -190,85 +270,225 @@ class Flux2CompareAttention(io.ComfyNode):
     def define_schema(cls):
         counts = {"default": 0, "min": 0, "max": 1000, "optional": True, "advanced": True}
         choices = [NO_SECOND, *registry.SLUGS]
-        candidates = [io.Combo.Input(f"candidate_{n}", options=choices, default=registry.AUTO if n == 1 else NO_SECOND, optional=True,
-                                     tooltip="A backend to compare with the reference. One that cannot run here becomes a row with its reason.") for n in range(1, 5)]
-        models = [io.Model.Input(f"model_{slot}", optional=True,
-                                 tooltip="A model that other nodes prepared, compared as it is: several GPUs, LoRA, compilation, other packs' patches.")
-                  for slot in SLOTS]
+        candidates = [
+            io.Combo.Input(
+                f"candidate_{n}",
+                options=choices,
+                default=registry.AUTO if n == 1 else NO_SECOND,
+                optional=True,
+                tooltip="A backend to compare with the reference. One that cannot run here becomes a row with its "
+                "reason.",
+            )
+            for n in range(1, 5)
+        ]
+        models = [
+            io.Model.Input(
+                f"model_{slot}",
+                optional=True,
+                tooltip="A model that other nodes prepared, compared as it is: several GPUs, LoRA, compilation, other "
+                "packs' patches.",
+            )
+            for slot in SLOTS
+        ]
         return io.Schema(
-            node_id="Flux2CompareAttention", display_name="Compare Attention (FLUX.2)", category=CATEGORY, is_output_node=True,
-            description="Runs the same noise through a reference and up to eight candidates and shows what changes: pictures, a heat map, errors per step "
-                        "and per block, seconds per step, and a verdict that is measured against the rounding noise of two exact kernels.",
-            search_aliases=["accuracy", "quality", "difference", "psnr", "ssim", "attention backend", "is it good enough"],
+            node_id="Flux2CompareAttention",
+            display_name="Compare Attention (FLUX.2)",
+            category=CATEGORY,
+            is_output_node=True,
+            description="Runs the same noise through a reference and up to eight candidates and shows what changes: "
+            "pictures, a heat map, errors per step "
+            "and per block, seconds per step, and a verdict that is measured against the rounding noise of two exact "
+            "kernels.",
+            search_aliases=[
+                "accuracy",
+                "quality",
+                "difference",
+                "psnr",
+                "ssim",
+                "attention backend",
+                "is it good enough",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to sample with. It is cloned for each candidate and left as it is."),
-                io.Latent.Input("latent_image", tooltip="The latent to start from, as for a sampler. An empty one gives text to image."),
+                io.Model.Input(
+                    "model", tooltip="The model to sample with. It is cloned for each candidate and left as it is."
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent to start from, as for a sampler. An empty one gives text to image.",
+                ),
                 io.Sampler.Input("sampler", tooltip="The sampler. All candidates use the same one."),
-                io.Sigmas.Input("sigmas", tooltip="The schedule. Use the number of steps that you draw with: errors grow from step to step."),
-                io.Int.Input("noise_seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="The seed of the noise, the same for all candidates."),
-                io.Combo.Input("reference", options=registry.SLUGS, default="sdpa",
-                               tooltip="What the candidates are compared with: an exact backend, unless you want to know how two others differ."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="The prompt (with guidance and reference pictures, if any). For a negative prompt connect a guider instead."),
-                io.Guider.Input("guider", optional=True,
-                                tooltip="Instead of positive: a guider with its prompts and settings. Its model is replaced by the candidates'."),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures. Without it there are rough previews, and no PSNR and SSIM."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The schedule. Use the number of steps that you draw with: errors grow from step to step.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=42,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The seed of the noise, the same for all candidates.",
+                ),
+                io.Combo.Input(
+                    "reference",
+                    options=registry.SLUGS,
+                    default="sdpa",
+                    tooltip="What the candidates are compared with: an exact backend, unless you want to know how two "
+                    "others differ.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="The prompt (with guidance and reference pictures, if any). For a negative prompt connect "
+                    "a guider instead.",
+                ),
+                io.Guider.Input(
+                    "guider",
+                    optional=True,
+                    tooltip="Instead of positive: a guider with its prompts and settings. Its model is replaced by "
+                    "the candidates'.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the pictures. Without it there are rough previews, and no PSNR and SSIM.",
+                ),
                 *candidates,
-                io.Combo.Input("edge_backend", options=choices, default=NO_SECOND, optional=True, advanced=True,
-                               tooltip="A precision schedule for the candidates chosen above: this backend computes their first and last steps."),
+                io.Combo.Input(
+                    "edge_backend",
+                    options=choices,
+                    default=NO_SECOND,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A precision schedule for the candidates chosen above: this backend computes their first "
+                    "and last steps.",
+                ),
                 io.Int.Input("first_steps", **counts, tooltip="How many steps at the beginning use the edge backend."),
                 io.Int.Input("last_steps", **counts, tooltip="How many steps at the end use the edge backend."),
                 *models,
             ],
-            outputs=[io.Image.Output(display_name="pictures", tooltip="The reference and the candidates side by side, with their names."),
-                     io.Image.Output(display_name="differences", tooltip="Where each candidate's picture differs from the reference's, on one scale."),
-                     io.String.Output(display_name="table", tooltip="Verdicts with their thresholds, errors per step and per block, and times, as text.")])
+            outputs=[
+                io.Image.Output(
+                    display_name="pictures", tooltip="The reference and the candidates side by side, with their names."
+                ),
+                io.Image.Output(
+                    display_name="differences",
+                    tooltip="Where each candidate's picture differs from the reference's, on one scale.",
+                ),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="Verdicts with their thresholds, errors per step and per block, and times, as text.",
+                ),
+            ],
+        )
 
     @classmethod
-    def validate_inputs(cls, reference=None, candidate_1=None, candidate_2=None, candidate_3=None, candidate_4=None, edge_backend=None):
+    def validate_inputs(
+        cls, reference=None, candidate_1=None, candidate_2=None, candidate_3=None, candidate_4=None, edge_backend=None
+    ):
         return known_slugs(reference, candidate_1, candidate_2, candidate_3, candidate_4, edge_backend)
 
     @classmethod
-    def execute(cls, model, latent_image, sampler, sigmas, noise_seed, reference="sdpa", positive=None, guider=None, vae=None, candidate_1=NO_SECOND,
-                candidate_2=NO_SECOND, candidate_3=NO_SECOND, candidate_4=NO_SECOND, edge_backend=NO_SECOND, first_steps=0, last_steps=0,
-                model_a=None, model_b=None, model_c=None, model_d=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        latent_image,
+        sampler,
+        sigmas,
+        noise_seed,
+        reference="sdpa",
+        positive=None,
+        guider=None,
+        vae=None,
+        candidate_1=NO_SECOND,
+        candidate_2=NO_SECOND,
+        candidate_3=NO_SECOND,
+        candidate_4=NO_SECOND,
+        edge_backend=NO_SECOND,
+        first_steps=0,
+        last_steps=0,
+        model_a=None,
+        model_b=None,
+        model_c=None,
+        model_d=None,
+    ) -> io.NodeOutput:
         if (positive is None) == (guider is None):
             raise ValueError("Connect either positive (a prompt) or guider, not both and not neither.")
         slugs = [s for s in (candidate_1, candidate_2, candidate_3, candidate_4) if s != NO_SECOND]
-        prepared = [model_candidate(slot, m) for slot, m in zip(SLOTS, (model_a, model_b, model_c, model_d)) if m is not None]
-        candidates = unnamed_twice([backend_candidate(s, edge_backend, first_steps, last_steps) for s in slugs] + prepared)
+        prepared = [
+            model_candidate(slot, m) for slot, m in zip(SLOTS, (model_a, model_b, model_c, model_d)) if m is not None
+        ]
+        candidates = unnamed_twice(
+            [backend_candidate(s, edge_backend, first_steps, last_steps) for s in slugs] + prepared
+        )
         job = runs.Job(guider or runs.guider_of(model, positive), latent_image, sampler, sigmas, noise_seed)
         bar = comfy.utils.ProgressBar((len(candidates) + 2) * job.steps)  # and the reference and the control
         found, pictures, heat = compare(model, job, reference, candidates, vae, lambda: bar.update(1))
         text = found.as_text()
-        return io.NodeOutput(pictures, heat, text, ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.plain(found.as_data())]})
+        return io.NodeOutput(
+            pictures,
+            heat,
+            text,
+            ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.plain(found.as_data())]},
+        )
 
 
 # --- a benchmark -----------------------------------------------------------------------------------------------------
 
-def benchmark(model, sizes, positive=None, wanted=(), call_repeat=time_backends.REPEAT, step_repeat=3, tick=lambda: None):
-    """Benchmark of a MODEL at [Size]: every available backend on the model's own attention calls, then whole steps. wanted: only these slugs."""
+
+def benchmark(
+    model, sizes, positive=None, wanted=(), call_repeat=time_backends.REPEAT, step_repeat=3, tick=lambda: None
+):
+    """Benchmark of a MODEL at [Size]: every available backend on the model's own attention calls, then whole steps.
+    wanted: only these slugs.
+    """
     positive = positive or model_bench.random_conditioning(model)
     device = model.load_device
-    slugs, missing = time_backends.available(device, wanted), {slug: why for slug, why in time_backends.missing(device).items() if not wanted or slug in wanted}
-    found = Benchmark([], missing, statistics.machine(device), {"model": model_text(model), "runs per call": call_repeat, "steps per backend": step_repeat})
+    slugs, missing = (
+        time_backends.available(device, wanted),
+        {slug: why for slug, why in time_backends.missing(device).items() if not wanted or slug in wanted},
+    )
+    found = Benchmark(
+        [],
+        missing,
+        statistics.machine(device),
+        {"model": model_text(model), "runs per call": call_repeat, "steps per backend": step_repeat},
+    )
     for size in sizes:
         found.rows += call_rows(model, size, positive, slugs, call_repeat, tick)
     for size in sizes if step_repeat else ():
-        found.rows += [step_row(model, size, positive, slug, step_repeat, tick) for slug in (AS_CONNECTED, registry.AUTO, *slugs)]
+        found.rows += [
+            step_row(model, size, positive, slug, step_repeat, tick) for slug in (AS_CONNECTED, registry.AUTO, *slugs)
+        ]
     return found
 
 
 def call_rows(model, size, positive, slugs, repeat, tick):
-    """Rows of all backends on each kind of call that the model makes at a Size; the reason if the model cannot run it."""
+    """Rows of all backends on each kind of call that the model makes at a Size; the reason if the model cannot run
+    it.
+    """
     try:
         calls = model_bench.captured(model, size, positive)
     except Exception as error:  # a picture too large for this card, say: the other sizes go on
         comfy.model_management.soft_empty_cache()
-        return [Measured(str(size), AS_CONNECTED, "attention", reason=f"The model could not run this size: {runs.reason_of(error)}")]
+        return [
+            Measured(
+                str(size),
+                AS_CONNECTED,
+                "attention",
+                reason=f"The model could not run this size: {runs.reason_of(error)}",
+            )
+        ]
     if not calls:
-        return [Measured(str(size), AS_CONNECTED, "attention", reason="No attention call of this model could be seen, as in compiled blocks. Measure the model before it is compiled.")]
+        return [
+            Measured(
+                str(size),
+                AS_CONNECTED,
+                "attention",
+                reason="No attention call of this model could be seen, as in compiled blocks. Measure the model "
+                "before it is compiled.",
+            )
+        ]
     free = comfy.model_management.get_free_memory(model.load_device) / 2
     return [time_backends.bench_backend(str(size), call, slug, repeat, tick, free) for call in calls for slug in slugs]
 
@@ -289,28 +509,41 @@ def step_row(model, size, positive, slug, repeat, tick):
 
 def stopper(bar):
     """A tick that moves the progress bar and raises when the user cancels."""
+
     def tick():
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(1)
+
     return tick
 
 
 def ticks(model, sizes, wanted, call_repeat, step_repeat):
     """How many ticks a benchmark makes, if each size has one kind of call."""
     slugs = len(time_backends.available(model.load_device, wanted))
-    return max(1, len(sizes) * (slugs * (time_backends.WARM_UP + call_repeat) + (slugs + 2) * (step_repeat + 1) * bool(step_repeat)))
+    return max(
+        1,
+        len(sizes)
+        * (slugs * (time_backends.WARM_UP + call_repeat) + (slugs + 2) * (step_repeat + 1) * bool(step_repeat)),
+    )
 
 
 def save(data):
-    """Write a benchmark into ComfyUI's output folder and say where. A disk that refuses costs only the file: what was measured is on the node."""
+    """Write a benchmark into ComfyUI's output folder and say where. A disk that refuses costs only the file: what was
+    measured is on the node.
+    """
     try:
         return f"Saved as {write_json(data)} in ComfyUI's output folder."
     except OSError as error:
-        return f"The JSON file could not be saved in ComfyUI's output folder: {error.strerror or error}. Make room or give ComfyUI the right to write there."
+        return (
+            f"The JSON file could not be saved in ComfyUI's output folder: {error.strerror or error}. Make room or "
+            "give ComfyUI the right to write there."
+        )
 
 
 def write_json(data):
-    """A new file in the output folder, never in the place of another one (two ComfyUI may share it); returns its path below that folder."""
+    """A new file in the output folder, never in the place of another one (two ComfyUI may share it); returns its path
+    below that folder.
+    """
     folder, stamp = "flux2_attention", time.strftime("%Y%m%d-%H%M%S")
     os.makedirs(os.path.join(folder_paths.get_output_directory(), folder), exist_ok=True)
     for again in itertools.count(1):
@@ -329,26 +562,67 @@ class Flux2BenchmarkAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2BenchmarkAttention", display_name="Benchmark Attention (FLUX.2)", category=CATEGORY, is_output_node=True,
-            description="Times every attention backend that runs here on the calls that this model really makes, then whole steps of the model. Gives a chart, "
-                        "a table with the reasons of the backends that cannot run, and a JSON file in ComfyUI's output folder. The model stays as it is.",
+            node_id="Flux2BenchmarkAttention",
+            display_name="Benchmark Attention (FLUX.2)",
+            category=CATEGORY,
+            is_output_node=True,
+            description="Times every attention backend that runs here on the calls that this model really makes, then "
+            "whole steps of the model. Gives a chart, "
+            "a table with the reasons of the backends that cannot run, and a JSON file in ComfyUI's output folder. "
+            "The model stays as it is.",
             search_aliases=["speed", "it/s", "fastest attention", "time", "attention backend"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to measure, with everything that other nodes did to it."),
-                io.String.Input("sizes", default="1024x1024",
-                                tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of 1024x1024: 1024x1024, 1024x1024+1, 2048x2048."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="A prompt. FLUX.2 needs none: noise in its place takes the same time. Other models do."),
-                io.String.Input("backends", default="", optional=True, advanced=True,
-                                tooltip="Only these backends, separated by commas. Empty: every one that can run here."),
-                io.Int.Input("call_repeat", default=time_backends.REPEAT, min=1, max=1000, optional=True, advanced=True,
-                             tooltip="How often each attention call is timed, after warming up. The median counts."),
-                io.Int.Input("step_repeat", default=3, min=0, max=100, optional=True, advanced=True,
-                             tooltip="How many whole steps are timed for each backend, after one that warms up. 0: attention calls only."),
+                io.String.Input(
+                    "sizes",
+                    default="1024x1024",
+                    tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of "
+                    "1024x1024: 1024x1024, 1024x1024+1, 2048x2048.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="A prompt. FLUX.2 needs none: noise in its place takes the same time. Other models do.",
+                ),
+                io.String.Input(
+                    "backends",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only these backends, separated by commas. Empty: every one that can run here.",
+                ),
+                io.Int.Input(
+                    "call_repeat",
+                    default=time_backends.REPEAT,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How often each attention call is timed, after warming up. The median counts.",
+                ),
+                io.Int.Input(
+                    "step_repeat",
+                    default=3,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many whole steps are timed for each backend, after one that warms up. 0: attention "
+                    "calls only.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="chart",
-                                     tooltip="Bars of the medians, with the spread. Needs matplotlib; without it, a sentence that says so."),
-                     io.String.Output(display_name="table", tooltip="Every figure, and the reasons of the backends that cannot run here, as text.")])
+            outputs=[
+                io.Image.Output(
+                    display_name="chart",
+                    tooltip="Bars of the medians, with the spread. Needs matplotlib; without it, a sentence that says "
+                    "so.",
+                ),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="Every figure, and the reasons of the backends that cannot run here, as text.",
+                ),
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, sizes=None, backends=None):
@@ -359,14 +633,18 @@ class Flux2BenchmarkAttention(io.ComfyNode):
         return known_slugs(*names(backends or ""))
 
     @classmethod
-    def execute(cls, model, sizes, positive=None, backends="", call_repeat=time_backends.REPEAT, step_repeat=3) -> io.NodeOutput:
+    def execute(
+        cls, model, sizes, positive=None, backends="", call_repeat=time_backends.REPEAT, step_repeat=3
+    ) -> io.NodeOutput:
         wanted, parsed = names(backends), model_bench.sizes(sizes)
         tick = stopper(comfy.utils.ProgressBar(ticks(model, parsed, wanted, call_repeat, step_repeat)))
         found = benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, tick)
         found.notes += [sentence for sentence in figures.absent() if sentence == figures.NO_CHART]
         data = statistics.plain(found.as_data())
         text = f"{found.as_text()}\n\n{save(data)}"
-        return io.NodeOutput(figures.chart(found), text, ui={**ui.PreviewText(text).as_dict(), "flux2_benchmark": [data]})
+        return io.NodeOutput(
+            figures.chart(found), text, ui={**ui.PreviewText(text).as_dict(), "flux2_benchmark": [data]}
+        )
 
 
 def names(text):

@@ -1,4 +1,5 @@
 """Fused transformer blocks for a MODEL."""
+
 from comfy_api.latest import io
 
 from ..flux2.compiled import toolchain
@@ -14,24 +15,44 @@ class Flux2FastBlocks(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2FastBlocks", display_name="Fast Blocks (FLUX.2)", category=CATEGORY,
-            description="Computes the many small operations between FLUX.2's matrix products and attention with a few fused Triton kernels. "
-                        "Same picture up to rounding, less time per step. Weights, LoRA, references and the attention backend stay as they are.",
+            node_id="Flux2FastBlocks",
+            display_name="Fast Blocks (FLUX.2)",
+            category=CATEGORY,
+            description="Computes the many small operations between FLUX.2's matrix products and attention with a few "
+            "fused Triton kernels. "
+            "Same picture up to rounding, less time per step. Weights, LoRA, references and the attention backend "
+            "stay as they are.",
             search_aliases=["fused kernels", "triton", "speed up", "fast flux", "fp8", "faster"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.2 model. It is cloned: other branches of the graph stay as they are. Before or after Select Attention."),
-                io.Combo.Input("precision", options=[CHECKPOINT, FP8], default=CHECKPOINT,
-                               tooltip="checkpoint: matrix products as the checkpoint has them; an fp8 checkpoint runs in fp8.\n"
-                                       "fp8: a bf16 checkpoint's large products run in fp8 with a scale per row: faster, and less exact."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A FLUX.2 model. It is cloned: other branches of the graph stay as they are. Before or "
+                    "after Select Attention.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[CHECKPOINT, FP8],
+                    default=CHECKPOINT,
+                    tooltip="checkpoint: matrix products as the checkpoint has them; an fp8 checkpoint runs in fp8.\n"
+                    "fp8: a bf16 checkpoint's large products run in fp8 with a scale per row: faster, and less exact.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The same model with fused blocks. Attention Report says how many block calls they computed.")])
+            outputs=[
+                io.Model.Output(
+                    tooltip="The same model with fused blocks. Attention Report says how many block calls they "
+                    "computed."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, model, precision=CHECKPOINT) -> io.NodeOutput:
         device = model.load_device
         reason = kernels.unavailable(device) or (toolchain.unavailable(device) if device.type == "cuda" else None)
         if reason:
-            raise RuntimeError(f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing.")
+            raise RuntimeError(
+                f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing."
+            )
         patched = model.clone()
         fused_blocks.install(patched, fp8_rows(patched) if precision == FP8 else None)
         return io.NodeOutput(patched)

@@ -1,8 +1,12 @@
-"""Pictures for people: labelled pictures side by side, heat maps of differences, bar charts. IMAGE tensors (B, H, W, 3), float32 from 0 to 1.
+"""Pictures for people: labelled pictures side by side, heat maps of differences, bar charts. IMAGE tensors (B, H, W,
+3),
+float32 from 0 to 1.
 
-matplotlib draws the charts and colours the heat maps, scikit-image computes SSIM; both are optional (pip install flux2-attention[compare], or
-pip install matplotlib scikit-image). Without them there is grey, a dash, and a sentence that says what to install.
+matplotlib draws the charts and colours the heat maps, scikit-image computes SSIM; both are optional (pip install
+flux2-attention[compare], or pip install matplotlib scikit-image). Without them there is grey, a dash, and a sentence
+that says what to install.
 """
+
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 import torch
@@ -10,19 +14,30 @@ import torch
 INSTALL = "pip install matplotlib scikit-image"
 NO_CHART = f"matplotlib is not installed, so there is no chart and heat maps are grey. Install it with: {INSTALL}"
 NO_SSIM = f"scikit-image is not installed, so there is no SSIM. Install it with: {INSTALL}"
-LABEL, GAP, LEAST_WIDTH = 34, 8, 192  # pixels: height of a label, space between pictures, width below which a label cannot be read
+# pixels: height of a label, space between pictures, width below which a label cannot be read
+LABEL, GAP, LEAST_WIDTH = 34, 8, 192
 EXACT, QUANTISED, BASELINE = "#3f789e", "#b06634", "#888888"
 
 
 def ssim(picture, reference):
-    """Structural similarity (Wang et al. 2004) of two pictures (B, H, W, 3) by scikit-image, the mean of the batch; None without it or below 7 pixels."""
+    """Structural similarity (Wang et al. 2004) of two pictures (B, H, W, 3) by scikit-image, the mean of the batch;
+    None
+    without it or below 7 pixels.
+    """
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
         return None
     if min(picture.shape[1:3]) < 7:
         return None
-    return float(numpy.mean([structural_similarity(a.numpy(), b.numpy(), channel_axis=-1, data_range=1.0) for a, b in zip(picture, reference)]))
+    return float(
+        numpy.mean(
+            [
+                structural_similarity(a.numpy(), b.numpy(), channel_axis=-1, data_range=1.0)
+                for a, b in zip(picture, reference)
+            ]
+        )
+    )
 
 
 def absent():
@@ -49,7 +64,9 @@ def side_by_side(titled):
 
 
 def panel(title, picture):
-    """A picture under its title; small ones are enlarged by a whole factor, so that the title fits and pixels stay square."""
+    """A picture under its title; small ones are enlarged by a whole factor, so that the title fits and pixels stay
+    square.
+    """
     column = as_image(picture.reshape(-1, *picture.shape[2:]))
     factor = max(1, -(-LEAST_WIDTH // column.width))
     column = column.resize((column.width * factor, column.height * factor), Image.Resampling.NEAREST)
@@ -77,12 +94,23 @@ def as_tensor(image):
 
 
 def heat_maps(reference, titled):
-    """IMAGE of |picture - reference|, the mean of the colours, one map per (title, picture) on one common scale, which the titles state."""
+    """IMAGE of |picture - reference|, the mean of the colours, one map per (title, picture) on one common scale, which
+    the
+    titles state.
+    """
     gaps = [(title, (picture - reference).abs().nan_to_num(1.0).mean(dim=-1)) for title, picture in titled]
     largest = max((gap.max().item() for _, gap in gaps), default=0.0)
     if not gaps:
         return message("There is no picture to compare: no candidate ran.")
-    return side_by_side([(f"{title}: up to {gap.max().item():.2g} (white: {largest:.2g})", coloured(gap / largest if largest else gap)) for title, gap in gaps])
+    return side_by_side(
+        [
+            (
+                f"{title}: up to {gap.max().item():.2g} (white: {largest:.2g})",
+                coloured(gap / largest if largest else gap),
+            )
+            for title, gap in gaps
+        ]
+    )
 
 
 def coloured(values):
@@ -112,11 +140,17 @@ def chart(benchmark):
     groups = {key: rows for key, rows in groups.items() if rows}
     if not groups:
         return message("Nothing could be timed: the table says why.")
-    figure = Figure(figsize=(10, sum(0.34 * len(rows) + 1.1 for rows in groups.values()) + 0.5), dpi=100, layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(rows) + 2 for rows in groups.values()])[:, 0]
+    figure = Figure(
+        figsize=(10, sum(0.34 * len(rows) + 1.1 for rows in groups.values()) + 0.5), dpi=100, layout="constrained"
+    )
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(rows) + 2 for rows in groups.values()])[
+        :, 0
+    ]
     for axis, ((size, call), rows) in zip(axes, groups.items()):
         bars(axis, f"{size}: {'whole step' if call == 'step' else call}", rows)
-    figure.suptitle(f"{benchmark.machine['device']} ({benchmark.machine['arch']}), torch {benchmark.machine['torch']}", fontsize=11)
+    figure.suptitle(
+        f"{benchmark.machine['device']} ({benchmark.machine['arch']}), torch {benchmark.machine['torch']}", fontsize=11
+    )
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(numpy.asarray(canvas.buffer_rgba())[..., :3].astype(numpy.float32) / 255).unsqueeze(0)
@@ -131,6 +165,13 @@ def bars(axis, title, rows):
     axis.bar_label(drawn, [f" {t:,.0f} ms" if t >= 1000 else f" {t:.3g} ms" for t in times], fontsize=8)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
-    axis.set_xlabel("milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: the model as connected", fontsize=7)
+    axis.set_xlabel(
+        (
+            "milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: the model "
+            "as "
+            "connected"
+        ),
+        fontsize=7,
+    )
     axis.tick_params(labelsize=8)
     axis.margins(x=0.12)

@@ -1,8 +1,10 @@
-"""The loader nodes: FLUX.2 diffusion model, text encoder and VAE from ComfyUI's model folders, as plain MODEL, CLIP and VAE.
+"""The loader nodes: FLUX.2 diffusion model, text encoder and VAE from ComfyUI's model folders, as plain MODEL, CLIP and
+VAE.
 
-A choice is a file, or the folder of a diffusers or Hugging Face model. What is wrong with a choice is said in a sentence, before anything is
-loaded.
+A choice is a file, or the folder of a diffusers or Hugging Face model. What is wrong with a choice is said in a
+sentence, before anything is loaded.
 """
+
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -13,16 +15,25 @@ from ..flux2.loading.memory import AUTO, MODEL_MODES, MODES
 from .attention import ENCODER_BACKENDS, check_encoder_attention, choose_encoder_attention
 
 CATEGORY = "Flux 2"
-PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}  # of pipelines in ComfyUI's folder diffusers
-WHERE_IDLE = ("Where the weights are while this component is not used. 'auto': ComfyUI moves them when the room is needed (recommended). 'keep on GPU': once "
-              "loaded they stay, and others get what is left. 'CPU when idle': they leave the GPU after "
-              "each {run}, which leaves most room for the others and costs a transfer each time. Without a GPU no effect.")
-INFO_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")  # where files that belong elsewhere are found too
+# of pipelines in ComfyUI's folder diffusers
+PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}
+WHERE_IDLE = (
+    "Where the weights are while this component is not used. 'auto': ComfyUI moves them when the room is needed "
+    "(recommended). 'keep on GPU': once "
+    "loaded they stay, and others get what is left. 'CPU when idle': they leave the GPU after "
+    "each {run}, which leaves most room for the others and costs a transfer each time. Without a GPU no effect."
+)
+# where files that belong elsewhere are found too
+INFO_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
 
 
 def _names(folder):
     names = choices(folder_paths.get_filename_list(folder), folder_paths.get_folder_paths(folder))
-    return names + pipeline_parts(folder_paths.get_folder_paths("diffusers"), PIPELINE_PARTS[folder]) if folder in PIPELINE_PARTS else names
+    return (
+        names + pipeline_parts(folder_paths.get_folder_paths("diffusers"), PIPELINE_PARTS[folder])
+        if folder in PIPELINE_PARTS
+        else names
+    )
 
 
 def _all_names():
@@ -30,15 +41,22 @@ def _all_names():
 
 
 def _path(folder, name):
-    roots = folder_paths.get_folder_paths(folder) + folder_paths.get_folder_paths("diffusers") * (folder in PIPELINE_PARTS)
+    roots = folder_paths.get_folder_paths(folder) + folder_paths.get_folder_paths("diffusers") * (
+        folder in PIPELINE_PARTS
+    )
     return str(locate(name, _names(folder), roots, folder))
 
 
 def _validate(folder, name):
-    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that the value is not in a list."""
+    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that the value is not in a
+    list.
+    """
     try:
         if folder not in INFO_FOLDERS:
-            return f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the name of a file."
+            return (
+                f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and "
+                "the name of a file."
+            )
         return bool(_path(folder, name))
     except CheckpointError as error:
         return str(error)
@@ -53,22 +71,44 @@ class Flux2LoadModel(io.ComfyNode):
             node_id="Flux2LoadModel",
             display_name="Load FLUX.2 Model",
             category=CATEGORY,
-            description="Loads a FLUX.2 diffusion model, the part that draws: dev, klein 4B or klein 9B. Takes the original file, ComfyUI's bf16 and "
-                        "fp8 files, and diffusers folders. A file of another kind is refused with what it is and where it belongs.",
+            description="Loads a FLUX.2 diffusion model, the part that draws: dev, klein 4B or klein 9B. Takes the "
+            "original file, ComfyUI's bf16 and "
+            "fp8 files, and diffusers folders. A file of another kind is refused with what it is and where it belongs.",
             search_aliases=["flux2 unet", "flux 2 diffusion model", "load unet", "load diffusers transformer", "klein"],
             inputs=[
-                io.Combo.Input("model_name", options=_names("diffusion_models"),
-                               tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models, or in a whole "
-                                       "diffusers pipeline in the folder diffusers."),
-                io.Combo.Input("weight_dtype", options=list(load.WEIGHT_DTYPES), default="as stored",
-                               tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). 'bf16': 2 bytes a weight. "
-                                       "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of quality; "
-                                       "a file made as fp8 or mixed precision is better."),
-                io.Combo.Input("memory", options=list(MODEL_MODES), default=AUTO, optional=True, advanced=True,
-                               tooltip=WHERE_IDLE.format(run="sampling") + " 'layer by layer': they stay in the computer's memory, and every step "
-                                       "fetches each layer when its turn comes: least GPU memory, slowest."),
+                io.Combo.Input(
+                    "model_name",
+                    options=_names("diffusion_models"),
+                    tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models, or in "
+                    "a whole "
+                    "diffusers pipeline in the folder diffusers.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(load.WEIGHT_DTYPES),
+                    default="as stored",
+                    tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). "
+                    "'bf16': 2 bytes a weight. "
+                    "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of "
+                    "quality; "
+                    "a file made as fp8 or mixed precision is better.",
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MODEL_MODES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=WHERE_IDLE.format(run="sampling")
+                    + " 'layer by layer': they stay in the computer's memory, and every step "
+                    "fetches each layer when its turn comes: least GPU memory, slowest.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The diffusion model. An ordinary MODEL: LoRA and all other model nodes work on it.")],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The diffusion model. An ordinary MODEL: LoRA and all other model nodes work on it."
+                )
+            ],
         )
 
     @classmethod
@@ -89,27 +129,66 @@ class Flux2LoadTextEncoder(io.ComfyNode):
             node_id="Flux2LoadTextEncoder",
             display_name="Load FLUX.2 Text Encoder",
             category=CATEGORY,
-            description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for klein. Takes ComfyUI's files and "
-                        "Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
+            description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for "
+            "klein. Takes ComfyUI's files and "
+            "Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
             search_aliases=["flux2 clip", "load clip", "mistral", "qwen3", "flux 2 text encoder"],
             inputs=[
-                io.Combo.Input("text_encoder_name", options=_names("text_encoders"),
-                               tooltip="A file, or the folder of a Hugging Face model, in ComfyUI's folder text_encoders. FLUX.2 dev needs Mistral 3, "
-                                       "klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B."),
-                io.Combo.Input("device", options=list(load.DEVICES), default="default",
-                               tooltip="Where the prompt is read. 'default': ComfyUI decides, normally the GPU. 'cpu': leaves GPU memory free, but slow."),
-                io.Combo.Input("padding", options=list(load.PADDINGS), default="zeros", optional=True, advanced=True,
-                               tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does; longer prompts are read whole. "
-                                       "'reference': as diffusers and the official code do, encoded padding tokens, and longer prompts end after 512 "
-                                       "tokens; choose it to reproduce their pictures. On klein only the cut has an effect."),
-                io.Combo.Input("attention", options=ENCODER_BACKENDS, default=ENCODER_BACKENDS[0], optional=True, advanced=True,
-                               tooltip="Which kernel computes this encoder's attention; the diffusion model's choice does not reach it. 'default': ComfyUI's own. "
-                                       "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt takes milliseconds either way."),
-                io.Combo.Input("memory", options=list(MODES), default=AUTO, optional=True, advanced=True,
-                               tooltip=WHERE_IDLE.format(run="prompt") + " No effect with device 'cpu'."),
-                io.Combo.Input("load", options=list(lazy_clip.LOADS), default=lazy_clip.NOW, optional=True, advanced=True,
-                               tooltip="When the weights are read. 'now': when this node runs. 'when needed': when a prompt is really encoded; with Encode "
-                                       "Prompt (FLUX.2), prompts that it has kept on disk never need them."),
+                io.Combo.Input(
+                    "text_encoder_name",
+                    options=_names("text_encoders"),
+                    tooltip="A file, or the folder of a Hugging Face model, in ComfyUI's folder text_encoders. FLUX.2 "
+                    "dev needs Mistral 3, "
+                    "klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(load.DEVICES),
+                    default="default",
+                    tooltip="Where the prompt is read. 'default': ComfyUI decides, normally the GPU. 'cpu': leaves "
+                    "GPU memory free, but slow.",
+                ),
+                io.Combo.Input(
+                    "padding",
+                    options=list(load.PADDINGS),
+                    default="zeros",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does; "
+                    "longer prompts are read whole. "
+                    "'reference': as diffusers and the official code do, encoded padding tokens, and longer prompts "
+                    "end after 512 "
+                    "tokens; choose it to reproduce their pictures. On klein only the cut has an effect.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=ENCODER_BACKENDS,
+                    default=ENCODER_BACKENDS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which kernel computes this encoder's attention; the diffusion model's choice does not "
+                    "reach it. 'default': ComfyUI's own. "
+                    "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt "
+                    "takes milliseconds either way.",
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MODES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=WHERE_IDLE.format(run="prompt") + " No effect with device 'cpu'.",
+                ),
+                io.Combo.Input(
+                    "load",
+                    options=list(lazy_clip.LOADS),
+                    default=lazy_clip.NOW,
+                    optional=True,
+                    advanced=True,
+                    tooltip="When the weights are read. 'now': when this node runs. 'when needed': when a prompt is "
+                    "really encoded; with Encode "
+                    "Prompt (FLUX.2), prompts that it has kept on disk never need them.",
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
         )
@@ -119,15 +198,23 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         return _validate("text_encoders", text_encoder_name)
 
     @classmethod
-    def execute(cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy_clip.NOW) -> io.NodeOutput:
-        source = lazy_clip.Source(_path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),))
+    def execute(
+        cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy_clip.NOW
+    ) -> io.NodeOutput:
+        source = lazy_clip.Source(
+            _path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),)
+        )
         check_encoder_attention(source.load_device, attention)
-        return io.NodeOutput(lazy_clip.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy_clip.WHEN_NEEDED))
+        return io.NodeOutput(
+            lazy_clip.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy_clip.WHEN_NEEDED)
+        )
 
 
 def _text_encoder(source, attention):
     embeddings = folder_paths.get_folder_paths("embeddings")
-    return choose_encoder_attention(load.load_text_encoder(source.path, source.device, source.padding, embeddings, source.memory), attention)
+    return choose_encoder_attention(
+        load.load_text_encoder(source.path, source.device, source.padding, embeddings, source.memory), attention
+    )
 
 
 class Flux2LoadVAE(io.ComfyNode):
@@ -139,19 +226,36 @@ class Flux2LoadVAE(io.ComfyNode):
             node_id="Flux2LoadVAE",
             display_name="Load FLUX.2 VAE",
             category=CATEGORY,
-            description="Loads the FLUX.2 autoencoder, which turns pictures into latents and back. Takes the original file, the file with the small "
-                        "decoder, and diffusers folders.",
+            description="Loads the FLUX.2 autoencoder, which turns pictures into latents and back. Takes the original "
+            "file, the file with the small "
+            "decoder, and diffusers folders.",
             search_aliases=["flux2 vae", "load vae", "flux 2 autoencoder"],
             inputs=[
-                io.Combo.Input("vae_name", options=_names("vae"),
-                               tooltip="A file, or the folder of a diffusers VAE, in ComfyUI's folder vae."),
-                io.Combo.Input("precision", options=list(load.PRECISIONS), default="auto",
-                               tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device (recommended). 'fp32': exact, "
-                                       "twice the memory. 'fp16': can overflow to black pictures."),
-                io.Combo.Input("memory", options=list(MODES), default=AUTO, optional=True, advanced=True,
-                               tooltip=WHERE_IDLE.format(run="picture or batch that it encodes or decodes")),
+                io.Combo.Input(
+                    "vae_name",
+                    options=_names("vae"),
+                    tooltip="A file, or the folder of a diffusers VAE, in ComfyUI's folder vae.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(load.PRECISIONS),
+                    default="auto",
+                    tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device "
+                    "(recommended). 'fp32': exact, "
+                    "twice the memory. 'fp16': can overflow to black pictures.",
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MODES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=WHERE_IDLE.format(run="picture or batch that it encodes or decodes"),
+                ),
             ],
-            outputs=[io.Vae.Output(tooltip="The autoencoder. An ordinary VAE: connect it to VAE Decode and VAE Encode.")],
+            outputs=[
+                io.Vae.Output(tooltip="The autoencoder. An ordinary VAE: connect it to VAE Decode and VAE Encode.")
+            ],
         )
 
     @classmethod
@@ -172,13 +276,18 @@ class Flux2ModelInfo(io.ComfyNode):
             node_id="Flux2ModelInfo",
             display_name="FLUX.2 Model Info",
             category=CATEGORY,
-            description="Says what a model file is without loading it: kind, variant, layers, number format, size, which node it belongs in, and what "
-                        "will happen on this machine. For a damaged or wrong file it says what is wrong.",
+            description="Says what a model file is without loading it: kind, variant, layers, number format, size, "
+            "which node it belongs in, and what "
+            "will happen on this machine. For a damaged or wrong file it says what is wrong.",
             search_aliases=["inspect model", "identify checkpoint", "what is this file"],
             is_output_node=True,
             inputs=[
-                io.Combo.Input("file_name", options=_all_names(),
-                               tooltip="A file or model folder of any of ComfyUI's model folders, with the folder's name in front."),
+                io.Combo.Input(
+                    "file_name",
+                    options=_all_names(),
+                    tooltip="A file or model folder of any of ComfyUI's model folders, with the folder's name in "
+                    "front.",
+                ),
             ],
             outputs=[io.String.Output(display_name="text", tooltip="The description, several lines.")],
         )

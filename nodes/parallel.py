@@ -1,4 +1,5 @@
 """One image on several GPUs, as an ordinary MODEL."""
+
 from comfy_api.latest import io
 
 from ..attention.override import AttentionOverride
@@ -16,12 +17,16 @@ class Tools:
 
     @staticmethod
     def fallback():
-        """Ring attention needs a log-sum-exp, which ComfyUI's own attention does not give: where nobody chose a kernel, auto does."""
+        """Ring attention needs a log-sum-exp, which ComfyUI's own attention does not give: where nobody chose a kernel,
+        auto does.
+        """
         return AttentionOverride(Selection("auto", tuner=tuner()))
 
 
 def parallel(model, gpus=0, ulysses=0, ring=0):
-    """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. Raises ValueError in words."""
+    """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. Raises ValueError in
+    words.
+    """
     network = model.model.diffusion_model
     heads = getattr(network, "num_heads", 1)
     plan, why = devices.plan(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
@@ -34,7 +39,8 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     replica.source_of(model)
     patched, request = model.clone(), install.Request(plan, Tools, why)
     install.install(patched, request)
-    request.group(model.model, model.load_device).start()  # importing PyTorch and ComfyUI takes them seconds: while the prompt is encoded
+    # importing PyTorch and ComfyUI takes them seconds: while the prompt is encoded
+    request.group(model.model, model.load_device).start()
     return patched
 
 
@@ -45,22 +51,61 @@ class Flux2SequenceParallel(io.ComfyNode):
     def define_schema(cls):
         degree = {"default": 0, "min": 0, "max": 64, "optional": True, "advanced": True}
         return io.Schema(
-            node_id="Flux2SequenceParallel", display_name="Sequence Parallel (FLUX.2)", category=CATEGORY,
-            description="Computes every step of one image on several GPUs at once: each GPU has the whole model and a part of the image. Same picture, less "
-                        "time. Samplers, guiders, previews, LoRA, references and Select Attention work as with one GPU, before or after this node. "
-                        "The first image starts a process per GPU; they stay for the next ones.",
-            search_aliases=["multi gpu", "multigpu", "several gpus", "ulysses", "ring attention", "context parallel", "usp", "xdit", "raylight",
-                            "distributed"],
-            inputs=[
-                io.Model.Input("model", tooltip="A FLUX.2 model from Load FLUX.2 Model or ComfyUI's own loaders: it is loaded on every GPU from the same "
-                                                "file. It is cloned: other branches of the graph stay on one GPU."),
-                io.Int.Input("gpus", default=0, min=0, max=64, tooltip="How many GPUs compute one image. 0: all of this machine. 1: changes nothing."),
-                io.Int.Input("ulysses", **degree, tooltip="How many GPUs share the attention heads among them. The model's heads must divide by it. It "
-                                                          "exchanges least. 0 chooses. Ulysses times ring is the number of GPUs."),
-                io.Int.Input("ring", **degree, tooltip="How many GPUs pass keys and values round in a ring. For more GPUs than heads divide by, and "
-                                                       "between hosts. It needs an attention backend with a log-sum-exp. 0 chooses."),
+            node_id="Flux2SequenceParallel",
+            display_name="Sequence Parallel (FLUX.2)",
+            category=CATEGORY,
+            description="Computes every step of one image on several GPUs at once: each GPU has the whole model and a "
+            "part of the image. Same picture, less "
+            "time. Samplers, guiders, previews, LoRA, references and Select Attention work as with one GPU, before or "
+            "after this node. "
+            "The first image starts a process per GPU; they stay for the next ones.",
+            search_aliases=[
+                "multi gpu",
+                "multigpu",
+                "several gpus",
+                "ulysses",
+                "ring attention",
+                "context parallel",
+                "usp",
+                "xdit",
+                "raylight",
+                "distributed",
             ],
-            outputs=[io.Model.Output(tooltip="The same model, computed by several GPUs. Attention Report says what each of them did.")])
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A FLUX.2 model from Load FLUX.2 Model or ComfyUI's own loaders: it is loaded on every "
+                    "GPU from the same "
+                    "file. It is cloned: other branches of the graph stay on one GPU.",
+                ),
+                io.Int.Input(
+                    "gpus",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="How many GPUs compute one image. 0: all of this machine. 1: changes nothing.",
+                ),
+                io.Int.Input(
+                    "ulysses",
+                    **degree,
+                    tooltip="How many GPUs share the attention heads among them. The model's heads must divide by it. "
+                    "It "
+                    "exchanges least. 0 chooses. Ulysses times ring is the number of GPUs.",
+                ),
+                io.Int.Input(
+                    "ring",
+                    **degree,
+                    tooltip="How many GPUs pass keys and values round in a ring. For more GPUs than heads divide by, "
+                    "and "
+                    "between hosts. It needs an attention backend with a log-sum-exp. 0 chooses.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The same model, computed by several GPUs. Attention Report says what each of them did."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, model, gpus=0, ulysses=0, ring=0) -> io.NodeOutput:

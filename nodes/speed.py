@@ -1,4 +1,5 @@
 """Compile the blocks of a MODEL, and run it before the first picture."""
+
 from collections import Counter
 from contextlib import contextmanager
 import os
@@ -21,11 +22,14 @@ def cache_folder():
 
 def teller(node_id):
     """A function that shows a sentence on a node in the page."""
+
     def tell(text):
         from server import PromptServer
+
         page = getattr(PromptServer, "instance", None)
         if page is not None and node_id is not None:
             page.send_progress_text(text, node_id, page.client_id)
+
     return tell
 
 
@@ -57,23 +61,53 @@ class Flux2CompileBlocks(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2CompileBlocks", display_name="Compile Blocks (FLUX.2)", category=CATEGORY, hidden=[io.Hidden.unique_id],
-            description="Compiles FLUX's transformer blocks with torch.compile: once for each kind of block, for every picture size. The first step takes "
-                        "up to a minute longer, the following ones less. Use it instead of Fast Blocks: for other FLUX models, or where those do not run.",
+            node_id="Flux2CompileBlocks",
+            display_name="Compile Blocks (FLUX.2)",
+            category=CATEGORY,
+            hidden=[io.Hidden.unique_id],
+            description="Compiles FLUX's transformer blocks with torch.compile: once for each kind of block, for "
+            "every picture size. The first step takes "
+            "up to a minute longer, the following ones less. Use it instead of Fast Blocks: for other FLUX models, or "
+            "where those do not run.",
             search_aliases=["torch.compile", "inductor", "speed up", "faster", "compile model"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX model. It is cloned: other branches of the graph stay as they are. Before or after Select Attention; "
-                                                "LoRA, fp8 and offloading keep working."),
-                io.Combo.Input("mode", options=list(compiled_blocks.MODES), default=compiled_blocks.MODES[0], optional=True, advanced=True,
-                               tooltip="default: seconds of compiling.\nmax-autotune-no-cudagraphs: also tries Triton kernels for the matrix products, which takes "
-                                       "minutes and rarely pays on cards with a good cuBLAS."),
-                io.Combo.Input("failures", options=[compiled_blocks.REFUSE, compiled_blocks.EAGER], default=compiled_blocks.REFUSE, optional=True, advanced=True,
-                               tooltip="What happens when torch.compile cannot compile a block: stop with the reason, or run such blocks as they are and say so in "
-                                       "the Attention Report."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A FLUX model. It is cloned: other branches of the graph stay as they are. Before or "
+                    "after Select Attention; "
+                    "LoRA, fp8 and offloading keep working.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(compiled_blocks.MODES),
+                    default=compiled_blocks.MODES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="default: seconds of compiling.\nmax-autotune-no-cudagraphs: also tries Triton kernels "
+                    "for the matrix products, which takes "
+                    "minutes and rarely pays on cards with a good cuBLAS.",
+                ),
+                io.Combo.Input(
+                    "failures",
+                    options=[compiled_blocks.REFUSE, compiled_blocks.EAGER],
+                    default=compiled_blocks.REFUSE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What happens when torch.compile cannot compile a block: stop with the reason, or run "
+                    "such blocks as they are and say so in "
+                    "the Attention Report.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The same model with compiled blocks. Attention Report and Warm Up say how many calls were compiled and how long that "
-                                             "took. Compiled code is kept in ComfyUI's user folder (flux2_attention/compiled), unless TORCHINDUCTOR_CACHE_DIR "
-                                             "names another place.")])
+            outputs=[
+                io.Model.Output(
+                    tooltip="The same model with compiled blocks. Attention Report and Warm Up say how many calls "
+                    "were compiled and how long that "
+                    "took. Compiled code is kept in ComfyUI's user folder (flux2_attention/compiled), unless "
+                    "TORCHINDUCTOR_CACHE_DIR "
+                    "names another place."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, model, mode=compiled_blocks.MODES[0], failures=compiled_blocks.REFUSE) -> io.NodeOutput:
@@ -82,7 +116,9 @@ class Flux2CompileBlocks(io.ComfyNode):
             raise compiled_blocks.CompileRefused(f"Compile Blocks cannot run here: {reason} {compiled_blocks.INSTEAD}")
         toolchain.keep_on_disk(cache_folder())
         patched = model.clone()
-        compiled_blocks.install(patched, compiled_blocks.Plan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None)))
+        compiled_blocks.install(
+            patched, compiled_blocks.Plan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None))
+        )
         return io.NodeOutput(patched)
 
 
@@ -92,31 +128,73 @@ class Flux2WarmUp(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2WarmUp", display_name="Warm Up (FLUX.2)", category=CATEGORY,
-            description="Runs a few steps at the picture sizes you are going to draw, so that compiling, tuning and memory allocation happen now and not in your "
-                        "first picture. "
-                        "Shows what ran and how long it took. Runs once for a model: later prompts find it done. The model stays as it is.",
+            node_id="Flux2WarmUp",
+            display_name="Warm Up (FLUX.2)",
+            category=CATEGORY,
+            description="Runs a few steps at the picture sizes you are going to draw, so that compiling, tuning and "
+            "memory allocation happen now and not in your "
+            "first picture. "
+            "Shows what ran and how long it took. Runs once for a model: later prompts find it done. The model stays "
+            "as it is.",
             search_aliases=["warmup", "warm up", "preload", "first picture slow", "compile"],
             inputs=[
-                io.Model.Input("model", tooltip="The model as it goes into the sampler, behind Select Attention, Fast Blocks, Compile Blocks and LoRA loaders. "
-                                                "Any model works if positive is connected."),
-                io.String.Input("sizes", default="1024x1024",
-                                tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of 1024x1024: "
-                                        "1024x1024, 1024x1024+1, 2048x2048."),
-                io.Int.Input("steps", default=2, min=1, max=100,
-                             tooltip="Steps at each size. The first does what is done once, the second shows the time of all others."),
-                io.Int.Input("references", default=0, min=0, max=9,
-                             tooltip="How many reference pictures of 1024x1024 the sizes without a +number are drawn with."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model as it goes into the sampler, behind Select Attention, Fast Blocks, Compile "
+                    "Blocks and LoRA loaders. "
+                    "Any model works if positive is connected.",
+                ),
+                io.String.Input(
+                    "sizes",
+                    default="1024x1024",
+                    tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of "
+                    "1024x1024: "
+                    "1024x1024, 1024x1024+1, 2048x2048.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=2,
+                    min=1,
+                    max=100,
+                    tooltip="Steps at each size. The first does what is done once, the second shows the time of all "
+                    "others.",
+                ),
+                io.Int.Input(
+                    "references",
+                    default=0,
+                    min=0,
+                    max=9,
+                    tooltip="How many reference pictures of 1024x1024 the sizes without a +number are drawn with.",
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder. Connected, it encodes a prompt once."),
-                io.Vae.Input("vae", optional=True,
-                             tooltip="The VAE. Connected, it decodes once at each size, and encodes a reference picture if there are any."),
-                io.Conditioning.Input("positive", optional=True, advanced=True,
-                                      tooltip="A prompt for the steps. FLUX.2 needs none: without it clip makes one, or noise stands in. Other models do."),
-                io.Int.Input("batch_size", default=1, min=1, max=64, optional=True, advanced=True,
-                             tooltip="Pictures in a batch, as in the empty latent."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE. Connected, it decodes once at each size, and encodes a reference picture if "
+                    "there are any.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A prompt for the steps. FLUX.2 needs none: without it clip makes one, or noise stands "
+                    "in. Other models do.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pictures in a batch, as in the empty latent.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The model, unchanged: connect the sampler here, so that it waits."),
-                     io.String.Output(display_name="report", tooltip="What was run and how long it took, as text.")])
+            outputs=[
+                io.Model.Output(tooltip="The model, unchanged: connect the sampler here, so that it waits."),
+                io.String.Output(display_name="report", tooltip="What was run and how long it took, as text."),
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, sizes=None):
@@ -127,12 +205,19 @@ class Flux2WarmUp(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, sizes, steps=2, references=0, clip=None, vae=None, positive=None, batch_size=1) -> io.NodeOutput:
-        parsed = [size if size.references else capture.Size(size.width, size.height, references) for size in capture.sizes(sizes)]
+    def execute(
+        cls, model, sizes, steps=2, references=0, clip=None, vae=None, positive=None, batch_size=1
+    ) -> io.NodeOutput:
+        parsed = [
+            size if size.references else capture.Size(size.width, size.height, references)
+            for size in capture.sizes(sizes)
+        ]
         tick = stopper(comfy.utils.ProgressBar(warmup.ticks(parsed, steps, clip, vae)))
         with unlogged(model) as ran:
             rows = warmup.warm_up(model, parsed, steps, positive, clip, vae, batch_size, tick)
-        text = "\n".join(["Warmed up.", *(row.as_text() for row in rows), *ran, *filter(None, [compiled_blocks.report(model)])])
+        text = "\n".join(
+            ["Warmed up.", *(row.as_text() for row in rows), *ran, *filter(None, [compiled_blocks.report(model)])]
+        )
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
 

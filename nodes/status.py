@@ -1,8 +1,12 @@
-"""What the page shows of attention: on the selector what its last sampling resolved to, and the list of backends on this machine.
+"""What the page shows of attention: on the selector what its last sampling resolved to, and the list of backends on
+this
+machine.
 
-The selector's ui output is a token that names its selection. ComfyUI sends ui outputs to the page, again when the node is cached, and the page
-knows which node they belong to, in subgraphs too; so a message about a token finds its node, and a page that missed it can ask for it.
+The selector's ui output is a token that names its selection. ComfyUI sends ui outputs to the page, again when the node
+is cached, and the page knows which node they belong to, in subgraphs too; so a message about a token finds its node,
+and a page that missed it can ask for it.
 """
+
 import asyncio
 import functools
 import secrets
@@ -16,7 +20,10 @@ UI_KEY = EVENT = "flux2_attention_status"
 STATUS_ROUTE = "/flux2_attention/status/{token}"
 BACKENDS_ROUTE = "/flux2_attention/backends"
 TEST_ROUTE = "/flux2_attention/backends/test"
-BUSY = "The queue is not empty: a test call now would disturb the job and could fail for want of memory. Try again when it is done."
+BUSY = (
+    "The queue is not empty: a test call now would disturb the job and could fail for want of memory. Try again "
+    "when it is done."
+)
 
 _followed = weakref.WeakValueDictionary()  # token -> Selection, as long as ComfyUI keeps the model that it is on
 
@@ -28,7 +35,9 @@ def running_server():
 
 @functools.cache
 def process_name():
-    """Selections are numbered anew in every process: this keeps the tokens of an old history from naming another one."""
+    """Selections are numbered anew in every process: this keeps the tokens of an old history from naming another
+    one.
+    """
     return secrets.token_hex(4)
 
 
@@ -55,7 +64,9 @@ def of_run(selection, run):
 
 
 def of_token(token):
-    """The newest state of a selection with its full report, or None for a token that is unknown or whose model is gone."""
+    """The newest state of a selection with its full report, or None for a token that is unknown or whose model is
+    gone.
+    """
     selection = _followed.get(token)
     if selection is None:
         return None
@@ -66,11 +77,15 @@ def of_token(token):
 def compute_device():
     """The torch.device that ComfyUI samples on."""
     import comfy.model_management
+
     return comfy.model_management.get_torch_device()
 
 
 def backends(list_them):
-    """The answer of the backends routes: overview or test_all, with its text. Runs in a thread of its own: libraries take seconds to import."""
+    """The answer of the backends routes: overview or test_all, with its text. Runs in a thread of its own: libraries
+    take
+    seconds to import.
+    """
     found = list_them(compute_device())
     return {**found, "text": backends_here.as_text(found)}
 
@@ -81,12 +96,17 @@ def add_routes():
     if server is None:
         return
     from aiohttp import web
+
     testing = asyncio.Lock()
 
     @server.routes.get(STATUS_ROUTE)
     async def status(request):
         found = of_token(request.match_info["token"])
-        return web.json_response(found) if found else web.json_response({"error": "No selection of this name is in memory."}, status=404)
+        return (
+            web.json_response(found)
+            if found
+            else web.json_response({"error": "No selection of this name is in memory."}, status=404)
+        )
 
     @server.routes.get(BACKENDS_ROUTE)
     async def listed(request):

@@ -2,9 +2,11 @@
 
   workflow = fill(PictureSettings(prompt="a cat", width=512, height=512))
 
-Without reference images it is the text-to-image graph, with them the edit graph: its four nodes per reference (load, scale, encode, use) are
-repeated and chained. Settings are checked when made. Standard library alone; knows nothing of servers. Not covered: graphs of other people.
+Without reference images it is the text-to-image graph, with them the edit graph: its four nodes per reference (load,
+scale, encode, use) are repeated and chained. Settings are checked when made. Standard library alone; knows nothing of
+servers. Not covered: graphs of other people.
 """
+
 import copy
 import json
 import re
@@ -30,12 +32,16 @@ class BadSettings(ValueError):
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What to draw. References are names on the server. Width or height None: 1024, or with references that of the first one.
+    """What to draw. References are names on the server. Width or height None: 1024, or with references that of the
+    first
+    one.
 
-    models: {folder under models/: name}; a folder left out keeps the name in the workflow file. memory: {the same folders: memory mode}.
-    fast_blocks: precision of Fast Blocks, or None; compile_blocks: whether blocks are compiled; warmup: sizes to warm up at, or None.
-    gpus: how many compute the picture, 0 for all; ulysses, ring: their degrees, 0 for a choice.
+    models: {folder under models/: name}; a folder left out keeps the name in the workflow file. memory: {the same
+    folders: memory mode}. fast_blocks: precision of Fast Blocks, or None; compile_blocks: whether blocks are compiled;
+    warmup: sizes to warm up at, or None. gpus: how many compute the picture, 0 for all; ulysses, ring: their degrees, 0
+    for a choice.
     """
+
     prompt: str
     width: int | None = None
     height: int | None = None
@@ -73,7 +79,9 @@ def check_side(name, value):
     if value is None or (PATCH <= value <= LARGEST_SIDE and value % PATCH == 0):
         return
     near = min(max(round(value / PATCH), 1) * PATCH, LARGEST_SIDE)
-    raise BadSettings(f"The {name} must be a multiple of {PATCH} from {PATCH} to {LARGEST_SIDE}, not {value}; the nearest is {near}.")
+    raise BadSettings(
+        f"The {name} must be a multiple of {PATCH} from {PATCH} to {LARGEST_SIDE}, not {value}; the nearest is {near}."
+    )
 
 
 def check_range(name, value, low, high):
@@ -126,7 +134,10 @@ def fill(settings):
 
 
 def add_speed(workflow, settings):
-    """The speed nodes that were asked for, behind Select Attention: fused blocks, compiled blocks, several GPUs, then the warm-up of all that."""
+    """The speed nodes that were asked for, behind Select Attention: fused blocks, compiled blocks, several GPUs, then
+    the
+    warm-up of all that.
+    """
     if settings.fast_blocks:
         insert(workflow, "Flux2FastBlocks", precision=settings.fast_blocks)
     if settings.compile_blocks:
@@ -134,21 +145,43 @@ def add_speed(workflow, settings):
     if settings.gpus != 1 or settings.ulysses > 1 or settings.ring > 1:
         insert(workflow, "Flux2SequenceParallel", gpus=settings.gpus, ulysses=settings.ulysses, ring=settings.ring)
     if settings.warmup:
-        clip, vae = ([key, 0] for folder in ("text_encoders", "vae") for key, node in workflow.items() if node["class_type"] == LOADERS[folder][0])
-        insert(workflow, "Flux2WarmUp", sizes=settings.warmup, steps=settings.warmup_steps, references=len(settings.references), clip=clip, vae=vae)
+        clip, vae = (
+            [key, 0]
+            for folder in ("text_encoders", "vae")
+            for key, node in workflow.items()
+            if node["class_type"] == LOADERS[folder][0]
+        )
+        insert(
+            workflow,
+            "Flux2WarmUp",
+            sizes=settings.warmup,
+            steps=settings.warmup_steps,
+            references=len(settings.references),
+            clip=clip,
+            vae=vae,
+        )
 
 
 def insert(workflow, class_type, **inputs):
-    """Put a node MODEL -> MODEL in front of whatever reads the model that Select Attention, or the node inserted before, gives."""
+    """Put a node MODEL -> MODEL in front of whatever reads the model that Select Attention, or the node inserted
+    before,
+    gives.
+    """
     last = next(key for key, node in reversed(workflow.items()) if node["class_type"] in MODEL_CHAIN)
     for node in workflow.values():
         node["inputs"].update({name: [class_type, 0] for name, value in node["inputs"].items() if value == [last, 0]})
     title = re.sub("(?<=[a-z])(?=[A-Z])", " ", class_type.removeprefix("Flux2"))
-    workflow[class_type] = {"class_type": class_type, "inputs": {"model": [last, 0], **inputs}, "_meta": {"title": title}}
+    workflow[class_type] = {
+        "class_type": class_type,
+        "inputs": {"model": [last, 0], **inputs},
+        "_meta": {"title": title},
+    }
 
 
 def add_references(workflow, settings):
-    """The first reference goes into the graph's own nodes; each further one gets copies of them behind the one before."""
+    """The first reference goes into the graph's own nodes; each further one gets copies of them behind the one
+    before.
+    """
     put(workflow, "ImageScaleToTotalPixels", megapixels=settings.reference_megapixels)
     put(workflow, "LoadImage", image=settings.references[0])
     kinds = ("LoadImage", "ImageScaleToTotalPixels", "VAEEncode", "ReferenceLatent")

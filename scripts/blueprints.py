@@ -1,8 +1,12 @@
-"""Subgraph blueprints from the finished templates: one node that holds a whole graph, listed in ComfyUI's node library and search.
+"""Subgraph blueprints from the finished templates: one node that holds a whole graph, listed in ComfyUI's node library
+and
+search.
 
-`write(folder)` makes subgraphs/*.json, which ComfyUI serves to its page (GET /global_subgraphs). A blueprint is a template without its note, its
-picture and its saving node; what a user sets is an input of the subgraph, connected to widgets inside. Standard library alone.
+`write(folder)` makes subgraphs/*.json, which ComfyUI serves to its page (GET /global_subgraphs). A blueprint is a
+template without its note, its picture and its saving node; what a user sets is an input of the subgraph, connected to
+widgets inside. Standard library alone.
 """
+
 import json
 import uuid
 from dataclasses import dataclass
@@ -12,16 +16,19 @@ NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flux2-attention/blueprints")  # the 
 INSIDE, OUTSIDE = -10, -20  # the ids of a subgraph's own inputs and outputs in its links
 LEFT_OUT = ("MarkdownNote", "LoadImage", "SaveImage")
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-COLUMN, LINE, MARGIN = 160, 20, 120  # pixels: width of the two border nodes, height of an input there, distance from the graph
+# pixels: width of the two border nodes, height of an input there, distance from the graph
+COLUMN, LINE, MARGIN = 160, 20, 120
 EDGE = 18  # between a group's frame and its nodes, as in the templates
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """name: of the file and in the library. inputs: (label, type of the node, its input, type); one label may stand for several inputs.
+    """name: of the file and in the library. inputs: (label, type of the node, its input, type); one label may stand for
+    several inputs.
 
     outputs: (label, type of the node, number of its output).
     """
+
     name: str
     template: str
     description: str
@@ -31,7 +38,9 @@ class Blueprint:
 
 
 PROMPT = ("prompt", "CLIPTextEncode", "text", "STRING")
-SIZE = tuple((side, node, side, "INT") for side in ("width", "height") for node in ("EmptyFlux2LatentImage", "Flux2Scheduler"))
+SIZE = tuple(
+    (side, node, side, "INT") for side in ("width", "height") for node in ("EmptyFlux2LatentImage", "Flux2Scheduler")
+)
 PICTURE = ("picture", "ImageScaleToTotalPixels", "image", "IMAGE")
 MEGAPIXELS = ("megapixels", "ImageScaleToTotalPixels", "megapixels", "FLOAT")
 DRAWING = (
@@ -47,10 +56,22 @@ OUTPUTS = (("image", "VAEDecode", 0), ("report", "Flux2AttentionReport", 1))
 KERNEL = "with FLUX.2 dev and the attention kernel you choose. The second output says which kernel ran."
 KERNEL_ALIASES = ("flux2", "flash attention", "aiter", "rocm")
 BLUEPRINTS = (
-    Blueprint("FLUX.2 text to image", "flux2_text_to_image", f"Draws a picture from a prompt {KERNEL}", ("text to image", *KERNEL_ALIASES),
-              (PROMPT, *SIZE, *DRAWING), OUTPUTS),
-    Blueprint("FLUX.2 edit", "flux2_image_edit", f"Changes a picture as the prompt says, {KERNEL}",
-              ("image edit", "reference", "kontext", *KERNEL_ALIASES), (PICTURE, PROMPT, *DRAWING, MEGAPIXELS), OUTPUTS),
+    Blueprint(
+        "FLUX.2 text to image",
+        "flux2_text_to_image",
+        f"Draws a picture from a prompt {KERNEL}",
+        ("text to image", *KERNEL_ALIASES),
+        (PROMPT, *SIZE, *DRAWING),
+        OUTPUTS,
+    ),
+    Blueprint(
+        "FLUX.2 edit",
+        "flux2_image_edit",
+        f"Changes a picture as the prompt says, {KERNEL}",
+        ("image edit", "reference", "kontext", *KERNEL_ALIASES),
+        (PICTURE, PROMPT, *DRAWING, MEGAPIXELS),
+        OUTPUTS,
+    ),
 )
 
 
@@ -71,24 +92,48 @@ def build(blueprint, workflow):
     """The blueprint file, as the page writes them: a workflow of one node and the definition of its subgraph."""
     definition = subgraph(blueprint, workflow)
     node = instance(blueprint, definition, workflow["last_node_id"] + 1)
-    return {"id": identity(blueprint.name, "file"), "revision": 0, "last_node_id": node["id"], "last_link_id": definition["state"]["lastLinkId"],
-            "nodes": [node], "links": [], "groups": [], "definitions": {"subgraphs": [definition]}, "config": {},
-            "extra": {"BlueprintDescription": blueprint.description, "BlueprintSearchAliases": list(blueprint.aliases)}, "version": 0.4}
+    return {
+        "id": identity(blueprint.name, "file"),
+        "revision": 0,
+        "last_node_id": node["id"],
+        "last_link_id": definition["state"]["lastLinkId"],
+        "nodes": [node],
+        "links": [],
+        "groups": [],
+        "definitions": {"subgraphs": [definition]},
+        "config": {},
+        "extra": {"BlueprintDescription": blueprint.description, "BlueprintSearchAliases": list(blueprint.aliases)},
+        "version": 0.4,
+    }
 
 
 def instance(blueprint, definition, number):
     """The node that stands for the subgraph."""
-    return {"id": number, "type": definition["id"], "pos": [0, 0], "size": [400, 60 + 26 * len(definition["inputs"])], "flags": {}, "order": 0,
-            "mode": 0,
-            "inputs": [outer_input(entry, definition) for entry in definition["inputs"]],
-            "outputs": [{"name": entry["name"], "type": entry["type"], "links": []} for entry in definition["outputs"]],
-            "title": blueprint.name, "properties": {"cnr_id": "flux2-attention"}, "widgets_values": []}
+    return {
+        "id": number,
+        "type": definition["id"],
+        "pos": [0, 0],
+        "size": [400, 60 + 26 * len(definition["inputs"])],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [outer_input(entry, definition) for entry in definition["inputs"]],
+        "outputs": [{"name": entry["name"], "type": entry["type"], "links": []} for entry in definition["outputs"]],
+        "title": blueprint.name,
+        "properties": {"cnr_id": "flux2-attention"},
+        "widgets_values": [],
+    }
 
 
 def outer_input(entry, definition):
     """The outer side of an input: a widget if inside it is one."""
     inner = next(slot for node in definition["nodes"] for slot in node["inputs"] if slot["link"] == entry["linkIds"][0])
-    return {"name": entry["name"], "type": entry["type"], **({"widget": {"name": entry["name"]}} if "widget" in inner else {}), "link": None}
+    return {
+        "name": entry["name"],
+        "type": entry["type"],
+        **({"widget": {"name": entry["name"]}} if "widget" in inner else {}),
+        "link": None,
+    }
 
 
 class Graph:
@@ -142,12 +187,30 @@ def subgraph(blueprint, workflow):
     graph = Graph(workflow)
     inputs, outputs = inputs_of(blueprint, graph), outputs_of(blueprint, graph)
     left, top, right, _ = extent(graph.nodes)
-    return {"id": identity(blueprint.name), "version": 1, "revision": 0, "config": {}, "name": blueprint.name,
-            "state": {"lastGroupId": len(workflow["groups"]), "lastNodeId": workflow["last_node_id"], "lastLinkId": graph.last, "lastRerouteId": 0},
-            "inputNode": border(INSIDE, left - MARGIN - COLUMN, top, inputs), "outputNode": border(OUTSIDE, right + MARGIN, top, outputs),
-            "inputs": inputs, "outputs": outputs, "widgets": [], "nodes": graph.nodes,
-            "groups": [around(group, graph.nodes) for group in workflow["groups"]],
-            "links": graph.links, "extra": {}, "category": "Flux 2", "description": blueprint.description}
+    return {
+        "id": identity(blueprint.name),
+        "version": 1,
+        "revision": 0,
+        "config": {},
+        "name": blueprint.name,
+        "state": {
+            "lastGroupId": len(workflow["groups"]),
+            "lastNodeId": workflow["last_node_id"],
+            "lastLinkId": graph.last,
+            "lastRerouteId": 0,
+        },
+        "inputNode": border(INSIDE, left - MARGIN - COLUMN, top, inputs),
+        "outputNode": border(OUTSIDE, right + MARGIN, top, outputs),
+        "inputs": inputs,
+        "outputs": outputs,
+        "widgets": [],
+        "nodes": graph.nodes,
+        "groups": [around(group, graph.nodes) for group in workflow["groups"]],
+        "links": graph.links,
+        "extra": {},
+        "category": "Flux 2",
+        "description": blueprint.description,
+    }
 
 
 def inputs_of(blueprint, graph):
@@ -155,16 +218,22 @@ def inputs_of(blueprint, graph):
     for place, name in enumerate(dict.fromkeys(label for label, *_ in blueprint.inputs)):
         targets = [target for label, *target in blueprint.inputs if label == name]
         links = [graph.feed(place, *target) for target in targets]
-        made.append({"id": identity(blueprint.name, "in", name), "name": name, "type": targets[0][-1], "linkIds": links})
+        made.append(
+            {"id": identity(blueprint.name, "in", name), "name": name, "type": targets[0][-1], "linkIds": links}
+        )
     return made
 
 
 def outputs_of(blueprint, graph):
     ends = [(name, *graph.drain(place, *source)) for place, (name, *source) in enumerate(blueprint.outputs)]
-    return [{"id": identity(blueprint.name, "out", name), "name": name, "type": kind, "linkIds": [link]} for name, kind, link in ends]
+    return [
+        {"id": identity(blueprint.name, "out", name), "name": name, "type": kind, "linkIds": [link]}
+        for name, kind, link in ends
+    ]
 
 
 # --- places, in pixels -----------------------------------------------------------------------------------------------
+
 
 def border(node, left, top, slots):
     """The node that stands for the subgraph's inputs or outputs; the slots get their places."""
@@ -176,7 +245,9 @@ def border(node, left, top, slots):
 def around(group, nodes):
     """The group, drawn around those of its nodes that are still there."""
     x, y, width, height = group["bounding"]
-    left, _, right, bottom = extent([node for node in nodes if x <= node["pos"][0] <= x + width and y <= node["pos"][1] <= y + height])
+    left, _, right, bottom = extent(
+        [node for node in nodes if x <= node["pos"][0] <= x + width and y <= node["pos"][1] <= y + height]
+    )
     return {**group, "bounding": [left - EDGE, y, right - left + 2 * EDGE, bottom + EDGE - y]}
 
 

@@ -6,6 +6,7 @@
 
 Needs aiohttp. Not covered: servers behind a login, and prompts queued by somebody else.
 """
+
 import asyncio
 import contextlib
 import json
@@ -42,7 +43,10 @@ class TimedOut(ComfyError):
 
 @dataclass(frozen=True)
 class Progress:
-    """A node started (value is None), or a node that counts (a sampler) finished step `value` of `total` at clock `when`."""
+    """A node started (value is None), or a node that counts (a sampler) finished step `value` of `total` at clock
+    `when`.
+    """
+
     node: str
     class_type: str
     title: str
@@ -54,6 +58,7 @@ class Progress:
 @dataclass(frozen=True)
 class Result:
     """What a prompt left in the history: {node id: {ui key: list}}."""
+
     prompt_id: str
     outputs: dict
     seconds: float
@@ -92,7 +97,10 @@ class ComfyClient:
             raise ServerUnreachable(self._unreachable(error)) from error
 
     def _unreachable(self, error):
-        return f"No ComfyUI server answers at {self.url} ({str(error) or type(error).__name__}). Is it running, and is the address right?"
+        return (
+            f"No ComfyUI server answers at {self.url} ({str(error) or type(error).__name__}). Is it running, and "
+            "is the address right?"
+        )
 
     async def _json(self, path):
         status, body = await self._request("GET", path)
@@ -108,10 +116,17 @@ class ComfyClient:
         return (await self._json(f"/object_info/{node}")).get(node)
 
     async def choices(self, node, name):
-        """The options of a combo input. V1 nodes state the list itself as the type, V3 nodes put it into the options."""
+        """The options of a combo input. V1 nodes state the list itself as the type, V3 nodes put it into the
+        options.
+        """
         info = await self.object_info(node)
         if info is None:
-            raise ComfyError(f"The ComfyUI at {self.url} has no node {node}. Install Flux 2 Attention into its custom_nodes and restart it.")
+            raise ComfyError(
+                (
+                    f"The ComfyUI at {self.url} has no node {node}. Install Flux 2 Attention into its custom_nodes and "
+                    "restart it."
+                )
+            )
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         kind, *options = inputs[name]
         return list(kind) if isinstance(kind, list) else list(options[0]["options"])
@@ -140,11 +155,16 @@ class ComfyClient:
     # --- a prompt from queue to result -------------------------------------------------------------------------------
 
     async def run(self, workflow, on_progress=lambda progress: None):
-        """Queue an API workflow, report progress, return its Result. Cancelled or timed out, the job is removed from the server too."""
+        """Queue an API workflow, report progress, return its Result. Cancelled or timed out, the job is removed from
+        the
+        server too.
+        """
         try:
             return await asyncio.wait_for(self._run(workflow, on_progress), self.seconds_to_run)
         except asyncio.TimeoutError as error:
-            raise TimedOut(f"The job did not finish within {self.seconds_to_run} seconds and was cancelled on {self.url}.") from error
+            raise TimedOut(
+                f"The job did not finish within {self.seconds_to_run} seconds and was cancelled on {self.url}."
+            ) from error
 
     async def _run(self, workflow, on_progress):
         started = time.monotonic()
@@ -175,12 +195,16 @@ class ComfyClient:
             raise ServerUnreachable(self._unreachable(error)) from error
 
     async def queue(self, workflow):
-        """Returns the prompt id. ComfyUI also queues a prompt of which only some outputs are valid; that is refused here."""
+        """Returns the prompt id. ComfyUI also queues a prompt of which only some outputs are valid; that is refused
+        here.
+        """
         status, body = await self._request("POST", "/prompt", json={"prompt": workflow, "client_id": self.client_id})
         try:
             answer = json.loads(body)
         except ValueError:
-            raise ServerUnreachable(f"{self.url} answers, but not like a ComfyUI server: POST /prompt gave status {status}.") from None
+            raise ServerUnreachable(
+                f"{self.url} answers, but not like a ComfyUI server: POST /prompt gave status {status}."
+            ) from None
         if answer.get("prompt_id") and answer.get("node_errors"):
             await self.cancel(answer["prompt_id"])
         if status != 200 or answer.get("node_errors"):
@@ -210,7 +234,9 @@ class ComfyClient:
             data = event.get("data") or {}
             if data.get("prompt_id") == prompt_id and ended(event["type"], data, workflow, on_progress):
                 return
-        raise ServerUnreachable(f"The connection to {self.url} was lost while the job was running; the server may have ended.")
+        raise ServerUnreachable(
+            f"The connection to {self.url} was lost while the job was running; the server may have ended."
+        )
 
     async def _outputs(self, prompt_id):
         """The history entry appears a moment after the last message."""
@@ -254,8 +280,12 @@ def refusal(answer, workflow):
         _, kind, title = describe(node, workflow)
         for problem in problems["errors"]:
             where = (problem.get("extra_info") or {}).get("input_name")
-            lines.append(f'"{title}" ({kind}){f", input {where}" if where else ""}: {problem["message"]}: {problem["details"]}')
+            lines.append(
+                f'"{title}" ({kind}){f", input {where}" if where else ""}: {problem["message"]}: {problem["details"]}'
+            )
     error = answer.get("error")
     if not lines and error:
-        lines = [error if isinstance(error, str) else ": ".join(filter(None, (error.get("message"), error.get("details"))))]
+        lines = [
+            error if isinstance(error, str) else ": ".join(filter(None, (error.get("message"), error.get("details"))))
+        ]
     return "ComfyUI refused the workflow. " + "; ".join(lines or ["It gave no reason."])

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Compare attention backends on one picture: the same noise through a reference and up to four candidates.
 
-  .venv/bin/python scripts/compare.py --reference sdpa-math --candidate sdpa-flash
-  .venv/bin/python scripts/compare.py --candidate sage2 --candidate aiter-fp8 --edge-backend sdpa --first-steps 2 --last-steps 2 --server http://127.0.0.1:8188
-  .venv/bin/python scripts/compare.py --random-weights dev --candidate sdpa-cudnn --width 1024 --height 1024
+  .venv/bin/python scripts/compare.py --reference sdpa-math --candidate sdpa-flash .venv/bin/python scripts/compare.py
+  --candidate sage2 --candidate aiter-fp8 --edge-backend sdpa --first-steps 2 --last-steps 2 --server
+  http://127.0.0.1:8188 .venv/bin/python scripts/compare.py --random-weights dev --candidate sdpa-cudnn --width 1024
+  --height 1024
 
-Uses the small models and a headless ComfyUI of its own unless told otherwise. Prints the table of the node Compare Attention, writes the pictures and
-the heat map to --output-path, and prints one JSON object as the last line. Errors go to stderr with a status that is not zero.
+Uses the small models and a headless ComfyUI of its own unless told otherwise. Prints the table of the node Compare
+Attention, writes the pictures and the heat map to --output-path, and prints one JSON object as the last line. Errors go
+to stderr with a status that is not zero.
 """
+
 import argparse
 import sys
 
@@ -15,8 +18,11 @@ try:
     import measuring
     from api_workflow import BadSettings, check_range, check_side, load, put
 except ImportError as error:
-    raise SystemExit(f"compare: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use .venv/bin/python, "
-                     "or install aiohttp, tqdm and Pillow.") from None
+    raise SystemExit(
+        f"compare: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use "
+        ".venv/bin/python, "
+        "or install aiohttp, tqdm and Pillow."
+    ) from None
 
 WORKFLOW, FILES = "flux2_compare_attention.json", ("compare-pictures.png", "compare-differences.png")
 SMALL, REAL = (256, 12), (1024, 20)  # side in pixels and steps, where they are not given
@@ -26,11 +32,20 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="compare", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--reference", default="sdpa", help="backend to compare with (default sdpa)")
-    add("--candidate", action="append", default=[], help="backend to compare; give it again for up to four (default sdpa-math)")
+    add(
+        "--candidate",
+        action="append",
+        default=[],
+        help="backend to compare; give it again for up to four (default sdpa-math)",
+    )
     add("--edge-backend", default="none", help="backend of the first and last steps of every candidate")
     add("--first-steps", type=int, default=0)
     add("--last-steps", type=int, default=0)
-    add("--prompt", default="a small red star above a large blue circle on a grey background", help="default: one that the small model can draw")
+    add(
+        "--prompt",
+        default="a small red star above a large blue circle on a grey background",
+        help="default: one that the small model can draw",
+    )
     add("--width", type=int, help=f"multiple of 16 (default {SMALL[0]}, with weights of your own {REAL[0]})")
     add("--height", type=int, help=f"multiple of 16 (default {SMALL[0]}, with weights of your own {REAL[0]})")
     add("--steps", type=int, help=f"default {SMALL[1]}, with weights of your own {REAL[1]}")
@@ -61,8 +76,16 @@ def filled(args):
     put(workflow, "EmptyFlux2LatentImage", width=args.width, height=args.height)
     put(workflow, "Flux2Scheduler", width=args.width, height=args.height, steps=args.steps)
     candidates = {f"candidate_{n}": slug for n, slug in enumerate([*args.candidate, *["none"] * 4][:4], 1)}
-    put(workflow, "Flux2CompareAttention", reference=args.reference, noise_seed=args.seed, edge_backend=args.edge_backend,
-        first_steps=args.first_steps, last_steps=args.last_steps, **candidates)
+    put(
+        workflow,
+        "Flux2CompareAttention",
+        reference=args.reference,
+        noise_seed=args.seed,
+        edge_backend=args.edge_backend,
+        first_steps=args.first_steps,
+        last_steps=args.last_steps,
+        **candidates,
+    )
     return workflow
 
 
@@ -71,9 +94,15 @@ def in_process(args):
     with measuring.random_model(args.random_weights) as (model, nodes):
         size = nodes.model_bench.Size(args.width, args.height)
         job = nodes.model_bench.job(model, size, nodes.model_bench.random_conditioning(model), args.steps, args.seed)
-        candidates = [nodes.backend_candidate(slug, args.edge_backend, args.first_steps, args.last_steps) for slug in args.candidate]
+        candidates = [
+            nodes.backend_candidate(slug, args.edge_backend, args.first_steps, args.last_steps)
+            for slug in args.candidate
+        ]
         found, *images = nodes.compare(model, job, args.reference, nodes.unnamed_twice(candidates))
-        return found.as_text(), {**nodes.measure.plain(found.as_data()), "images": measuring.write_pictures(args, nodes, images, FILES)}
+        return found.as_text(), {
+            **nodes.measure.plain(found.as_data()),
+            "images": measuring.write_pictures(args, nodes, images, FILES),
+        }
 
 
 def main():
@@ -81,8 +110,13 @@ def main():
 
     def work():
         check(args)
-        table, data = in_process(args) if args.random_weights else measuring.over_server(args, filled(args), "flux2_compare", FILES)
+        table, data = (
+            in_process(args)
+            if args.random_weights
+            else measuring.over_server(args, filled(args), "flux2_compare", FILES)
+        )
         measuring.finish(args, table, data, measuring.command_line("compare.py", sys.argv[1:]))
+
     measuring.run_program("compare", work)
 
 

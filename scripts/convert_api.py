@@ -1,12 +1,22 @@
-"""Convert API workflows, {id: {"class_type", "inputs", "_meta"}}: what POST /prompt takes and "Export (API)" writes. See convert_workflow.py."""
+"""Convert API workflows, {id: {"class_type", "inputs", "_meta"}}: what POST /prompt takes and "Export (API)" writes.
+See
+convert_workflow.py.
+"""
+
 import copy
 
 from convert_rules import LOADERS, MARK, SELECTOR, Graph, Node
 
 
 def understands(data):
-    return bool(data) and isinstance(data, dict) and all(
-        isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict) for node in data.values())
+    return (
+        bool(data)
+        and isinstance(data, dict)
+        and all(
+            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+            for node in data.values()
+        )
+    )
 
 
 def link(value):
@@ -22,12 +32,26 @@ def scope(identity):
 
 def graph(data):
     nodes = {(scope(key), key): view(key, node) for key, node in data.items()}
-    pairs = [((scope(source), source), (scope(key), key)) for key, node in data.items() for source in map(link, node["inputs"].values()) if source]
-    return Graph(nodes, [pair for pair in pairs if pair[0][0] == pair[1][0]], [pair for pair in pairs if pair[0][0] != pair[1][0]])
+    pairs = [
+        ((scope(source), source), (scope(key), key))
+        for key, node in data.items()
+        for source in map(link, node["inputs"].values())
+        if source
+    ]
+    return Graph(
+        nodes,
+        [pair for pair in pairs if pair[0][0] == pair[1][0]],
+        [pair for pair in pairs if pair[0][0] != pair[1][0]],
+    )
 
 
 def view(key, node):
-    return Node(node["class_type"], f"{node['class_type']} {key}", plain(node), frozenset(node["inputs"]) - frozenset(plain(node)))
+    return Node(
+        node["class_type"],
+        f"{node['class_type']} {key}",
+        plain(node),
+        frozenset(node["inputs"]) - frozenset(plain(node)),
+    )
 
 
 def plain(node):
@@ -51,7 +75,9 @@ def convert(data, plan, backend):
 
 def replace(node, row):
     original, names = copy.deepcopy(node), row.names()
-    connected = {names[name]: value for name, value in node["inputs"].items() if link(value) is not None and name in names}
+    connected = {
+        names[name]: value for name, value in node["inputs"].items() if link(value) is not None and name in names
+    }
     node["class_type"] = row.new
     node["inputs"] = {**row.added, **row.forward(plain(original)), **connected}
     node["_meta"] = {**(node.get("_meta") or {}), MARK: {"replaced": original}}
@@ -66,8 +92,11 @@ def add_selector(data, loader, backend):
     new = ":".join(filter(None, (scope(loader), str(max(numbers, default=0) + 1))))
     for node, name in fed:
         node["inputs"][name] = [new, 0]
-    data[new] = {"class_type": SELECTOR, "inputs": {"model": [loader, 0], "backend": backend},
-                 "_meta": {"title": "Select Attention (FLUX.2)", MARK: {"added": True}}}
+    data[new] = {
+        "class_type": SELECTOR,
+        "inputs": {"model": [loader, 0], "backend": backend},
+        "_meta": {"title": "Select Attention (FLUX.2)", MARK: {"added": True}},
+    }
     return new
 
 
@@ -87,13 +116,18 @@ def take_out(data, selector):
     """Remove a selector; what it fed is fed by what fed it, or by nothing."""
     source = data.pop(selector)["inputs"].get("model")
     for node in data.values():
-        node["inputs"] = {name: source if link(value) == selector else value for name, value in node["inputs"].items()
-                          if source is not None or link(value) != selector}
+        node["inputs"] = {
+            name: source if link(value) == selector else value
+            for name, value in node["inputs"].items()
+            if source is not None or link(value) != selector
+        }
 
 
 def restored(node):
     original = copy.deepcopy(mark(node)["replaced"])
     row = LOADERS[original["class_type"]]
-    connected = {old: node["inputs"][new] for old, new in row.names().items() if link(node["inputs"].get(new)) is not None}
+    connected = {
+        old: node["inputs"][new] for old, new in row.names().items() if link(node["inputs"].get(new)) is not None
+    }
     original["inputs"] = {**original["inputs"], **row.back(plain(node), plain(original)), **connected}
     return original

@@ -1,8 +1,11 @@
-"""Convert the workflows that ComfyUI's page saves: nodes, links (arrays or objects), groups, subgraph definitions. See convert_workflow.py.
+"""Convert the workflows that ComfyUI's page saves: nodes, links (arrays or objects), groups, subgraph definitions. See
+convert_workflow.py.
 
-A replaced node keeps what it was in its own properties, so `undo` works on a graph that was opened, changed and saved since. Existing ids of
-nodes and links never change: a selector takes over the loader's links and gets one new link from the loader.
+A replaced node keeps what it was in its own properties, so `undo` works on a graph that was opened, changed and saved
+since. Existing ids of nodes and links never change: a selector takes over the loader's links and gets one new link from
+the loader.
 """
+
 import copy
 import re
 
@@ -20,15 +23,19 @@ OURS = (MARK, "cnr_id", "Node name for S&R", "ver")  # properties that say which
 def understands(data):
     if not isinstance(data, dict):
         return False
-    return all(isinstance(part.get("nodes"), list) and isinstance(part.get("links", []), list) for _, part in scopes(data))
+    return all(
+        isinstance(part.get("nodes"), list) and isinstance(part.get("links", []), list) for _, part in scopes(data)
+    )
 
 
 def scopes(data):
     """(name, graph) of the canvas, whose name is "", and of every subgraph definition."""
+
     def definitions(part):
         for inner in (part.get("definitions") or {}).get("subgraphs") or []:
             yield inner["id"], inner
             yield from definitions(inner)
+
     yield "", data
     yield from definitions(data)
 
@@ -56,11 +63,20 @@ def converted(data):
 
 # --- what the rules need to know -------------------------------------------------------------------------------------
 
+
 def graph(data):
     parts = dict(scopes(data))
-    nodes = {(scope, node["id"]): view(part if scope else {}, node) for scope, part in parts.items() for node in part["nodes"]}
+    nodes = {
+        (scope, node["id"]): view(part if scope else {}, node)
+        for scope, part in parts.items()
+        for node in part["nodes"]
+    }
     nodes |= {(scope, border): Node("border", "", {}) for scope in parts if scope for border in BORDER}
-    edges = [((scope, get(link, "origin_id")), (scope, get(link, "target_id"))) for scope, part in parts.items() for link in links_of(part)]
+    edges = [
+        ((scope, get(link, "origin_id")), (scope, get(link, "target_id")))
+        for scope, part in parts.items()
+        for link in links_of(part)
+    ]
     bridges = [(key, (node.type, border)) for key, node in nodes.items() if node.type in parts for border in BORDER]
     return Graph(nodes, edges, bridges)
 
@@ -80,10 +96,15 @@ def values_of(node):
 def values_by_name(node, names):
     """{widget: value}; names: of the widgets in the order in which a node saves them, if it saves no names."""
     saved = node.get("widgets_values") or []
-    return saved if isinstance(saved, dict) else dict(zip(names + [f"number {place}" for place in range(len(names) + 1, len(saved) + 1)], saved))
+    return (
+        saved
+        if isinstance(saved, dict)
+        else dict(zip(names + [f"number {place}" for place in range(len(names) + 1, len(saved) + 1)], saved))
+    )
 
 
 # --- there -----------------------------------------------------------------------------------------------------------
+
 
 def convert(data, plan, backend):
     """The converted workflow and the keys of the new selectors."""
@@ -93,8 +114,12 @@ def convert(data, plan, backend):
         for node in replaced:
             replace(result, scope, part, node, plan.replace[scope, node["id"]])
         arrange(part, replaced)
-    added = [(scope, add_selector(result, part, node, backend)) for scope, part in scopes(result)
-             for node in list(part["nodes"]) if (scope, node["id"]) in plan.models]
+    added = [
+        (scope, add_selector(result, part, node, backend))
+        for scope, part in scopes(result)
+        for node in list(part["nodes"])
+        if (scope, node["id"]) in plan.models
+    ]
     changed = {scope: [before[scope], after] for scope, after in counters(result).items() if after != before[scope]}
     result["extra"] = {**(result.get("extra") or {}), MARK: {"counters": changed, "had_extra": "extra" in data}}
     return result, [key for key in added if key[1] is not None]
@@ -105,7 +130,9 @@ def replace(data, scope, part, node, row):
     values = {**row.forward(values_of(node)), **row.added}
     node["type"] = row.new
     if node.get("inputs"):
-        change_inputs(part, node, [renamed(entry, row.names()) for entry in node["inputs"] if entry["name"] in row.names()])
+        change_inputs(
+            part, node, [renamed(entry, row.names()) for entry in node["inputs"] if entry["name"] in row.names()]
+        )
     if node.get("widgets_values"):  # without any, the page fills in ours
         node["widgets_values"] = values if isinstance(node["widgets_values"], dict) else list(values.values())
     properties = {name: value for name, value in (node.get("properties") or {}).items() if name != "ver"}
@@ -135,7 +162,11 @@ def renamed(entry, names):
 def change_inputs(part, node, inputs):
     """Give a node other inputs; links to one that moved go to its new place."""
     places = {entry["link"]: place for place, entry in enumerate(inputs) if entry.get("link") is not None}
-    moved = {entry["link"] for place, entry in enumerate(node.get("inputs") or []) if places.get(entry.get("link"), place) != place}
+    moved = {
+        entry["link"]
+        for place, entry in enumerate(node.get("inputs") or [])
+        if places.get(entry.get("link"), place) != place
+    }
     for link in links_of(part):
         if get(link, "id") in moved:
             put(link, "target_slot", places[get(link, "id")])
@@ -143,7 +174,9 @@ def change_inputs(part, node, inputs):
 
 
 def rename_widgets(data, scope, identity, names):
-    """Rename what refers to a node's widgets by name: the widgets that subgraph nodes show, and the inputs of the app mode."""
+    """Rename what refers to a node's widgets by name: the widgets that subgraph nodes show, and the inputs of the app
+    mode.
+    """
     for holder, part in scopes(data):
         for node in part["nodes"]:
             if scope and node["type"] == scope:
@@ -187,11 +220,19 @@ def add_selector(data, part, loader, backend):
 def new_selector(part, loader, node_id, link_id, backend):
     """The selector for a loader, which gives it its links."""
     size = list(convert_layout.SELECTOR_SIZE)
-    return {"id": node_id, "type": SELECTOR, "pos": convert_layout.nearest(part, convert_layout.pair(loader["pos"]), size), "size": size,
-            "flags": {}, "order": loader.get("order", 0) + 1, "mode": loader.get("mode", 0),
-            "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
-            "outputs": [{"name": "MODEL", "type": "MODEL", "links": loader["outputs"][0]["links"]}],
-            "properties": {"Node name for S&R": SELECTOR, "cnr_id": PACK_ID, MARK: {"added": True}}, "widgets_values": [backend]}
+    return {
+        "id": node_id,
+        "type": SELECTOR,
+        "pos": convert_layout.nearest(part, convert_layout.pair(loader["pos"]), size),
+        "size": size,
+        "flags": {},
+        "order": loader.get("order", 0) + 1,
+        "mode": loader.get("mode", 0),
+        "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
+        "outputs": [{"name": "MODEL", "type": "MODEL", "links": loader["outputs"][0]["links"]}],
+        "properties": {"Node name for S&R": SELECTOR, "cnr_id": PACK_ID, MARK: {"added": True}},
+        "widgets_values": [backend],
+    }
 
 
 def new_link(like, link_id, origin, target):
@@ -201,8 +242,11 @@ def new_link(like, link_id, origin, target):
 
 # --- the counters of ids ---------------------------------------------------------------------------------------------
 
+
 def next_ids(data):
-    """(node id, link id) that nothing in the whole file has: the page wants node ids to differ between subgraphs too."""
+    """(node id, link id) that nothing in the whole file has: the page wants node ids to differ between subgraphs
+    too.
+    """
     parts = [part for _, part in scopes(data)]
     nodes = [int(node["id"]) for part in parts for node in part["nodes"] if str(node["id"]).isdigit()]
     links = [get(link, "id") for part in parts for link in links_of(part)]
@@ -213,7 +257,9 @@ def next_ids(data):
 def counter(part):
     """(last node id, last link id) as the file says."""
     state = part.get("state") or {}
-    return part.get("last_node_id") or state.get("lastNodeId") or 0, part.get("last_link_id") or state.get("lastLinkId") or 0
+    return part.get("last_node_id") or state.get("lastNodeId") or 0, part.get("last_link_id") or state.get(
+        "lastLinkId"
+    ) or 0
 
 
 def counters(data):
@@ -221,13 +267,17 @@ def counters(data):
 
 
 def set_counter(part, node_id, link_id):
-    for holder, names in ((part, ("last_node_id", "last_link_id")), (part.get("state") or {}, ("lastNodeId", "lastLinkId"))):
+    for holder, names in (
+        (part, ("last_node_id", "last_link_id")),
+        (part.get("state") or {}, ("lastNodeId", "lastLinkId")),
+    ):
         for name, value in zip(names, (node_id, link_id)):
             if name in holder:
                 holder[name] = value
 
 
 # --- and back --------------------------------------------------------------------------------------------------------
+
 
 def undo(data):
     """The workflow before `convert`, with what was changed since."""
@@ -271,7 +321,7 @@ def hand_over(part, entering, leaving, ids):
 
 def spliced(links, gone, ids):
     place = links.index(gone)
-    return [*links[:place], *ids, *links[place + 1:]]
+    return [*links[:place], *ids, *links[place + 1 :]]
 
 
 def cut(part, gone):
@@ -314,8 +364,11 @@ def restored_inputs(node, before, names):
         entry.update({"link": None} if "link" in entry else {})
     for entry in (entry for entry in node.get("inputs") or [] if entry.get("link") is not None):
         if entry["name"] not in names:
-            raise NotConvertible(f"The input {entry['name']} of {node['type']} {node['id']} is connected, and {before['type']} has no such input. "
-                                 "Disconnect it first.")
+            raise NotConvertible(
+                f"The input {entry['name']} of {node['type']} {node['id']} is connected, and {before['type']} has no "
+                "such input. "
+                "Disconnect it first."
+            )
         inputs.setdefault(names[entry["name"]], renamed(entry, names))["link"] = entry["link"]
     return list(inputs.values())
 

@@ -1,11 +1,17 @@
-"""Where a new node goes on a canvas so that it covers nothing: positions and sizes in pixels, positions without the title bar."""
+"""Where a new node goes on a canvas so that it covers nothing: positions and sizes in pixels, positions without the
+title
+bar.
+"""
+
 import itertools
 from collections.abc import Mapping
 
-TITLE, GROUP_TITLE, GAP, LEAST_GAP = 30, 38, 20, 6  # title bars of nodes and groups; distance kept from others; between nodes stacked in a group
+# title bars of nodes and groups; distance kept from others; between nodes stacked in a group
+TITLE, GROUP_TITLE, GAP, LEAST_GAP = 30, 38, 20, 6
 STEP, FAR = 30, 60  # the search grid, and how many of its steps to look far
 SELECTOR_SIZE = [300, 226]
-LEAST_HEIGHT = {"Flux2LoadModel": 106, "Flux2LoadTextEncoder": 178, "Flux2LoadVAE": 106}  # as the page draws them with all widgets
+# as the page draws them with all widgets
+LEAST_HEIGHT = {"Flux2LoadModel": 106, "Flux2LoadTextEncoder": 178, "Flux2LoadVAE": 106}
 
 
 def pair(value):
@@ -51,20 +57,31 @@ def inside(a, b):
 
 
 def settle(part, replaced):
-    """Move replaced loaders that grew into another node: the loaders of a group are stacked evenly in it, else one goes to the nearest free place."""
+    """Move replaced loaders that grew into another node: the loaders of a group are stacked evenly in it, else one
+    goes to
+    the nearest free place.
+    """
     for node in sorted(replaced, key=lambda node: pair(node["pos"])[1]):
-        if any(touch(box(node), box(other)) for other in part["nodes"] if other is not node) and not stack(part, node, replaced):
+        if any(touch(box(node), box(other)) for other in part["nodes"] if other is not node) and not stack(
+            part, node, replaced
+        ):
             node["pos"] = nearest(part, pair(node["pos"]), pair(node["size"]), node)
 
 
 def stack(part, node, replaced):
-    """Distribute the replaced loaders in the group around a node over its height; False where no group has the room for them."""
+    """Distribute the replaced loaders in the group around a node over its height; False where no group has the room for
+    them.
+    """
     for frame in frames(part):
         if inside(corner(node), frame):
-            column = sorted((one for one in replaced if inside(corner(one), frame)), key=lambda one: pair(one["pos"])[1])
+            column = sorted(
+                (one for one in replaced if inside(corner(one), frame)), key=lambda one: pair(one["pos"])[1]
+            )
             places = stacked(column, frame)
             others = [box(other) for other in part["nodes"] if not any(other is one for one in column)]
-            if places and not any(touch(box({**one, "pos": place}), other) for one, place in zip(column, places) for other in others):
+            if places and not any(
+                touch(box({**one, "pos": place}), other) for one, place in zip(column, places) for other in others
+            ):
                 for one, place in zip(column, places):
                     one["pos"] = place
                 return True
@@ -86,6 +103,9 @@ def nearest(part, pos, size, moving=None):
     for column, line in sorted(itertools.product(steps, steps), key=lambda step: step[0] ** 2 + step[1] ** 2):
         found = [round(pos[0]) + column * STEP, round(pos[1]) + line * STEP]
         new = box({"pos": found, "size": size})
-        if not any(touch(new, node, GAP) for node in nodes) and not any(touch(new, group, GAP / 2) and not inside(new, group) for group in groups):
+        if not any(touch(new, node, GAP) for node in nodes) and not any(
+            touch(new, group, GAP / 2) and not inside(new, group) for group in groups
+        ):
             return found
-    return [round(pos[0]), round(max(node[3] for node in nodes)) + TITLE + GAP]  # a huge graph without a hole: below everything
+    # a huge graph without a hole: below everything
+    return [round(pos[0]), round(max(node[3] for node in nodes)) + TITLE + GAP]

@@ -1,8 +1,11 @@
-"""What the converter knows: which loaders this pack replaces, input by input, and how to tell that a loader belongs to FLUX.2.
+"""What the converter knows: which loaders this pack replaces, input by input, and how to tell that a loader belongs to
+FLUX.2.
 
-A graph of either file format comes in as a Graph: nodes with the values of their widgets, and who is connected to whom. `decide` says what to
-replace and, for every loader that stays, why. Standard library alone. Not covered: reading model files; names and connections are the evidence.
+A graph of either file format comes in as a Graph: nodes with the values of their widgets, and who is connected to whom.
+`decide` says what to replace and, for every loader that stays, why. Standard library alone. Not covered: reading model
+files; names and connections are the evidence.
 """
+
 import re
 from dataclasses import dataclass, field
 
@@ -10,10 +13,12 @@ MARK = "flux2_attention"  # where a converted file keeps what was there before
 SELECTOR = "Flux2SelectAttention"
 NAMES = re.compile(r"flux[ ._-]*2(?!\d)|klein", re.IGNORECASE)
 OTHER_NAMES = re.compile(r"flux[ ._-]*[13](?!\d)", re.IGNORECASE)
-VAE_NAMES = re.compile(r"flux[ ._-]*2(?!\d)|full_encoder_small_decoder", re.IGNORECASE)  # other families use this VAE too
+# other families use this VAE too
+VAE_NAMES = re.compile(r"flux[ ._-]*2(?!\d)|full_encoder_small_decoder", re.IGNORECASE)
 OTHER_ENCODERS = re.compile(r"ministral|ernie", re.IGNORECASE)  # loaded with type flux2, for another model
 NOT_A_FILE = re.compile(r"(light)?tae|pixel_space", re.IGNORECASE)  # choices of VAELoader that are no VAE file
-ONLY_FLUX2 = {"Flux2Scheduler", "FluxKVCache"}  # nodes that no other family's graph has; EmptyFlux2LatentImage is in several
+# nodes that no other family's graph has; EmptyFlux2LatentImage is in several
+ONLY_FLUX2 = {"Flux2Scheduler", "FluxKVCache"}
 
 
 class NotConvertible(ValueError):
@@ -22,10 +27,12 @@ class NotConvertible(ValueError):
 
 @dataclass(frozen=True)
 class Widget:
-    """One input of a loader: its name in ComfyUI's node and in ours (None: ours has no such input), and what its values become.
+    """One input of a loader: its name in ComfyUI's node and in ours (None: ours has no such input), and what its values
+    become.
 
     values: {ComfyUI's: ours}; None where a value means the same in both.
     """
+
     old: str
     new: str | None
     default: str | None = None  # ComfyUI's, for files that leave it out
@@ -42,13 +49,19 @@ class Widget:
         inverse = {ours: theirs for theirs, ours in (self.values or {value: value}).items()}
         if value not in inverse:
             choices = ", ".join(map(repr, inverse))
-            raise NotConvertible(f"{self.new} is set to {value!r}, which ComfyUI's {self.old} does not have. Set it to one of {choices} first.")
+            raise NotConvertible(
+                (
+                    f"{self.new} is set to {value!r}, which ComfyUI's {self.old} does not have. Set it to one of "
+                    f"{choices} first."
+                )
+            )
         return inverse[value]
 
 
 @dataclass(frozen=True)
 class Loader:
     """A loader of ComfyUI and the one that takes its place."""
+
     old: str
     new: str
     widgets: tuple
@@ -79,7 +92,10 @@ class Loader:
         return {name: value for name, value in found.items() if value is not None}
 
     def back(self, now, original):
-        """ComfyUI's values again: the original ones, except where ours was changed since. NotConvertible when that has no counterpart."""
+        """ComfyUI's values again: the original ones, except where ours was changed since. NotConvertible when that has
+        no
+        counterpart.
+        """
         before, values = self.forward(original), dict(original)
         for widget in self.widgets:
             if widget.new in now and now[widget.new] != before.get(widget.new):
@@ -87,19 +103,38 @@ class Loader:
         return values
 
 
-LOADERS = {row.old: row for row in (
-    Loader("UNETLoader", "Flux2LoadModel", (Widget("unet_name", "model_name"),
-                                            Widget("weight_dtype", "weight_dtype", "default", {"default": "as stored", "fp8_e4m3fn": "fp8"}))),
-    Loader("CLIPLoader", "Flux2LoadTextEncoder", (Widget("clip_name", "text_encoder_name"), Widget("type", None, "stable_diffusion", {"flux2": None}),
-                                                  Widget("device", "device", "default"))),
-    Loader("VAELoader", "Flux2LoadVAE", (Widget("vae_name", "vae_name"),), {"precision": "auto"}),
-)}
+LOADERS = {
+    row.old: row
+    for row in (
+        Loader(
+            "UNETLoader",
+            "Flux2LoadModel",
+            (
+                Widget("unet_name", "model_name"),
+                Widget("weight_dtype", "weight_dtype", "default", {"default": "as stored", "fp8_e4m3fn": "fp8"}),
+            ),
+        ),
+        Loader(
+            "CLIPLoader",
+            "Flux2LoadTextEncoder",
+            (
+                Widget("clip_name", "text_encoder_name"),
+                Widget("type", None, "stable_diffusion", {"flux2": None}),
+                Widget("device", "device", "default"),
+            ),
+        ),
+        Loader("VAELoader", "Flux2LoadVAE", (Widget("vae_name", "vae_name"),), {"precision": "auto"}),
+    )
+}
 OURS = {row.new: row for row in LOADERS.values()}
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node as both formats can say it. values: {widget: value}; linked: widgets whose value comes from another node."""
+    """A node as both formats can say it. values: {widget: value}; linked: widgets whose value comes from another
+    node.
+    """
+
     type: str
     label: str
     values: dict
@@ -108,7 +143,10 @@ class Node:
 
 @dataclass
 class Graph:
-    """nodes: {(scope, id): Node}; edges: pairs of keys. A scope is a subgraph, or "" for the canvas; bridges: edges between scopes."""
+    """nodes: {(scope, id): Node}; edges: pairs of keys. A scope is a subgraph, or "" for the canvas; bridges: edges
+    between scopes.
+    """
+
     nodes: dict
     edges: list
     bridges: list
@@ -117,8 +155,9 @@ class Graph:
         self.local, self.whole = components(self.nodes, self.edges), components(self.nodes, self.edges + self.bridges)
 
     def around(self, key):
-        """The nodes to judge a loader by: the first of these that has a diffusion model's loader or a FLUX.2 scheduler: the nodes connected to it in
-        its own scope, in all scopes, and every node, for packs that connect without links."""
+        """The nodes to judge a loader by: the first of these that has a diffusion model's loader or a FLUX.2 scheduler:
+        the nodes connected to it in its own scope, in all scopes, and every node, for packs that connect without links.
+        """
         for near in (self.local[key], self.whole[key]):
             if any(self.nodes[other].type in {"UNETLoader", *ONLY_FLUX2} for other in near):
                 return near
@@ -141,7 +180,10 @@ def components(keys, edges):
 
 @dataclass
 class Plan:
-    """replace: {key: Loader}; models: keys of FLUX.2's diffusion model loaders, replaced or not; left: {key: why this loader stays}."""
+    """replace: {key: Loader}; models: keys of FLUX.2's diffusion model loaders, replaced or not; left: {key: why this
+    loader stays}.
+    """
+
     replace: dict = field(default_factory=dict)
     models: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
@@ -150,7 +192,11 @@ class Plan:
 def decide(graph, wanted=()):
     """The Plan for a graph. wanted: ids of loaders that the user says are FLUX.2's."""
     plan = Plan()
-    for old, evidence in (("UNETLoader", model_evidence), ("CLIPLoader", encoder_evidence), ("VAELoader", vae_evidence)):
+    for old, evidence in (
+        ("UNETLoader", model_evidence),
+        ("CLIPLoader", encoder_evidence),
+        ("VAELoader", vae_evidence),
+    ):
         for key in graph.of_type(graph.nodes, old):
             node, foreign = graph.nodes[key], None if str(key[1]) in wanted else evidence(graph, key, plan.models)
             if old == "UNETLoader" and not foreign:
@@ -192,7 +238,9 @@ def vae_evidence(graph, key, models):
 
 
 def without_model(graph, key, models):
-    """Why nothing around this loader is a FLUX.2 model, or None. A model that another pack loads shows by its scheduler."""
+    """Why nothing around this loader is a FLUX.2 model, or None. A model that another pack loads shows by its
+    scheduler.
+    """
     around = graph.around(key)
     loaders = graph.of_type(around, "UNETLoader")
     if set(loaders) & set(models) or (not loaders and graph.of_type(around, *ONLY_FLUX2)):

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Make a FLUX.2 workflow use the nodes of this pack, and back again.
 
-  python scripts/convert_workflow.py FILE [-o OUT] [--backend auto]     replace its loaders, put Select Attention behind the model
+  python scripts/convert_workflow.py FILE [-o OUT] [--backend auto]     replace its loaders, put Select Attention behind
+                                                                        the model
   python scripts/convert_workflow.py FILE --undo [-o OUT]               the loaders that were there before
 
-Takes what ComfyUI's page saves, subgraphs and ComfyUI's own templates included, and API workflows. Loaders that are not FLUX.2's stay, and it says
-why. Without -o the result is written beside FILE, with -attention (undone: -original) in its name. Standard library alone. Not covered: workflows
-inside pictures (open the picture in ComfyUI and save), checkpoint loaders and loaders of other packs.
+Takes what ComfyUI's page saves, subgraphs and ComfyUI's own templates included, and API workflows. Loaders that are not
+FLUX.2's stay, and it says why. Without -o the result is written beside FILE, with -attention (undone: -original) in its
+name. Standard library alone. Not covered: workflows inside pictures (open the picture in ComfyUI and save), checkpoint
+loaders and loaders of other packs.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -26,21 +29,32 @@ SUFFIXES = {False: "-attention", True: "-original"}  # undone or not
 def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="convert_workflow", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a workflow: JSON that ComfyUI saved or exported")
-    parser.add_argument("-o", "--output", help="where to write the result; - is the standard output (default: beside FILE)")
+    parser.add_argument(
+        "-o", "--output", help="where to write the result; - is the standard output (default: beside FILE)"
+    )
     parser.add_argument("--undo", action="store_true", help="go back to the loaders that a conversion replaced")
     parser.add_argument("--backend", default="auto", help="as in the node Select Attention (default auto)")
-    parser.add_argument("--node", action="append", default=[], metavar="ID",
-                        help="this loader is FLUX.2's although nothing says so; may be given again")
+    parser.add_argument(
+        "--node",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="this loader is FLUX.2's although nothing says so; may be given again",
+    )
     return parser.parse_args(arguments)
 
 
 def check_backend(slug):
-    """NotConvertible for a name that no backend has, where PyTorch is there to ask the pack; else ComfyUI says it when the graph runs."""
+    """NotConvertible for a name that no backend has, where PyTorch is there to ask the pack; else ComfyUI says it when
+    the
+    graph runs.
+    """
     if slug == "auto" or importlib.util.find_spec("torch") is None:
         return
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import pack  # noqa: F401
     from flux2_pack.attention import registry
+
     if slug not in registry.SLUGS:
         raise NotConvertible(f"There is no attention backend {slug!r}. The backends are: {', '.join(registry.SLUGS)}.")
 
@@ -53,8 +67,10 @@ def read(path):
     except OSError as error:
         raise NotConvertible(f"{path} cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        raise NotConvertible(f"{path} is not a workflow: a JSON file was expected ({error}). "
-                             "To convert a picture, open it in ComfyUI and save the workflow.") from None
+        raise NotConvertible(
+            f"{path} is not a workflow: a JSON file was expected ({error}). "
+            "To convert a picture, open it in ComfyUI and save the workflow."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -65,8 +81,10 @@ def sound():
     except NotConvertible:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise NotConvertible(f"This workflow is damaged or of a kind that is not known here ({type(error).__name__}: {error}). "
-                             "Open it in ComfyUI, save it, and convert what was saved.") from error
+        raise NotConvertible(
+            f"This workflow is damaged or of a kind that is not known here ({type(error).__name__}: {error}). "
+            "Open it in ComfyUI, save it, and convert what was saved."
+        ) from error
 
 
 def format_of(data):
@@ -74,8 +92,10 @@ def format_of(data):
     for module in (convert_gui, convert_api):
         if module.understands(data):
             return module
-    raise NotConvertible("This JSON is no ComfyUI workflow: expected was an object with nodes and links (what ComfyUI saves) "
-                         "or with nodes that have a class_type and inputs (what it exports for its API).")
+    raise NotConvertible(
+        "This JSON is no ComfyUI workflow: expected was an object with nodes and links (what ComfyUI saves) "
+        "or with nodes that have a class_type and inputs (what it exports for its API)."
+    )
 
 
 @sound()
@@ -96,16 +116,26 @@ def convert(data, backend="auto", wanted=()):
 def check_wanted(graph, wanted):
     known = {str(key[1]) for key, node in graph.nodes.items() if node.type in LOADERS}
     if unknown := [identity for identity in wanted if identity not in known]:
-        raise NotConvertible(f"There is no loader {', '.join(unknown)}. The loaders that can be replaced are: {', '.join(sorted(known)) or 'none'}.")
+        raise NotConvertible(
+            (
+                f"There is no loader {', '.join(unknown)}. The loaders that can be replaced are: "
+                f"{', '.join(sorted(known)) or 'none'}."
+            )
+        )
 
 
 def nothing(graph, left, converted):
     """The sentence for a workflow without anything to replace."""
     if converted or any(node.type in OURS for node in graph.nodes.values()):
-        return "Nothing to replace: this workflow has the loaders of this pack already." + (" --undo goes back." if converted else "")
+        return "Nothing to replace: this workflow has the loaders of this pack already." + (
+            " --undo goes back." if converted else ""
+        )
     found = "; ".join(f"{graph.nodes[key].label}: {why}" for key, why in left.items())
-    return (f"Nothing to replace: expected were ComfyUI's loaders ({', '.join(LOADERS)}) of a FLUX.2 model. "
-            + (f"Found: {found}. If one is FLUX.2's, say --node with its number." if found else "There are none in this workflow."))
+    return f"Nothing to replace: expected were ComfyUI's loaders ({', '.join(LOADERS)}) of a FLUX.2 model. " + (
+        f"Found: {found}. If one is FLUX.2's, say --node with its number."
+        if found
+        else "There are none in this workflow."
+    )
 
 
 @sound()
@@ -121,12 +151,17 @@ def in_the_style_of(text, data):
     """JSON with the indentation, spacing, ends of lines and escapes of another JSON text."""
     indent = re.match(r"\s*\{\r?\n([ \t]+)\"", text)
     separators = (",", ": " if '": ' in text else ":") if indent else ((", ", ": ") if '": ' in text else (",", ":"))
-    written = json.dumps(data, indent=indent and indent[1], separators=separators, ensure_ascii=text.isascii() and "\\u" in text)
-    return (written + "\n" * text.endswith("\n")).replace("\n", "\r\n" if "\r\n" in text else "\n")  # JSON has no ends of lines inside its strings
+    written = json.dumps(
+        data, indent=indent and indent[1], separators=separators, ensure_ascii=text.isascii() and "\\u" in text
+    )
+    # JSON has no ends of lines inside its strings
+    return (written + "\n" * text.endswith("\n")).replace("\n", "\r\n" if "\r\n" in text else "\n")
 
 
 def target(path, output, undone):
-    """The file to write, or None for the standard output. NotConvertible when a file that nobody named is in the way."""
+    """The file to write, or None for the standard output. NotConvertible when a file that nobody named is in the
+    way.
+    """
     if output == "-":
         return None
     if output:
@@ -138,7 +173,10 @@ def target(path, output, undone):
 
 
 def write(path, text):
-    """In UTF-8 whatever the console's or system's own encoding is, and with the ends of lines as they are. path: None for the standard output."""
+    """In UTF-8 whatever the console's or system's own encoding is, and with the ends of lines as they are. path: None
+    for
+    the standard output.
+    """
     data = text.encode("utf-8")
     try:
         path.write_bytes(data) if path else sys.stdout.buffer.write(data)
@@ -156,10 +194,15 @@ def run(args):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name in another script must not stop a console that cannot show it
+    # a name in another script must not stop a console that cannot show it
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(parse())
-    except (NotConvertible, OSError, UnicodeEncodeError) as error:  # the last: half a letter, which JSON can hold and UTF-8 cannot
+    except (
+        NotConvertible,
+        OSError,
+        UnicodeEncodeError,
+    ) as error:  # the last: half a letter, which JSON can hold and UTF-8 cannot
         raise SystemExit(f"convert_workflow: {error}") from None
 
 

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""Two FLUX.2 pictures out of a real ComfyUI: text to image, and an edit of a picture. Run it with `bash scripts/demo.sh`.
+"""Two FLUX.2 pictures out of a real ComfyUI: text to image, and an edit of a picture. Run it with `bash
+scripts/demo.sh`.
 
-  bash scripts/demo.sh                                              a small FLUX.2 that draws coloured shapes (docs/small-model.md)
-  bash scripts/demo.sh --photograph                                 with the cat of scikit-image as reference, which the small model cannot draw
+  bash scripts/demo.sh                                              a small FLUX.2 that draws coloured shapes
+                                                                    (docs/small-model.md)
+  bash scripts/demo.sh --photograph                                 with the cat of scikit-image as reference, which the
+                                                                    small model cannot draw
   bash scripts/demo.sh --attention-backend sdpa-math
   bash scripts/demo.sh --model FILE --text-encoder FILE --vae FILE  real weights
 
-Starts ComfyUI headless, queues the two workflows of example_workflows/api/, saves the pictures into --output-path, prints which attention
-backend ran and for how many calls, stops ComfyUI. The last line of stdout is one JSON object: images, backend, calls, seconds.
+Starts ComfyUI headless, queues the two workflows of example_workflows/api/, saves the pictures into --output-path,
+prints which attention backend ran and for how many calls, stops ComfyUI. The last line of stdout is one JSON object:
+images, backend, calls, seconds.
 """
+
 import argparse
 import json
 import sys
@@ -23,7 +28,8 @@ from comfy_server import ROOT, ComfyServer, ServerFailed, drawing_models
 from generate import local_models, stop_on_terminate
 from picture import draw_all
 
-SMALL_PROMPT = "a small red star above a large blue circle on a grey background"  # in the words that the small model was trained on
+# in the words that the small model was trained on
+SMALL_PROMPT = "a small red star above a large blue circle on a grey background"
 REAL_PROMPT = "A red fox asleep on a stack of old books, morning light through a dusty window"
 EDIT_PROMPT = "Add a cool hat to the cat"
 SMALL, REAL = {"width": 256, "height": 256, "steps": 20}, {"width": 1024, "height": 1024, "steps": 20}
@@ -39,7 +45,11 @@ def parse(arguments=None):
     add("--width", type=int, help="multiple of 16 (default 256, with real weights 1024)")
     add("--height", type=int, help="multiple of 16 (default 256, with real weights 1024)")
     add("--steps", type=int, help="default 20")
-    add("--photograph", action="store_true", help="edit the photograph of a cat that comes with scikit-image; always so with real weights")
+    add(
+        "--photograph",
+        action="store_true",
+        help="edit the photograph of a cat that comes with scikit-image; always so with real weights",
+    )
     add("--output-path", type=Path, default=ROOT / "output", help="folder for the pictures")
     return parser.parse_args(arguments)
 
@@ -47,7 +57,9 @@ def parse(arguments=None):
 def real_weights(args):
     given = [args.model, args.text_encoder, args.vae]
     if any(given) and not all(given):
-        raise BadSettings("--model, --text-encoder and --vae go together: give all three, or none for the small models.")
+        raise BadSettings(
+            "--model, --text-encoder and --vae go together: give all three, or none for the small models."
+        )
     return all(given)
 
 
@@ -58,11 +70,14 @@ def models(args, comfyui):
 
 
 def reference(args, folder):
-    """The picture to edit: a drawn cat for the small model, which knows no other, and the cat of scikit-image for real weights."""
+    """The picture to edit: a drawn cat for the small model, which knows no other, and the cat of scikit-image for real
+    weights.
+    """
     if not (args.photograph or real_weights(args)):
         return ROOT / "tests" / "data" / "drawn_cat.png"
     from PIL import Image
     from skimage import data
+
     path = Path(folder) / "chelsea.png"
     Image.fromarray(data.chelsea()).save(path)
     return path
@@ -105,12 +120,16 @@ def demo(args):
     paths = save(pictures, args.output_path)
     for path, drawn in zip(paths, pictures):
         print(f"{path}\n  attention backend {drawn.backend}, {drawn.calls} calls\n{drawn.text}\n")
-    print(json.dumps({
-        "images": [str(path) for path in paths],
-        "backend": ", ".join(dict.fromkeys(drawn.backend for drawn in pictures)),
-        "calls": sum(drawn.calls for drawn in pictures),
-        "seconds": round(time.monotonic() - started, 2),
-    }))
+    print(
+        json.dumps(
+            {
+                "images": [str(path) for path in paths],
+                "backend": ", ".join(dict.fromkeys(drawn.backend for drawn in pictures)),
+                "calls": sum(drawn.calls for drawn in pictures),
+                "seconds": round(time.monotonic() - started, 2),
+            }
+        )
+    )
 
 
 def main():

@@ -5,11 +5,12 @@
   .venv/bin/python scripts/generate.py --prompt "Add a cool hat to the cat" --image-path cat.png \
       --model-path flux2-dev.safetensors --text-encoder mistral.safetensors --vae flux2-vae.safetensors
 
-With --server the picture comes from that ComfyUI, which needs this pack and the model files. Without it a headless one is started for this
-picture and stopped afterwards; model files are then paths, or names in the models folder of COMFYUI_PATH.
-Prints the attention report, and as the last line one JSON object. Progress and errors go to stderr; on an error the status is not zero.
-Not covered: batches, negative prompts and guiders other than FLUX.2's own.
+With --server the picture comes from that ComfyUI, which needs this pack and the model files. Without it a headless one
+is started for this picture and stopped afterwards; model files are then paths, or names in the models folder of
+COMFYUI_PATH. Prints the attention report, and as the last line one JSON object. Progress and errors go to stderr; on an
+error the status is not zero. Not covered: batches, negative prompts and guiders other than FLUX.2's own.
 """
+
 import argparse
 import contextlib
 import json
@@ -25,8 +26,11 @@ try:
     from comfy_client import ComfyClient, ComfyError
     from picture import draw_all
 except ImportError as error:
-    raise SystemExit(f"generate: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use .venv/bin/python, "
-                     "or install aiohttp, tqdm and Pillow.") from None
+    raise SystemExit(
+        f"generate: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use "
+        ".venv/bin/python, "
+        "or install aiohttp, tqdm and Pillow."
+    ) from None
 from api_workflow import BadSettings, PictureSettings, default_models
 from comfy_server import ComfyServer, ServerFailed
 
@@ -47,10 +51,22 @@ def parse(arguments=None):
     add("--num-inference-steps", type=int, default=20)
     add("--guidance-scale", type=float, default=4.0)
     add("--seed", type=int, default=42)
-    add("--image-path", action="append", default=[], help="a reference image to edit or combine; give it again for more")
-    add("--reference-megapixels", type=float, default=1.0, help="size to which each reference image is scaled (default 1)")
+    add(
+        "--image-path", action="append", default=[], help="a reference image to edit or combine; give it again for more"
+    )
+    add(
+        "--reference-megapixels",
+        type=float,
+        default=1.0,
+        help="size to which each reference image is scaled (default 1)",
+    )
     add("--attention-backend", default="auto", help="as in the node Select Attention (default auto)")
-    add("--output-path", type=Path, default=Path("output"), help="a picture file (.png .jpg .webp) or a folder (default output)")
+    add(
+        "--output-path",
+        type=Path,
+        default=Path("output"),
+        help="a picture file (.png .jpg .webp) or a folder (default output)",
+    )
     add("--model-path", help="FLUX.2 model file")
     add("--text-encoder", help="Mistral 3 text encoder file")
     add("--vae", help="FLUX.2 VAE file")
@@ -65,14 +81,28 @@ def add_memory_flags(parser):
     """Those of sglang. Each takes True or False; alone it means True, and left out ComfyUI decides."""
     for name, what in {
         "dit-cpu-offload": "True: the diffusion model leaves the GPU after each picture. False: it stays there",
-        "dit-layerwise-offload": "True: each layer of the diffusion model comes to the GPU when its turn comes; goes before --dit-cpu-offload",
+        "dit-layerwise-offload": "True: each layer of the diffusion model comes to the GPU when its turn comes; goes "
+        "before --dit-cpu-offload",
         "text-encoder-cpu-offload": "True: the text encoder leaves the GPU after each prompt. False: it stays there",
-        "image-encoder-cpu-offload": "FLUX.2 encodes reference images with its VAE and has no other image encoder: the same as --vae-cpu-offload, "
-                                     "which goes before it",
+        "image-encoder-cpu-offload": "FLUX.2 encodes reference images with its VAE and has no other image encoder: "
+        "the same as --vae-cpu-offload, "
+        "which goes before it",
         "vae-cpu-offload": "True: the VAE leaves the GPU after each use. False: it stays there",
     }.items():
-        parser.add_argument(f"--{name}", type=truth, nargs="?", const=True, metavar="True|False", help=f"{what} (default: ComfyUI decides)")
-    parser.add_argument("--vae-precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="number format of the VAE (default auto)")
+        parser.add_argument(
+            f"--{name}",
+            type=truth,
+            nargs="?",
+            const=True,
+            metavar="True|False",
+            help=f"{what} (default: ComfyUI decides)",
+        )
+    parser.add_argument(
+        "--vae-precision",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="number format of the VAE (default auto)",
+    )
 
 
 def add_speed_flags(parser):
@@ -80,12 +110,26 @@ def add_speed_flags(parser):
     add = parser.add_argument
     yes = {"type": truth, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
     add("--enable-torch-compile", **yes, help="compile the diffusion model's blocks with torch.compile")
-    add("--fast-blocks", nargs="?", const=PRECISIONS[0], choices=PRECISIONS,
-        help="fused kernels in the diffusion model's blocks; checkpoint (default): products as the checkpoint has them, fp8: large products of a bf16 one in fp8")
-    add("--warmup", **yes, help="run some steps before the picture is drawn, so that compiling and tuning are not in its time")
+    add(
+        "--fast-blocks",
+        nargs="?",
+        const=PRECISIONS[0],
+        choices=PRECISIONS,
+        help="fused kernels in the diffusion model's blocks; checkpoint (default): products as the checkpoint has "
+        "them, fp8: large products of a bf16 one in fp8",
+    )
+    add(
+        "--warmup",
+        **yes,
+        help="run some steps before the picture is drawn, so that compiling and tuning are not in its time",
+    )
     add("--warmup-steps", type=int, default=1, help="steps at each size (default 1)")
-    add("--warmup-resolutions", nargs="+", metavar="WxH",
-        help="sizes to warm up at, such as 1024x1024 2048x2048 (default the picture's); means --warmup")
+    add(
+        "--warmup-resolutions",
+        nargs="+",
+        metavar="WxH",
+        help="sizes to warm up at, such as 1024x1024 2048x2048 (default the picture's); means --warmup",
+    )
 
 
 def add_parallel_flags(parser):
@@ -93,7 +137,12 @@ def add_parallel_flags(parser):
     add = parser.add_argument
     add("--num-gpus", type=int, help="how many GPUs compute the picture; 0: all (default 1, or what the degrees make)")
     add("--ulysses-degree", type=int, default=0, help="how many GPUs share the attention heads")
-    add("--ring-degree", type=int, default=0, help="how many GPUs pass keys and values round; --ulysses-degree times --ring-degree is --num-gpus")
+    add(
+        "--ring-degree",
+        type=int,
+        default=0,
+        help="how many GPUs pass keys and values round; --ulysses-degree times --ring-degree is --num-gpus",
+    )
 
 
 def number_of_gpus(args):
@@ -117,17 +166,34 @@ def truth(text):
 def memory_modes(args):
     """{folder under models/: memory mode} for the components that a flag speaks of."""
     vae = args.image_encoder_cpu_offload if args.vae_cpu_offload is None else args.vae_cpu_offload
-    modes = {"diffusion_models": "layer by layer" if args.dit_layerwise_offload else IDLE.get(args.dit_cpu_offload),
-             "text_encoders": IDLE.get(args.text_encoder_cpu_offload), "vae": IDLE.get(vae)}
+    modes = {
+        "diffusion_models": "layer by layer" if args.dit_layerwise_offload else IDLE.get(args.dit_cpu_offload),
+        "text_encoders": IDLE.get(args.text_encoder_cpu_offload),
+        "vae": IDLE.get(vae),
+    }
     return {folder: mode for folder, mode in modes.items() if mode}
 
 
 def settings_from(args):
     return PictureSettings(
-        prompt=args.prompt, width=args.width, height=args.height, steps=args.num_inference_steps, guidance=args.guidance_scale,
-        seed=args.seed, backend=args.attention_backend, reference_megapixels=args.reference_megapixels,
-        memory=memory_modes(args), vae_precision=args.vae_precision, fast_blocks=args.fast_blocks, compile_blocks=args.enable_torch_compile,
-        warmup=warmup_sizes(args), warmup_steps=args.warmup_steps, gpus=number_of_gpus(args), ulysses=args.ulysses_degree, ring=args.ring_degree)
+        prompt=args.prompt,
+        width=args.width,
+        height=args.height,
+        steps=args.num_inference_steps,
+        guidance=args.guidance_scale,
+        seed=args.seed,
+        backend=args.attention_backend,
+        reference_megapixels=args.reference_megapixels,
+        memory=memory_modes(args),
+        vae_precision=args.vae_precision,
+        fast_blocks=args.fast_blocks,
+        compile_blocks=args.enable_torch_compile,
+        warmup=warmup_sizes(args),
+        warmup_steps=args.warmup_steps,
+        gpus=number_of_gpus(args),
+        ulysses=args.ulysses_degree,
+        ring=args.ring_degree,
+    )
 
 
 def check_images(paths):
@@ -138,7 +204,9 @@ def check_images(paths):
         except FileNotFoundError:
             raise BadSettings(f"There is no reference image {path}.") from None
         except Exception as error:  # Pillow raises many kinds, from OSError to SyntaxError
-            raise BadSettings(f"The reference image {path} cannot be read as a picture ({str(error) or type(error).__name__}).") from None
+            raise BadSettings(
+                f"The reference image {path} cannot be read as a picture ({str(error) or type(error).__name__})."
+            ) from None
 
 
 def output_file(path, seed):
@@ -172,14 +240,19 @@ def is_model(path):
 
 
 def local_models(comfyui, wanted):
-    """The models for a server of our own: {folder: [file or model folder]}. Names are looked up in ComfyUI's models folder."""
+    """The models for a server of our own: {folder: [file or model folder]}. Names are looked up in ComfyUI's models
+    folder.
+    """
     found = {}
     for folder, default in default_models().items():
         name = wanted.get(folder) or default
         places = [Path(name), *(comfyui / "models" / kind / name for kind in (folder, OLD_FOLDERS.get(folder, folder)))]
         file = next((place for place in places if is_model(place)), None)
         if file is None:
-            raise BadSettings(f"There is no model file {name}, neither as a path nor in models/{folder} of {comfyui}. Give it with {FLAGS[folder]}.")
+            raise BadSettings(
+                f"There is no model file {name}, neither as a path nor in models/{folder} of {comfyui}. Give it with "
+                f"{FLAGS[folder]}."
+            )
         found[folder] = [file]
     return found
 
@@ -198,9 +271,15 @@ def server_for(args):
 
 
 def summary(args, path, drawn):
-    return {"image": str(path), "backend": drawn.backend, "calls": drawn.calls, "seconds": round(drawn.seconds, 3),
-            "seconds_per_step": drawn.seconds_per_step and round(drawn.seconds_per_step, 4), "seed": args.seed,
-            "steps": args.num_inference_steps}
+    return {
+        "image": str(path),
+        "backend": drawn.backend,
+        "calls": drawn.calls,
+        "seconds": round(drawn.seconds, 3),
+        "seconds_per_step": drawn.seconds_per_step and round(drawn.seconds_per_step, 4),
+        "seed": args.seed,
+        "steps": args.num_inference_steps,
+    }
 
 
 def generate(args):
@@ -210,7 +289,7 @@ def generate(args):
     path = output_file(args.output_path, args.seed)
     try:
         with server_for(args) as url:
-            drawn, = draw_all(lambda: ComfyClient(url), [(settings, wanted_models(args), args.image_path)])
+            (drawn,) = draw_all(lambda: ComfyClient(url), [(settings, wanted_models(args), args.image_path)])
     except BaseException:
         if path.stat().st_size == 0:
             path.unlink()

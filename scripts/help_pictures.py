@@ -3,9 +3,11 @@
 
   python scripts/help_pictures.py [NAME ...]      write web/docs/images/NAME.webp, all of them or those named
 
-Each picture is a workflow that really runs and the nodes that are shown of it; the others are taken away after the run. What needs a GPU, minutes of compiling
-or the whole of Mistral is shown as it is before a run. Needs Chromium (see tests/browser.py) and about four minutes on two cores. Run it after a change of a node's inputs or of what it shows.
+Each picture is a workflow that really runs and the nodes that are shown of it; the others are taken away after the run.
+What needs a GPU, minutes of compiling or the whole of Mistral is shown as it is before a run. Needs Chromium (see
+tests/browser.py) and about four minutes on two cores. Run it after a change of a node's inputs or of what it shows.
 """
+
 import io
 import sys
 import tempfile
@@ -21,7 +23,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import browser  # noqa: E402
 
 FOLDER = ROOT / "web" / "docs" / "images"
-BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}  # nothing over the graph
+# nothing over the graph
+BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
 MOST_BYTES, WIDEST, SECONDS_TO_RUN = 60_000, 720, 300
 PROMPT = "a small red star above a large blue circle on a grey background"
 DRAWN = PictureSettings(PROMPT, 256, 256, steps=12)
@@ -31,6 +34,7 @@ LEFT, TOP, WIDTH, GAP = 40, 60, 400, 70  # pixels; the gap holds a node's title 
 @dataclass(frozen=True)
 class Picture:
     """workflow: in the API's form. shown: {node type: (left, top, width, height)} of the nodes that stay."""
+
     workflow: dict
     shown: dict = field(default_factory=dict)
     run: bool = True
@@ -53,19 +57,30 @@ def compared():
     for node in ("Flux2Scheduler", "EmptyFlux2LatentImage"):
         put(workflow, node, width=256, height=256)
     put(workflow, "Flux2CompareAttention", candidate_1="sdpa-math", model_a=["fp8", 0])
-    workflow["fp8"] = entry("Flux2LoadModel", "the same weights in fp8", model_name=default_models()["diffusion_models"], weight_dtype="fp8")
+    workflow["fp8"] = entry(
+        "Flux2LoadModel", "the same weights in fp8", model_name=default_models()["diffusion_models"], weight_dtype="fp8"
+    )
     return workflow
 
 
 def benchmarked():
     workflow = load("flux2_benchmark_attention.json")
-    put(workflow, "Flux2BenchmarkAttention", sizes="512x512", backends="sdpa, sdpa-flash, sdpa-math", call_repeat=5, step_repeat=2)
+    put(
+        workflow,
+        "Flux2BenchmarkAttention",
+        sizes="512x512",
+        backends="sdpa, sdpa-flash, sdpa-math",
+        call_repeat=5,
+        step_repeat=2,
+    )
     return workflow
 
 
 def with_prompt_node():
     workflow = fill(DRAWN)
-    workflow["5"] = entry("Flux2EncodePrompt", "Encode Prompt (FLUX.2)", clip=["2", 0], text=f"{PROMPT}, (masterpiece:1.4)")
+    workflow["5"] = entry(
+        "Flux2EncodePrompt", "Encode Prompt (FLUX.2)", clip=["2", 0], text=f"{PROMPT}, (masterpiece:1.4)"
+    )
     return workflow
 
 
@@ -78,32 +93,58 @@ def with_prompt_list():
 
 def with_improved_prompt():
     workflow = fill(DRAWN)
-    workflow["writer"] = entry("Flux2UpsamplePrompt", "Improve Prompt with Mistral (FLUX.2)", clip=["2", 0], text="a fox in a library", seed=42,
-                               temperature=0.15, max_tokens=512)
+    workflow["writer"] = entry(
+        "Flux2UpsamplePrompt",
+        "Improve Prompt with Mistral (FLUX.2)",
+        clip=["2", 0],
+        text="a fox in a library",
+        seed=42,
+        temperature=0.15,
+        max_tokens=512,
+    )
     put(workflow, "CLIPTextEncode", text=["writer", 0])
     return workflow
 
 
 def info():
-    return {"1": entry("Flux2ModelInfo", "FLUX.2 Model Info", file_name=f"diffusion_models/{default_models()['diffusion_models']}")}
+    return {
+        "1": entry(
+            "Flux2ModelInfo", "FLUX.2 Model Info", file_name=f"diffusion_models/{default_models()['diffusion_models']}"
+        )
+    }
 
 
 PICTURES = {
-    "loaders": lambda: Picture(fill(DRAWN), stack(Flux2LoadModel=110, Flux2LoadTextEncoder=190, Flux2LoadVAE=110), run=False),
+    "loaders": lambda: Picture(
+        fill(DRAWN), stack(Flux2LoadModel=110, Flux2LoadTextEncoder=190, Flux2LoadVAE=110), run=False
+    ),
     "select-attention": lambda: Picture(fill(DRAWN), stack(Flux2SelectAttention=230)),
     "attention-report": lambda: Picture(fill(DRAWN), {"Flux2AttentionReport": (LEFT, TOP, 560, 270)}),
     "encode-prompt": lambda: Picture(with_prompt_node(), {"Flux2EncodePrompt": (LEFT, TOP, 420, 340)}),
     "model-info": lambda: Picture(info(), {"Flux2ModelInfo": (LEFT, TOP, 520, 260)}),
-    "fast-blocks": lambda: Picture(fill(replace(DRAWN, fast_blocks="checkpoint")), stack(Flux2LoadModel=110, Flux2SelectAttention=230, Flux2FastBlocks=60), run=False),
-    "compile-blocks": lambda: Picture(fill(replace(DRAWN, compile_blocks=True)), stack(Flux2SelectAttention=230, Flux2CompileBlocks=90), run=False),
-    "warm-up": lambda: Picture(fill(replace(DRAWN, warmup="256x256, 512x512", warmup_steps=2)), {"Flux2WarmUp": (LEFT, TOP, 480, 380)}),
-    "sequence-parallel": lambda: Picture(fill(replace(DRAWN, gpus=4)), stack(Flux2SelectAttention=230, Flux2SequenceParallel=110), run=False),
+    "fast-blocks": lambda: Picture(
+        fill(replace(DRAWN, fast_blocks="checkpoint")),
+        stack(Flux2LoadModel=110, Flux2SelectAttention=230, Flux2FastBlocks=60),
+        run=False,
+    ),
+    "compile-blocks": lambda: Picture(
+        fill(replace(DRAWN, compile_blocks=True)), stack(Flux2SelectAttention=230, Flux2CompileBlocks=90), run=False
+    ),
+    "warm-up": lambda: Picture(
+        fill(replace(DRAWN, warmup="256x256, 512x512", warmup_steps=2)), {"Flux2WarmUp": (LEFT, TOP, 480, 380)}
+    ),
+    "sequence-parallel": lambda: Picture(
+        fill(replace(DRAWN, gpus=4)), stack(Flux2SelectAttention=230, Flux2SequenceParallel=110), run=False
+    ),
     "encode-prompt-list": lambda: Picture(with_prompt_list(), {"Flux2EncodePrompts": (LEFT, TOP, 480, 540)}),
-    "improve-prompt": lambda: Picture(with_improved_prompt(), {"Flux2UpsamplePrompt": (LEFT, TOP, 420, 420)}, run=False),
+    "improve-prompt": lambda: Picture(
+        with_improved_prompt(), {"Flux2UpsamplePrompt": (LEFT, TOP, 420, 420)}, run=False
+    ),
     "compare": lambda: Picture(compared()),
     "benchmark": lambda: Picture(benchmarked()),
 }
-SAVED_IMAGES = {"compare": ("13", "14"), "benchmark": ("3",)}  # pictures that are what these nodes saved, one below the other
+# pictures that are what these nodes saved, one below the other
+SAVED_IMAGES = {"compare": ("13", "14"), "benchmark": ("3",)}
 
 TAKE_AWAY = """
 for (const node of [...app.graph.nodes]) {
@@ -140,6 +181,7 @@ def official_names(folder):
 def graph(page, picture):
     """The nodes that are shown, cut to what is drawn."""
     from PIL import Image
+
     page.js(TAKE_AWAY, picture.shown)
     box = page.fit(margin=36)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,8 +192,13 @@ def graph(page, picture):
 def saved(page, server, prompt_id, keys):
     """What the SaveImage nodes `keys` saved, one below the other."""
     from PIL import Image
+
     outputs = page.js("return (await (await fetch(`/history/${args[0]}`)).json())[args[0]].outputs", prompt_id)
-    files = [server.base / "output" / image["subfolder"] / image["filename"] for key in keys for image in outputs[key]["images"]]
+    files = [
+        server.base / "output" / image["subfolder"] / image["filename"]
+        for key in keys
+        for image in outputs[key]["images"]
+    ]
     images = [Image.open(file).convert("RGB") for file in files]
     sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
     top = 0

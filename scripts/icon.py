@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Draw docs/icon.png, the pack's picture in the registry: an attention map, softmax weights of six queries over six keys.
+"""Draw docs/icon.png, the pack's picture in the registry: an attention map, softmax weights of six queries over six
+keys.
 
   python scripts/icon.py
 
 Needs Pillow. The registry takes at most 800 x 400 pixels.
 """
+
 import math
 from pathlib import Path
 
@@ -18,7 +20,10 @@ MARGIN, GAP = 46, 9
 
 def weights():
     """Rows that sum to 1: each query looks at its own place, and all of them at key 4."""
-    scores = [[2.6 * math.exp(-(query - key) ** 2 / 1.5) + (1.3 if key == 4 else 0) for key in range(CELLS)] for query in range(CELLS)]
+    scores = [
+        [2.6 * math.exp(-((query - key) ** 2) / 1.5) + (1.3 if key == 4 else 0) for key in range(CELLS)]
+        for query in range(CELLS)
+    ]
     return [[math.exp(score) / sum(map(math.exp, row)) for score in row] for row in scores]
 
 

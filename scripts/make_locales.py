@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""Keep locales/ in step with the nodes: English comes from the schemas, translations are kept, what is missing or outdated is listed.
+"""Keep locales/ in step with the nodes: English comes from the schemas, translations are kept, what is missing or
+outdated
+is listed.
 
-  python scripts/make_locales.py                  write locales/en/nodeDefs.json, backend lists in all languages, locales/state.json
+  python scripts/make_locales.py                  write locales/en/nodeDefs.json, backend lists in all languages,
+                                                  locales/state.json
   python scripts/make_locales.py --check          write nothing
   python scripts/make_locales.py --accept zh      zh's texts were looked at and still fit the English ones
 
-The status is 1 when a language lacks a text, has one of a node that is gone, or has one whose English changed since. Without --server a headless
-ComfyUI is started to ask for the nodes. ComfyUI merges locales/<language>/{nodeDefs,main,commands,settings}.json into its page; only nodeDefs.json is made
-here, the others are the same in all languages as far as their keys go. Values of combos are stored in workflows and have no translation.
+The status is 1 when a language lacks a text, has one of a node that is gone, or has one whose English changed since.
+Without --server a headless ComfyUI is started to ask for the nodes. ComfyUI merges
+locales/<language>/{nodeDefs,main,commands,settings}.json into its page; only nodeDefs.json is made here, the others are
+the same in all languages as far as their keys go. Values of combos are stored in workflows and have no translation.
 """
+
 import argparse
 import hashlib
 import json
@@ -21,11 +26,13 @@ from comfy_server import DIRECT, ROOT, ComfyServer
 FOLDER = ROOT / "locales"
 ENGLISH, LANGUAGES = "en", ("zh", "ja", "ko", "fr", "es", "ru")
 NODES, OTHERS = "nodeDefs.json", ("main.json", "commands.json", "settings.json")
-STATE = "state.json"  # {key: {language: marks of the English text and of its translation}}; ComfyUI reads the folders below locales/ only
+# {key: {language: marks of the English text and of its translation}}; ComfyUI reads the folders below locales/ only
+STATE = "state.json"
 SELECTOR = "Flux2SelectAttention"  # a node of this pack; its input `backend` lists every slug
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
+
 
 def english(info):
     """{node id: what the page shows of it} from ComfyUI's /object_info, in the shape of nodeDefs.json."""
@@ -35,11 +42,18 @@ def english(info):
 
 def node_texts(entry):
     found = {"display_name": entry["display_name"], "description": entry["description"], "inputs": {}, "outputs": {}}
-    for name, (_, *options) in (item for kind in ("required", "optional") for item in entry["input"].get(kind, {}).items()):
+    for name, (_, *options) in (
+        item for kind in ("required", "optional") for item in entry["input"].get(kind, {}).items()
+    ):
         said = options[0] if options else {}
-        found["inputs"][name.replace(".", "_")] = {"name": said.get("display_name") or name, "tooltip": said.get("tooltip") or ""}
+        found["inputs"][name.replace(".", "_")] = {
+            "name": said.get("display_name") or name,
+            "tooltip": said.get("tooltip") or "",
+        }
     kinds = entry["output"]
-    for number, (kind, name, tooltip) in enumerate(zip(kinds, entry["output_name"], entry.get("output_tooltips") or [""] * len(kinds))):
+    for number, (kind, name, tooltip) in enumerate(
+        zip(kinds, entry["output_name"], entry.get("output_tooltips") or [""] * len(kinds))
+    ):
         # an output named like its type is translated by ComfyUI itself
         found["outputs"][str(number)] = ({} if name == kind else {"name": name}) | {"tooltip": tooltip or ""}
     return found
@@ -65,6 +79,7 @@ def tree(texts):
 
 
 # --- lists of backends: the same in every language, and nothing that a translator must touch --------------------------
+
 
 def slugs(info):
     return info[SELECTOR]["input"]["required"]["backend"][1]["options"]
@@ -92,11 +107,12 @@ def mark(text, pattern):
 
 # --- a language ------------------------------------------------------------------------------------------------------
 
+
 def brought_up_to_date(source, known, state, pattern, accept=False):
     """(texts, state, problems) of one language.
 
-    source, known: {key: text} in English and in the language. state: {key: "mark of English, mark of translation"} from the last time; a translation that
-    was edited since counts as done anew.
+    source, known: {key: text} in English and in the language. state: {key: "mark of English, mark of translation"} from
+    the last time; a translation that was edited since counts as done anew.
     """
     texts, after, problems = {}, {}, []
     for key, text in source.items():
@@ -112,11 +128,15 @@ def brought_up_to_date(source, known, state, pattern, accept=False):
 
 
 def other_problems(folder, language):
-    """What main.json, commands.json and settings.json of a language lack or have too much, compared with the English ones."""
+    """What main.json, commands.json and settings.json of a language lack or have too much, compared with the English
+    ones.
+    """
     problems = []
     for name in OTHERS:
         wanted, found = (set(flat(read(folder / code / name))) for code in (ENGLISH, language))
-        problems += [f"missing: {name}: {key}" for key in sorted(wanted - found)] + [f"stale: {name}: {key}" for key in sorted(found - wanted)]
+        problems += [f"missing: {name}: {key}" for key in sorted(wanted - found)] + [
+            f"stale: {name}: {key}" for key in sorted(found - wanted)
+        ]
     return problems
 
 
@@ -137,7 +157,8 @@ def update(info, folder=FOLDER, accept=(), write=True):
         if not write and texts != {key: known[key] for key in texts}:
             found.append("outdated: a list of backends")
         if write and texts:
-            stale = {key: known[key] for key in known if key not in source}  # a translator may still want it: reported, not thrown away
+            # a translator may still want it: reported, not thrown away
+            stale = {key: known[key] for key in known if key not in source}
             save(folder / language / NODES, tree({**texts, **stale}))
         problems[language] = found + other_problems(folder, language)
     if write:
@@ -146,6 +167,7 @@ def update(info, folder=FOLDER, accept=(), write=True):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
 
 def read(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -168,7 +190,9 @@ def nodes_of(url):
 def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="make_locales", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--accept", action="append", default=[], choices=LANGUAGES, help="a language whose outdated texts still fit")
+    parser.add_argument(
+        "--accept", action="append", default=[], choices=LANGUAGES, help="a language whose outdated texts still fit"
+    )
     parser.add_argument("--server", help="URL of a running ComfyUI with this pack; without it one is started")
     return parser.parse_args(arguments)
 

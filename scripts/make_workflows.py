@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Make the GUI workflows, their thumbnails, the subgraph blueprints and the README's picture from the API workflows, in ComfyUI's own page.
+"""Make the GUI workflows, their thumbnails, the subgraph blueprints and the README's picture from the API workflows, in
+ComfyUI's own page.
 
-  python scripts/make_workflows.py [NAME ...]      write example_workflows/*.json and *.jpg, subgraphs/*.json and docs/graph.png, all or those named
+  python scripts/make_workflows.py [NAME ...]      write example_workflows/*.json and *.jpg, subgraphs/*.json and
+                                                   docs/graph.png, all or those named
 
-The graphs are written once, as API workflows in example_workflows/api/. This opens each in a real ComfyUI page, arranges the nodes as below,
-adds groups, a note and the links of the model files, and saves what the page itself would save: both kinds of workflow always say the same.
-Needs Chromium (see tests/browser.py). Run it after a change of an API workflow or of a node's inputs.
+The graphs are written once, as API workflows in example_workflows/api/. This opens each in a real ComfyUI page,
+arranges the nodes as below, adds groups, a note and the links of the model files, and saves what the page itself would
+save: both kinds of workflow always say the same. Needs Chromium (see tests/browser.py). Run it after a change of an API
+workflow or of a node's inputs.
 """
+
 import io
 import json
 import sys
@@ -25,7 +29,9 @@ import browser  # noqa: E402
 
 FOLDER, PICTURE = ROOT / "example_workflows", ROOT / "docs" / "graph.png"
 PACK_ID = "flux2-attention"  # lets ComfyUI-Manager find the pack where its nodes are missing
-DEV, KLEIN = (f"https://huggingface.co/Comfy-Org/{name}/resolve/main/split_files" for name in ("flux2-dev", "flux2-klein"))
+DEV, KLEIN = (
+    f"https://huggingface.co/Comfy-Org/{name}/resolve/main/split_files" for name in ("flux2-dev", "flux2-klein")
+)
 FILES = {  # what the frontend offers where a file is missing: name -> (folder under models/, where it is published)
     "flux2_dev_fp8mixed.safetensors": ("diffusion_models", DEV),
     "mistral_3_small_flux2_bf16.safetensors": ("text_encoders", DEV),
@@ -34,7 +40,8 @@ FILES = {  # what the frontend offers where a file is missing: name -> (folder u
     "qwen_3_4b.safetensors": ("text_encoders", KLEIN),
 }
 LOADERS = {"Flux2LoadModel": "model_name", "Flux2LoadTextEncoder": "text_encoder_name", "Flux2LoadVAE": "vae_name"}
-BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}  # nothing over the graph
+# nothing over the graph
+BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
 
 # pixels: a node's title bar, between nodes above each other, between columns, between a group's frame and its nodes
 TITLE, GAP, COLUMN_GAP, EDGE = 30, 26, 48, 18
@@ -50,6 +57,7 @@ class Group:
 
     top: pixels, or the title of the group below which it goes.
     """
+
     title: str
     colour: str
     left: int
@@ -61,17 +69,20 @@ class Group:
 @dataclass(frozen=True)
 class Template:
     """What the API workflow of the same name lacks: where its nodes are, and what the note says."""
+
     groups: list
     title: str
     note: str
     note_box: tuple = NOTE_BOX
 
 
-DOWNLOAD = """**Download** the files named in *Models* into the folders diffusion_models, text_encoders and vae of ComfyUI's models. \
+DOWNLOAD = """**Download** the files named in *Models* into the folders diffusion_models, text_encoders and vae of \
+ComfyUI's models. \
 ComfyUI lists the ones you lack, with links, when this graph opens.
 
 """
-SELECT = """**Select Attention** chooses the kernel that computes attention. *auto* takes the fastest exact one, measured on your card. \
+SELECT = """**Select Attention** chooses the kernel that computes attention. *auto* takes the fastest exact one, \
+measured on your card. \
 Any other choice runs, or stops and says why: nothing falls back in silence.
 
 """
@@ -82,7 +93,9 @@ REPORT = """**Attention Report** says after the run which kernel ran, for how ma
 
 def models(encoder="Load Mistral 3 Text Encoder", top=282):
     """The group of the three loaders. Its nodes stand apart: ComfyUI's newer node design draws the loaders taller."""
-    return Group("Models", BLUE, 0, top, [(MODELS_WIDTH, ["Load FLUX.2 Model", encoder, ("Load FLUX.2 VAE", 132)])], gap=50)
+    return Group(
+        "Models", BLUE, 0, top, [(MODELS_WIDTH, ["Load FLUX.2 Model", encoder, ("Load FLUX.2 VAE", 132)])], gap=50
+    )
 
 
 def drawing(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "Guidance")):
@@ -91,7 +104,13 @@ def drawing(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "
         loaders,
         Group("Attention", ORANGE, 480, 0, [(360, list(attention))]),
         Group("Prompt", GREEN, 480, "Attention", [(360, list(prompt))]),
-        Group("Sampling", PURPLE, 910, 0, [(290, ["Guider", "Noise", "Sampler", "Scheduler", "Empty Latent"]), (260, ["Sample"])]),
+        Group(
+            "Sampling",
+            PURPLE,
+            910,
+            0,
+            [(290, ["Guider", "Noise", "Sampler", "Scheduler", "Empty Latent"]), (260, ["Sample"])],
+        ),
         Group("Picture", GREY, 1578, 0, [(480, [("Attention Report", 300), "Decode", ("Save Image", 320)])]),
     ]
 
@@ -99,9 +118,21 @@ def drawing(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "
 def reference(number=None, left=0, size=True):
     """The group of one reference picture, below the models; the first gives the new picture its size."""
     name = f" {number}" if number else ""
-    middle = [f"Scale Reference{name}", *([f"Size of {'Reference' if number else 'the Reference'}{name}"] if size else [])]
-    return Group(f"Reference picture{name}", TEAL, left, "Models", [
-        (MODELS_WIDTH, [(f"Reference Image{name}", 320)]), (360, middle), (290, [f"Encode Reference{name}", f"Use as Reference{name}"])])
+    middle = [
+        f"Scale Reference{name}",
+        *([f"Size of {'Reference' if number else 'the Reference'}{name}"] if size else []),
+    ]
+    return Group(
+        f"Reference picture{name}",
+        TEAL,
+        left,
+        "Models",
+        [
+            (MODELS_WIDTH, [(f"Reference Image{name}", 320)]),
+            (360, middle),
+            (290, [f"Encode Reference{name}", f"Use as Reference{name}"]),
+        ],
+    )
 
 
 COMPARING = [
@@ -117,55 +148,96 @@ TIMING = [
     Group("Chart", GREY, 1490, 0, [(620, [("Save Chart", 600)])]),
 ]
 TEMPLATES = {
-    "flux2_text_to_image": Template(drawing(models()), "FLUX.2 with the attention kernel you choose", DOWNLOAD + SELECT + REPORT + """\
-**Compare:** the seed is fixed, so change only *backend* and run again."""),
-
-    "flux2_image_edit": Template([*drawing(models()), reference()], "Edit a picture with FLUX.2", DOWNLOAD + SELECT + REPORT + """\
-**The prompt** says what to change. The new picture gets the size of the reference, scaled to about one megapixel."""),
-
+    "flux2_text_to_image": Template(
+        drawing(models()),
+        "FLUX.2 with the attention kernel you choose",
+        DOWNLOAD
+        + SELECT
+        + REPORT
+        + """\
+**Compare:** the seed is fixed, so change only *backend* and run again.""",
+    ),
+    "flux2_image_edit": Template(
+        [*drawing(models()), reference()],
+        "Edit a picture with FLUX.2",
+        DOWNLOAD
+        + SELECT
+        + REPORT
+        + """\
+**The prompt** says what to change. The new picture gets the size of the reference, scaled to about one megapixel.""",
+    ),
     "flux2_image_edit_two_references": Template(
-        [*drawing(models()), reference(1), reference(2, 1222, size=False)], "Combine two pictures with FLUX.2", DOWNLOAD + SELECT + """\
+        [*drawing(models()), reference(1), reference(2, 1222, size=False)],
+        "Combine two pictures with FLUX.2",
+        DOWNLOAD
+        + SELECT
+        + """\
 **The prompt** calls the pictures *image 1* and *image 2*. The new one gets the size of image 1.
 
-**More pictures:** copy the group *Reference picture 2* and put its *Use as Reference* behind the last one. Every picture makes steps longer."""),
-
+**More pictures:** copy the group *Reference picture 2* and put its *Use as Reference* behind the last one. Every \
+picture makes steps longer.""",
+    ),
     "flux2_klein_4_steps": Template(
-        drawing(models("Load Qwen3 Text Encoder"), prompt=[("Prompt", 190)]), "FLUX.2 klein: a picture in four steps",
-        DOWNLOAD + SELECT + REPORT + """\
-**klein 4B** is distilled: four steps, and no guidance value. For klein 9B choose its file and the Qwen3 8B encoder."""),
-
+        drawing(models("Load Qwen3 Text Encoder"), prompt=[("Prompt", 190)]),
+        "FLUX.2 klein: a picture in four steps",
+        DOWNLOAD
+        + SELECT
+        + REPORT
+        + """\
+**klein 4B** is distilled: four steps, and no guidance value. For klein 9B choose its file and the Qwen3 8B encoder.""",
+    ),
     "flux2_fp8_fast_blocks": Template(
-        drawing(models(), attention=["Select Attention", ("Fast Blocks", 80)]), "Fast on one GPU: fp8 and fused blocks", DOWNLOAD + """\
-**Fast Blocks** computes what lies between matrix products and attention with a few fused kernels. *checkpoint* leaves the products as the file \
+        drawing(models(), attention=["Select Attention", ("Fast Blocks", 80)]),
+        "Fast on one GPU: fp8 and fused blocks",
+        DOWNLOAD
+        + """\
+**Fast Blocks** computes what lies between matrix products and attention with a few fused kernels. *checkpoint* leaves \
+the products as the file \
 has them: this file's run in fp8 where the card can. *fp8* makes those of a bf16 file fp8, a little less exact.
 
 It needs an NVIDIA or AMD GPU with Triton; elsewhere it stops and says so: bypass it (Ctrl+B).
 
-**Attention Report** says how many block calls were fused, and how long a step took."""),
-
+**Attention Report** says how many block calls were fused, and how long a step took.""",
+    ),
     "flux2_several_gpus": Template(
-        drawing(models(), attention=["Select Attention", ("Sequence Parallel", 106)]), "One picture on several GPUs", DOWNLOAD + """\
-**Sequence Parallel** computes every step on several GPUs: each has the whole model and a part of the picture. *gpus* 0 takes all GPUs of this \
-machine; with one GPU it changes nothing. The first picture starts a process for each GPU and loads the model there; they stay for the next ones.
+        drawing(models(), attention=["Select Attention", ("Sequence Parallel", 106)]),
+        "One picture on several GPUs",
+        DOWNLOAD
+        + """\
+**Sequence Parallel** computes every step on several GPUs: each has the whole model and a part of the picture. *gpus* \
+0 takes all GPUs of this \
+machine; with one GPU it changes nothing. The first picture starts a process for each GPU and loads the model there; \
+they stay for the next ones.
 
 **Select Attention** chooses the kernel that runs on each of them.
 
-**Attention Report** says what each GPU did, and how long a step took."""),
-
-    "flux2_compare_attention": Template(COMPARING, "Is another attention good enough?", DOWNLOAD + """\
-**Compare Attention** draws the same noise with the *reference* and with each *candidate*, and says for each: same as rounding noise, slightly \
+**Attention Report** says what each GPU did, and how long a step took.""",
+    ),
+    "flux2_compare_attention": Template(
+        COMPARING,
+        "Is another attention good enough?",
+        DOWNLOAD
+        + """\
+**Compare Attention** draws the same noise with the *reference* and with each *candidate*, and says for each: same as \
+rounding noise, slightly \
 different, or a different picture. The yardstick is how far two of PyTorch's exact kernels are apart.
 
-**Up to eight candidates:** four backends, and four models from other nodes (LoRA, compiled, fp8 ...) at *model_a* to *model_d*. One that cannot \
-run is a row with its reason."""),
-
-    "flux2_benchmark_attention": Template(TIMING, "Which attention is fastest on this machine?", """\
-**Benchmark Attention** times every backend that runs here on the calls your model really makes, then whole steps. It needs no prompt and no other \
+**Up to eight candidates:** four backends, and four models from other nodes (LoRA, compiled, fp8 ...) at *model_a* to \
+*model_d*. One that cannot \
+run is a row with its reason.""",
+    ),
+    "flux2_benchmark_attention": Template(
+        TIMING,
+        "Which attention is fastest on this machine?",
+        """\
+**Benchmark Attention** times every backend that runs here on the calls your model really makes, then whole steps. It \
+needs no prompt and no other \
 model. The table says why the others cannot run; the figures are also saved as JSON in the output folder.
 
 **sizes:** *+1* behind a size adds a reference picture of 1024x1024.
 
-**It takes minutes.** For a first look set *sizes* to 1024x1024 and *step_repeat* to 0."""),
+**It takes minutes.** For a first look set *sizes* to 1024x1024 and *step_repeat* to 0.""",
+    ),
 }
 
 
@@ -177,7 +249,8 @@ await app.loadApiJson(args[0], args[1]);
 for (const node of app.graph.nodes) {
   const model = args[2][node.type];
   if (model) Object.assign(node.properties, {cnr_id: args[3], models: [model]});
-  else if (node.type.startsWith('Flux2') && node.constructor.nodeData.python_module.startsWith('custom_nodes')) node.properties.cnr_id = args[3];
+  else if (node.type.startsWith('Flux2') && node.constructor.nodeData.python_module.startsWith('custom_nodes')) \
+node.properties.cnr_id = args[3];
   for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
 }
 return Object.fromEntries(app.graph.nodes.map(node => [node.title, node.computeSize()[1]]));
@@ -200,7 +273,8 @@ Object.assign(note, {title: args[0], pos: args[2], color: '#432', bgcolor: '#653
 app.graph.add(note);
 note.setSize(args[3]);
 note.widgets[0].value = args[1];
-Object.assign(app.canvas.ds, {scale: 0.85, offset: [100, 110]});  // where the graph opens: beside the side bar, below the buttons
+Object.assign(app.canvas.ds, {scale: 0.85, offset: [100, 110]});  // where the graph opens: beside the side bar, below \
+the buttons
 """
 SAVED = "return JSON.stringify((await app.graphToPrompt()).workflow)"
 
@@ -213,11 +287,17 @@ def download(name):
 
 def downloads(api):
     """{node type: download} for the loaders of an API workflow."""
-    return {node["class_type"]: download(node["inputs"][LOADERS[node["class_type"]]]) for node in api.values() if node["class_type"] in LOADERS}
+    return {
+        node["class_type"]: download(node["inputs"][LOADERS[node["class_type"]]])
+        for node in api.values()
+        if node["class_type"] in LOADERS
+    }
 
 
 def arrange(groups, heights):
-    """(nodes, frames): [(title, x, y, width, height)], [(title, colour, x, y, width, height)]. y of a node is below its title bar."""
+    """(nodes, frames): [(title, x, y, width, height)], [(title, colour, x, y, width, height)]. y of a node is below its
+    title bar.
+    """
     nodes, frames, ends = [], [], {}
     for group in groups:
         top = group.top if isinstance(group.top, int) else ends[group.top] + GROUP_GAP
@@ -227,7 +307,9 @@ def arrange(groups, heights):
             nodes += placed
             x, bottom = x + width + COLUMN_GAP, max(bottom, end)
         ends[group.title] = bottom + EDGE
-        frames.append((group.title, group.colour, group.left, top, x - COLUMN_GAP + EDGE - group.left, bottom + EDGE - top))
+        frames.append(
+            (group.title, group.colour, group.left, top, x - COLUMN_GAP + EDGE - group.left, bottom + EDGE - top)
+        )
     return nodes, frames
 
 
@@ -244,16 +326,24 @@ def arrange_column(stack, heights, x, y, width, gap):
 
 @contextmanager
 def running_page():
-    """A page of a ComfyUI that has the official file names (small models behind them) and a photograph as example.png."""
+    """A page of a ComfyUI that has the official file names (small models behind them) and a photograph as
+    example.png.
+    """
     comfyui = environment.comfyui(environment.cache_folder())
-    with tempfile.TemporaryDirectory() as folder, ComfyServer(comfyui, models=official_names(small_models(comfyui), Path(folder))) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ComfyServer(comfyui, models=official_names(small_models(comfyui), Path(folder))) as server,
+    ):
         photograph().save(server.base / "input" / "example.png")
         with browser.Page(server.url, settings=BARE) as page:
             yield page
 
 
 def official_names(small, folder):
-    """Links to the small models under the names of the official files, so that no node on the picture is marked as missing its file."""
+    """Links to the small models under the names of the official files, so that no node on the picture is marked as
+    missing
+    its file.
+    """
     for name, (kind, _) in FILES.items():
         (folder / name).symlink_to(small[kind][0])
     return {kind: [folder / name for name, (its_kind, _) in FILES.items() if its_kind == kind] for kind in small}
@@ -262,6 +352,7 @@ def official_names(small, folder):
 def photograph():
     from PIL import Image
     from skimage import data
+
     return Image.fromarray(data.chelsea())
 
 
@@ -280,7 +371,9 @@ def build(page, name):
 def picture(page):
     """The open graph, cut to what is drawn."""
     from PIL import Image
-    page.js("document.querySelectorAll('button').forEach(button => { button.style.visibility = 'hidden'; })")  # one lies over the graph's corner
+
+    # one lies over the graph's corner
+    page.js("document.querySelectorAll('button').forEach(button => { button.style.visibility = 'hidden'; })")
     box = page.fit(margin=30)
     with tempfile.TemporaryDirectory() as folder:
         page.screenshot(Path(folder) / "graph.png")
@@ -290,6 +383,7 @@ def picture(page):
 def thumbnail(drawn):
     """As the template browser shows it: small, and 16 to 9 with the graph in the middle."""
     from PIL import Image, ImageOps
+
     return ImageOps.pad(drawn, (960, 540), Image.Resampling.LANCZOS, color=drawn.getpixel((0, 0)))
 
 
@@ -309,7 +403,9 @@ def main():
         raise SystemExit(f"make_workflows: {reason}")
     wanted = sys.argv[1:] or list(TEMPLATES)
     if unknown := set(wanted) - set(TEMPLATES):
-        raise SystemExit(f"make_workflows: there is no template {', '.join(sorted(unknown))}; there are {', '.join(TEMPLATES)}")
+        raise SystemExit(
+            f"make_workflows: there is no template {', '.join(sorted(unknown))}; there are {', '.join(TEMPLATES)}"
+        )
     with running_page() as page:
         for name in wanted:
             save(page, name)

@@ -1,7 +1,9 @@
-"""What compare.py and benchmark.py share: the models, a server for them, one run of a workflow, or full-size random weights without a server.
+"""What compare.py and benchmark.py share: the models, a server for them, one run of a workflow, or full-size random
+weights without a server.
 
 Needs aiohttp and tqdm. Not covered: several GPUs.
 """
+
 import asyncio
 import contextlib
 import json
@@ -26,11 +28,21 @@ def add_model_options(add):
     add("--model-path", help="FLUX.2 model file (default: a small model)")
     add("--text-encoder", help="Mistral 3 text encoder file; goes with --model-path")
     add("--vae", help="FLUX.2 VAE file; goes with --model-path")
-    add("--random-weights", choices=RANDOM, help="instead of a file: a FLUX.2 of full size with random weights, in this process. Right for speed and for errors of "
-                                                 "tensors; its pictures are noise. Needs COMFYUI_PATH; dev needs 80 GB of GPU memory")
+    add(
+        "--random-weights",
+        choices=RANDOM,
+        help="instead of a file: a FLUX.2 of full size with random weights, in this process. Right for speed and for "
+        "errors of "
+        "tensors; its pictures are noise. Needs COMFYUI_PATH; dev needs 80 GB of GPU memory",
+    )
     add("--server", help="URL of a running ComfyUI; without it one is started")
     add("--output-path", type=Path, default=ROOT / "output", help="folder for the pictures (default output)")
-    add("--save", type=Path, help="also write the result to this JSON file; scripts/measured_pages.py makes the pages of docs/ from such files")
+    add(
+        "--save",
+        type=Path,
+        help="also write the result to this JSON file; scripts/measured_pages.py makes the pages of docs/ from such "
+        "files",
+    )
 
 
 def weights_text(args):
@@ -42,20 +54,29 @@ def weights_text(args):
 
 # --- over a server ---------------------------------------------------------------------------------------------------
 
+
 def needed(workflow):
     """The model folders that a workflow's loaders read."""
     return [folder for folder, (loader, _) in LOADERS.items() if nodes_of(workflow, loader)]
 
 
 def models_for(args, workflow, comfyui):
-    """{folder: [file]} for a server of our own: the small models, or those that were asked for. Folders that the workflow does not read get small ones."""
+    """{folder: [file]} for a server of our own: the small models, or those that were asked for. Folders that the
+    workflow
+    does not read get small ones.
+    """
     small, wanted = drawing_models(), wanted_models(args)
     if not any(wanted.values()):
         return small
     missing = [FLAGS[folder] for folder in needed(workflow) if not wanted[folder]]
     if missing:
-        raise BadSettings(f"With a model of your own {' and '.join(missing)} must be given too; without any, the small models are used.")
-    return local_models(comfyui, {folder: wanted[folder] if folder in needed(workflow) else str(small[folder][0]) for folder in wanted})
+        raise BadSettings(
+            f"With a model of your own {' and '.join(missing)} must be given too; without any, the small models are "
+            "used."
+        )
+    return local_models(
+        comfyui, {folder: wanted[folder] if folder in needed(workflow) else str(small[folder][0]) for folder in wanted}
+    )
 
 
 @contextlib.contextmanager
@@ -103,7 +124,7 @@ def over_server(args, workflow, ui_key, files):
     """(table, data) of a measuring workflow; its pictures are written into --output-path under the names `files`."""
     with server_for(args, workflow) as (url, names):
         result, pictures = asyncio.run(queue(url, names, workflow))
-    data, = result.collect(ui_key)
+    (data,) = result.collect(ui_key)
     args.output_path.mkdir(parents=True, exist_ok=True)
     paths = [args.output_path / name for name in files]
     for path, picture in zip(paths, pictures):
@@ -113,17 +134,22 @@ def over_server(args, workflow, ui_key, files):
 
 # --- in this process -------------------------------------------------------------------------------------------------
 
+
 @contextlib.contextmanager
 def random_model(name):
-    """(MODEL, the module nodes.compare): a FLUX.2 with random weights in this process. ComfyUI's folders are temporary ones meanwhile."""
+    """(MODEL, the module nodes.compare): a FLUX.2 with random weights in this process. ComfyUI's folders are temporary
+    ones meanwhile.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import common
     import full_size
+
     common.import_pack()
     full_size.import_comfyui()
     import folder_paths
     import torch
     from flux2_pack.nodes import compare
+
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         folder_paths.set_user_directory(folder)
         yield full_size.build(SMALL if name == "small" else getattr(full_size, RANDOM[name])), compare
@@ -139,6 +165,7 @@ def write_pictures(args, compare, images, files):
 
 
 # --- the end of both programs ----------------------------------------------------------------------------------------
+
 
 def finish(args, table, data, command):
     """Print the table and one JSON line, and keep the result if asked to."""

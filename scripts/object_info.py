@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""What saved workflows rely on: ids, inputs, their order, types, defaults and outputs of every node, as ComfyUI's /object_info says them.
+"""What saved workflows rely on: ids, inputs, their order, types, defaults and outputs of every node, as ComfyUI's
+/object_info says them.
 
   python scripts/object_info.py            compare the nodes with tests/data/object_info.json and say what changed
   python scripts/object_info.py --update   write the file anew, on purpose, and say what changed
 
-A saved graph stores widget values by position and API graphs leave out inputs with a default, so inputs may only be appended, as optional ones.
-Starts a ComfyUI of its own on the CPU (about 20 seconds) and stops it. Not covered: display names, tooltips and categories, which may change.
+A saved graph stores widget values by position and API graphs leave out inputs with a default, so inputs may only be
+appended, as optional ones. Starts a ComfyUI of its own on the CPU (about 20 seconds) and stops it. Not covered: display
+names, tooltips and categories, which may change.
 """
+
 import argparse
 import json
 import math
@@ -18,7 +21,8 @@ from comfy_server import DIRECT, ComfyServer
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "data" / "object_info.json"
 PACK_MODULE = "custom_nodes.flux2-attention"
-FILE_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".bin", ".gguf", ".json", ".txt", ".png", ".jpg")  # options that are somebody's files
+# options that are somebody's files
+FILE_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".bin", ".gguf", ".json", ".txt", ".png", ".jpg")
 VALUES = ("default", "min", "max")
 HOW_TO_UPDATE = "If that is wanted, update the snapshot on purpose: python scripts/object_info.py --update"
 
@@ -31,9 +35,20 @@ def fetch(url):
 
 
 def contract(info):
-    """{"inputs": [{name, kind, type, ...}] in the order of the widgets, "outputs": [[type, is a list]], "output_node"} of one node."""
-    inputs = [entry(name, kind, info["input"][kind][name]) for kind in ("required", "optional") for name in info["input_order"].get(kind, [])]
-    return {"inputs": inputs, "outputs": [list(pair) for pair in zip(info["output"], info["output_is_list"])], "output_node": info["output_node"]}
+    """{"inputs": [{name, kind, type, ...}] in the order of the widgets, "outputs": [[type, is a list]], "output_node"}
+    of
+    one node.
+    """
+    inputs = [
+        entry(name, kind, info["input"][kind][name])
+        for kind in ("required", "optional")
+        for name in info["input_order"].get(kind, [])
+    ]
+    return {
+        "inputs": inputs,
+        "outputs": [list(pair) for pair in zip(info["output"], info["output_is_list"])],
+        "output_node": info["output_node"],
+    }
 
 
 def entry(name, kind, spec):
@@ -51,19 +66,33 @@ def entry(name, kind, spec):
 
 # --- what changed ----------------------------------------------------------------------------------------------------
 
+
 def broken(old, new):
     """Sentences: every change that breaks a saved workflow."""
     gone = [f"The node {name} is gone." for name in old if name not in new]
-    return gone + [f"{name}: {sentence}" for name in old if name in new for sentence in broken_node(old[name], new[name])]
+    return gone + [
+        f"{name}: {sentence}" for name in old if name in new for sentence in broken_node(old[name], new[name])
+    ]
 
 
 def broken_node(old, new):
     names, now = [i["name"] for i in old["inputs"]], [i["name"] for i in new["inputs"]]
-    if now[:len(names)] != names:
-        return [f"its inputs were {', '.join(names)} and are {', '.join(now)}; inputs may only be appended at the end, because graphs store widget values by position."]
-    found = [sentence for before, after in zip(old["inputs"], new["inputs"]) for sentence in broken_input(before, after)]
-    found += [f"the new input {i['name']} is required: graphs without it would be refused. Make it optional." for i in new["inputs"][len(names):] if i["kind"] == "required"]
-    if new["outputs"][:len(old["outputs"])] != old["outputs"]:
+    if now[: len(names)] != names:
+        return [
+            (
+                f"its inputs were {', '.join(names)} and are {', '.join(now)}; inputs may only be appended at the end, "
+                "because graphs store widget values by position."
+            )
+        ]
+    found = [
+        sentence for before, after in zip(old["inputs"], new["inputs"]) for sentence in broken_input(before, after)
+    ]
+    found += [
+        f"the new input {i['name']} is required: graphs without it would be refused. Make it optional."
+        for i in new["inputs"][len(names) :]
+        if i["kind"] == "required"
+    ]
+    if new["outputs"][: len(old["outputs"])] != old["outputs"]:
         found.append(f"its outputs were {old['outputs']} and are {new['outputs']}; outputs may only be appended.")
     if old["output_node"] != new["output_node"]:
         found.append("whether it is an output node, which decides what runs, has changed.")
@@ -81,7 +110,10 @@ def broken_input(old, new):
     if lost:
         yield f"its input {name} no longer has the options {', '.join(map(repr, lost))}."
     if narrower(old, new):
-        yield f"the range of its input {name} was {old.get('min')} to {old.get('max')} and is {new.get('min')} to {new.get('max')}."
+        yield (
+            f"the range of its input {name} was {old.get('min')} to {old.get('max')} and is {new.get('min')} to "
+            f"{new.get('max')}."
+        )
 
 
 def narrower(old, new):
@@ -91,8 +123,11 @@ def narrower(old, new):
 def added(old, new):
     """Sentences: what is new or wider, which breaks nothing but is not in the snapshot yet."""
     nodes = [f"The node {name} is new." for name in new if name not in old]
-    return nodes + [f"{name} has changed in a way that breaks no saved workflow." for name in old
-                    if name in new and new[name] != old[name] and not broken_node(old[name], new[name])]
+    return nodes + [
+        f"{name} has changed in a way that breaks no saved workflow."
+        for name in old
+        if name in new and new[name] != old[name] and not broken_node(old[name], new[name])
+    ]
 
 
 def snapshot():
@@ -104,7 +139,12 @@ def write(found):
     lines = []
     for name, node in found.items():
         inputs = ",\n".join("    " + json.dumps(i) for i in node["inputs"])
-        lines.append(f'{json.dumps(name)}: {{"inputs": [\n{inputs}],\n  "outputs": {json.dumps(node["outputs"])}, "output_node": {json.dumps(node["output_node"])}}}')
+        lines.append(
+            (
+                f'{json.dumps(name)}: {{"inputs": [\n{inputs}],\n  "outputs": {json.dumps(node["outputs"])}, '
+                f'"output_node": {json.dumps(node["output_node"])}}}'
+            )
+        )
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

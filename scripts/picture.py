@@ -1,7 +1,9 @@
-"""One picture from a running ComfyUI: check the request against what the server has, upload, queue, show progress, download.
+"""One picture from a running ComfyUI: check the request against what the server has, upload, queue, show progress,
+download.
 
 Used by generate.py and demo.py. Needs aiohttp and tqdm. Not covered: batches, and more than one picture per call.
 """
+
 import asyncio
 import dataclasses
 import sys
@@ -18,7 +20,11 @@ SAMPLER = "SamplerCustomAdvanced"
 
 @dataclass(frozen=True)
 class Picture:
-    """data: the PNG file. reports: what the report node measured, one dict per run of the sampler. seconds: from queueing to the end."""
+    """data: the PNG file. reports: what the report node measured, one dict per run of the sampler. seconds: from
+    queueing
+    to the end.
+    """
+
     data: bytes
     text: str
     reports: list
@@ -93,8 +99,10 @@ async def check_choice(client, node, name, value):
 async def match_models(client, wanted):
     """{folder: name on the server} for all three model files; one that is not wanted by name keeps the workflow's."""
     names = {**api_workflow.default_models(), **{folder: str(name) for folder, name in wanted.items() if name}}
-    return {folder: match(names[folder], await client.choices(loader, key), folder, client.url)
-            for folder, (loader, key) in api_workflow.LOADERS.items()}
+    return {
+        folder: match(names[folder], await client.choices(loader, key), folder, client.url)
+        for folder, (loader, key) in api_workflow.LOADERS.items()
+    }
 
 
 def match(wanted, available, folder, url):
@@ -105,13 +113,25 @@ def match(wanted, available, folder, url):
     if len(alike) == 1:
         return alike[0]
     if alike:
-        raise ComfyError(f"{Path(wanted).name} is in several places of models/{folder} at {url}: {', '.join(alike)}. Give one of these names.")
-    raise ComfyError(f"{url} has no {Path(wanted).name} in models/{folder}. It has: {', '.join(available) or 'no file there'}.")
+        raise ComfyError(
+            (
+                f"{Path(wanted).name} is in several places of models/{folder} at {url}: {', '.join(alike)}. Give one "
+                "of "
+                "these names."
+            )
+        )
+    raise ComfyError(
+        f"{url} has no {Path(wanted).name} in models/{folder}. It has: {', '.join(available) or 'no file there'}."
+    )
 
 
 def draw_all(make_client, requests):
-    """Draw several requests, each (settings, models, images), one after the other over one session. Returns the Pictures."""
+    """Draw several requests, each (settings, models, images), one after the other over one session. Returns the
+    Pictures.
+    """
+
     async def work():
         async with make_client() as client:
             return [await draw(client, *request) for request in requests]
+
     return asyncio.run(work())

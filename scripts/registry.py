@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
-"""What the Comfy Registry wants to know of this pack, checked; and the three facts that only the publisher knows, written once.
+"""What the Comfy Registry wants to know of this pack, checked; and the three facts that only the publisher knows,
+written
+once.
 
-  python scripts/registry.py                                        say what is wrong with pyproject.toml, .comfyignore and CHANGELOG.md
-  python scripts/registry.py --publishing                           the same, and that publisher and addresses are filled in
-  python scripts/registry.py --publisher ID --repository URL        fill them in: PublisherId, Icon and the project's addresses
+  python scripts/registry.py                                        say what is wrong with pyproject.toml, .comfyignore
+                                                                    and CHANGELOG.md
+  python scripts/registry.py --publishing                           the same, and that publisher and addresses are
+                                                                    filled in
+  python scripts/registry.py --publisher ID --repository URL        fill them in: PublisherId, Icon and the project's
+                                                                    addresses
   python scripts/registry.py --changelog                            print what CHANGELOG.md says of this version
 
-Rules from docs.comfy.org/registry/specifications and comfy-cli's parser (1.23). Standard library alone (on Python 3.10 also tomli).
+Rules from docs.comfy.org/registry/specifications and comfy-cli's parser (1.23). Standard library alone (on Python 3.10
+also tomli).
 """
+
 import argparse
 import re
 import struct
@@ -21,7 +28,13 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 ICON, ICON_LIMIT = "docs/icon.png", (800, 400)
-ACCELERATORS = ("GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend", "GPU :: Apple Metal")
+ACCELERATORS = (
+    "GPU :: NVIDIA CUDA",
+    "GPU :: AMD ROCm",
+    "GPU :: Intel Arc",
+    "NPU :: Huawei Ascend",
+    "GPU :: Apple Metal",
+)
 SYSTEMS = ("OS Independent", "Microsoft", "POSIX", "MacOS")
 URLS = {"Repository": "", "Documentation": "#readme", "Bug Tracker": "/issues"}
 GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
@@ -30,17 +43,26 @@ FILL_IN = "python scripts/registry.py --publisher ID --repository https://github
 
 # --- checks: each yields sentences -----------------------------------------------------------------------------------
 
+
 def problems(data, root=ROOT, publishing=False):
     """Every reason, as a sentence, why the registry would not take this pyproject (parsed) as it is meant."""
     project, comfy = data["project"], data["tool"]["comfy"]
-    found = [*name_problems(project["name"]), *version_problems(project["version"], root), *classifier_problems(project["classifiers"]),
-             *comfy_problems(comfy, project), *icon_problems(root)]
+    found = [
+        *name_problems(project["name"]),
+        *version_problems(project["version"], root),
+        *classifier_problems(project["classifiers"]),
+        *comfy_problems(comfy, project),
+        *icon_problems(root),
+    ]
     return found + (list(publisher_problems(project, comfy)) if publishing else [])
 
 
 def name_problems(name):
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*(?:[._-][A-Za-z0-9]+)*", name) or len(name) >= 100:
-        yield f"The name {name!r} must be letters and digits, joined by single hyphens, underscores or periods, start with a letter and be shorter than 100."
+        yield (
+            f"The name {name!r} must be letters and digits, joined by single hyphens, underscores or periods, start "
+            "with a letter and be shorter than 100."
+        )
     if "comfy" in name.lower():
         yield f"The name {name!r} must not include ComfyUI."
 
@@ -57,14 +79,21 @@ def classifier_problems(classifiers):
         values = [c.removeprefix(prefix) for c in classifiers if c.startswith(prefix)]
         if not values:
             yield f"There is no classifier '{prefix.rstrip(': ')}'."
-        yield from (f"The registry does not know the classifier '{prefix}{value}'." for value in values if not value.startswith(valid))
+        yield from (
+            f"The registry does not know the classifier '{prefix}{value}'."
+            for value in values
+            if not value.startswith(valid)
+        )
 
 
 def comfy_problems(comfy, project):
     if not comfy.get("DisplayName"):
         yield "[tool.comfy] needs a DisplayName."
     if not re.fullmatch(r"(?:>=|==|<=|~=|!=|>|<)?\d+\.\d+\.\d+", comfy.get("requires-comfyui", "")):
-        yield "[tool.comfy] requires-comfyui must be one comparison with a version, such as >=0.30.0: comfy-cli reads no more than that."
+        yield (
+            "[tool.comfy] requires-comfyui must be one comparison with a version, such as >=0.30.0: comfy-cli reads "
+            "no more than that."
+        )
     if not any(project["license"].get(key) for key in ("file", "text")):
         yield "The license must be {file = ...} or {text = ...}."
 
@@ -87,8 +116,11 @@ def publisher_problems(project, comfy):
 
 # --- filling in ------------------------------------------------------------------------------------------------------
 
+
 def filled(text, publisher, repository, branch="main"):
-    """The text of pyproject.toml with publisher and addresses. ValueError where the repository is not an address on GitHub."""
+    """The text of pyproject.toml with publisher and addresses. ValueError where the repository is not an address on
+    GitHub.
+    """
     found = GITHUB.fullmatch(repository)
     if not found:
         raise ValueError(f"The repository must be https://github.com/OWNER/NAME, not {repository!r}.")
@@ -115,7 +147,9 @@ def quoted(key):
 
 def changelog(version, root=ROOT):
     """The section of a version in CHANGELOG.md, without its heading; "" when there is none."""
-    found = re.search(rf"^## {re.escape(version)}\b[^\n]*\n(.*?)(?=^## |\Z)", (root / "CHANGELOG.md").read_text(), re.M | re.S)
+    found = re.search(
+        rf"^## {re.escape(version)}\b[^\n]*\n(.*?)(?=^## |\Z)", (root / "CHANGELOG.md").read_text(), re.M | re.S
+    )
     return found[1].strip() if found else ""
 
 

@@ -1,5 +1,9 @@
-"""A stand-in for the `aiter` package: the recorded signatures of a version, over functions that compute with torch on the CPU and keep what
-they were called with. A call that the real version would answer with a TypeError is a TypeError here too."""
+"""A stand-in for the `aiter` package: the recorded signatures of a version, over functions that compute with torch on
+the
+CPU and keep what they were called with. A call that the real version would answer with a TypeError is a TypeError here
+too.
+"""
+
 import enum
 import importlib
 import inspect
@@ -48,6 +52,7 @@ class Fake:
 
 # --- what the functions compute --------------------------------------------------------------------------------------
 
+
 def mha(given):
     q, k, v = given["q"], given["k"], given["v"]
     assert given["causal"] is False and given["dropout_p"] == 0.0
@@ -62,9 +67,13 @@ def fp8(given):
 
 
 def sage(given):
-    """As AITER's: contiguous in one layout, bf16 out; keys centred unless smooth_k says no, and then (before #3334) the log-sum-exp of those."""
+    """As AITER's: contiguous in one layout, bf16 out; keys centred unless smooth_k says no, and then (before #3334) the
+    log-sum-exp of those.
+    """
     tensors = [given[n] for n in "qkv"]
-    assert given["layout"] in ("bshd", "bhsd") and all(t.is_contiguous() for t in tensors), "its quantiser would write out of bounds"
+    assert given["layout"] in ("bshd", "bhsd") and all(t.is_contiguous() for t in tensors), (
+        "its quantiser would write out of bounds"
+    )
     turn = (lambda t: t.transpose(1, 2)) if given["layout"] == "bhsd" else (lambda t: t)
     q, k, v = map(turn, tensors)
     if given.get("smooth_k") is not False:
@@ -86,7 +95,10 @@ def v4(given):
 
 
 def v4_packed(given):
-    """Scores are already scaled, and in base 2: the query quantiser does that. The one recipe that mha_v4 itself cannot be asked for."""
+    """Scores are already scaled, and in base 2: the query quantiser does that. The one recipe that mha_v4 itself
+    cannot be
+    asked for.
+    """
     per_32, per_tensor = AttentionScaleMode.E8M0_PER_1X32, AttentionScaleMode.F32_PER_TENSOR
     assert [given[f"{n}_scale_mode"] for n in "qkv"] == [per_32, per_32, per_tensor]
     q, k, v = (given[n].float() for n in "qkv")
@@ -107,7 +119,15 @@ class AttentionScaleMode(enum.IntEnum):
 
 
 F = AttentionFormat
-KNOWN = {(F.INT8, F.FP8_E4M3), (F.FP8_E4M3, F.FP8_E4M3), (F.FP8_E4M3, F.MXFP6), (F.MXFP6, F.FP8_E4M3), (F.MXFP6, F.MXFP4), (F.MXFP4, F.FP8_E4M3), (F.MXFP4, F.MXFP4)}
+KNOWN = {
+    (F.INT8, F.FP8_E4M3),
+    (F.FP8_E4M3, F.FP8_E4M3),
+    (F.FP8_E4M3, F.MXFP6),
+    (F.MXFP6, F.FP8_E4M3),
+    (F.MXFP6, F.MXFP4),
+    (F.MXFP4, F.FP8_E4M3),
+    (F.MXFP4, F.MXFP4),
+}
 
 
 def scale_modes(given):
@@ -116,11 +136,15 @@ def scale_modes(given):
 
 
 COMPUTE = {
-    "aiter/ops/mha.py:flash_attn_func": mha, "aiter/ops/mha.py:flash_attn_fp8_pertensor_func": fp8,
-    "aiter/ops/triton/attention/mha.py:flash_attn_func": mha, "aiter/ops/triton/mha.py:flash_attn_func": mha,
+    "aiter/ops/mha.py:flash_attn_func": mha,
+    "aiter/ops/mha.py:flash_attn_fp8_pertensor_func": fp8,
+    "aiter/ops/triton/attention/mha.py:flash_attn_func": mha,
+    "aiter/ops/triton/mha.py:flash_attn_func": mha,
     "aiter/ops/triton/attention/fav3_sage.py:fav3_sage_wrapper_func": sage,
     "aiter/ops/triton/attention/fav3_sage_attention_mxfp4_wrapper.py:fav3_sage_mxfp4_wrapper": sage_mxfp4,
-    "aiter/ops/mha_v4.py:mha_v4": v4, "aiter/ops/mha_v4.py:mha_v4_packed": v4_packed, "aiter/ops/mha_v4.py:scale_modes_for_formats": scale_modes,
+    "aiter/ops/mha_v4.py:mha_v4": v4,
+    "aiter/ops/mha_v4.py:mha_v4_packed": v4_packed,
+    "aiter/ops/mha_v4.py:scale_modes_for_formats": scale_modes,
     "aiter/ops/mha_v4.py:native_fp8_format": lambda given: F.FP8_E4M3,
     "aiter/ops/mha_v4.py:mha_v4_q_multiplier": lambda given: given["softmax_scale"] / math.log(2),
     "aiter/ops/mha_v4.py:quantize_mxfp8_q": lambda given: (given["input"].float() * given["multiplier"], torch.ones(1)),
@@ -135,7 +159,10 @@ BACKENDS = "flux2_pack.attention.backends."
 
 
 def forget(monkeypatch, libraries=("aiter",)):
-    """Take a library and our AITER backends out of sys.modules and the registry, for one test, and what the test imports out afterwards."""
+    """Take a library and our AITER backends out of sys.modules and the registry, for one test, and what the test
+    imports
+    out afterwards.
+    """
     for name in [n for n in sys.modules if n.split(".")[0] in libraries]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("aiter", "aiter_triton", "aiter_v4"):
@@ -145,12 +172,16 @@ def forget(monkeypatch, libraries=("aiter",)):
 
 
 class Library:
-    """A fake `aiter` in sys.modules, taken out again by monkeypatch. folder: where its files would be, for tile files."""
+    """A fake `aiter` in sys.modules, taken out again by monkeypatch. folder: where its files would be, for tile
+    files.
+    """
 
     def __init__(self, monkeypatch, folder):
         self.monkeypatch, self.folder, self.fakes = monkeypatch, folder, {}
         forget(monkeypatch)
-        self.package = self.module("aiter", dtypes=types.SimpleNamespace(fp8=torch.float8_e4m3fn), core=types.SimpleNamespace(ENABLE_CK=True))
+        self.package = self.module(
+            "aiter", dtypes=types.SimpleNamespace(fp8=torch.float8_e4m3fn), core=types.SimpleNamespace(ENABLE_CK=True)
+        )
 
     def module(self, name, **content):
         parent, _, last = name.rpartition(".")
@@ -166,7 +197,10 @@ class Library:
         return made
 
     def provide(self, functions):
-        """Add recorded functions [{"file", "name", "parameters"}] to the modules they lie in; flash_attn_func also to the package itself."""
+        """Add recorded functions [{"file", "name", "parameters"}] to the modules they lie in; flash_attn_func also to
+        the
+        package itself.
+        """
         for function in functions:
             path, name = function["file"], function["name"]
             module = path.removesuffix(".py").replace("/", ".")

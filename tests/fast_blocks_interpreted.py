@@ -1,8 +1,10 @@
-"""Fused blocks against core's blocks, on small real-format models: Triton's interpreter on the CPU, float32, tensors compared.
+"""Fused blocks against core's blocks, on small real-format models: Triton's interpreter on the CPU, float32, tensors
+compared.
 
-Run by test_fast_blocks.py in a process of its own: Triton asks for TRITON_INTERPRET when it is imported. The interpreter computes in numpy and has no bfloat16;
-that is measured on a GPU by benchmarks/fast_check.py.
+Run by test_fast_blocks.py in a process of its own: Triton asks for TRITON_INTERPRET when it is imported. The
+interpreter computes in numpy and has no bfloat16; that is measured on a GPU by benchmarks/fast_check.py.
 """
+
 import itertools
 import json
 import os
@@ -25,6 +27,7 @@ def tools(comfy):
     from flux2_pack.flux2.fused import blocks as fused_blocks
     from flux2_pack.nodes import attention, fast
     import comfy
+
     return types.SimpleNamespace(comfy=comfy, fast_blocks=fused_blocks, node=fast.Flux2FastBlocks, attention=attention)
 
 
@@ -38,11 +41,17 @@ def fast(tools, model):
 
 
 def inputs(case, dtype=torch.float32):
-    """Arguments of one forward pass: x, t, c_crossattn, guidance, references. Short, because the interpreter takes a millisecond for each row."""
+    """Arguments of one forward pass: x, t, c_crossattn, guidance, references. Short, because the interpreter takes a
+    millisecond for each row.
+    """
     g = torch.Generator().manual_seed(3)
     batch, (height, width), references = case.get("batch", 1), case.get("size", (2, 2)), case.get("references", 0)
-    found = {"x": torch.randn(batch, 128, height, width, generator=g), "t": torch.tensor([0.7, 0.3])[:batch], "guidance": torch.full((1,), 4.0),
-             "c_crossattn": torch.randn(batch, case.get("tokens", 3), 192, generator=g).to(dtype) * 0.3}
+    found = {
+        "x": torch.randn(batch, 128, height, width, generator=g),
+        "t": torch.tensor([0.7, 0.3])[:batch],
+        "guidance": torch.full((1,), 4.0),
+        "c_crossattn": torch.randn(batch, case.get("tokens", 3), 192, generator=g).to(dtype) * 0.3,
+    }
     if references:
         found["ref_latents"] = [torch.randn(batch, 128, 1, 2 + n, generator=g).to(dtype) for n in range(references)]
         found["ref_latents_method"] = case.get("method", "index")
@@ -53,7 +62,9 @@ def forward(model, given, mode=torch.inference_mode):
     options = dict(model.model_options.get("transformer_options", {}))
     options["wrappers"] = {kind: dict(keyed) for kind, keyed in model.wrappers.items()}
     with mode():
-        return model.model.apply_model(**{k: v.clone() if torch.is_tensor(v) else v for k, v in given.items()}, transformer_options=options)
+        return model.model.apply_model(
+            **{k: v.clone() if torch.is_tensor(v) else v for k, v in given.items()}, transformer_options=options
+        )
 
 
 def relative(out, expected):
@@ -61,9 +72,15 @@ def relative(out, expected):
     return ((out - expected).double().norm() / expected.double().norm()).item()
 
 
-CASES = {"text to image": {}, "odd lengths": {"size": (3, 3), "tokens": 4}, "batch of two": {"batch": 2}, "one reference": {"references": 1},
-         "two references": {"references": 2, "tokens": 5}, "references at timestep zero": {"references": 2, "method": "index_timestep_zero"},
-         "timestep zero in a batch": {"batch": 2, "references": 1, "method": "index_timestep_zero"}}
+CASES = {
+    "text to image": {},
+    "odd lengths": {"size": (3, 3), "tokens": 4},
+    "batch of two": {"batch": 2},
+    "one reference": {"references": 1},
+    "two references": {"references": 2, "tokens": 5},
+    "references at timestep zero": {"references": 2, "method": "index_timestep_zero"},
+    "timestep zero in a batch": {"batch": 2, "references": 1, "method": "index_timestep_zero"},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,20 +95,31 @@ def counted(monkeypatch):
     """Counts of launches by the name of the kernels' wrappers."""
     from collections import Counter
     from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu
+
     counts = Counter()
-    for module, names in ((norm, ("norm_modulate", "add_gated", "add_gated_norm_modulate")), (qkv, ("single_qkv", "joint_qkv")), (swiglu, ("swiglu",))):
+    for module, names in (
+        (norm, ("norm_modulate", "add_gated", "add_gated_norm_modulate")),
+        (qkv, ("single_qkv", "joint_qkv")),
+        (swiglu, ("swiglu",)),
+    ):
         for name in names:
+
             def wrapper(*args, name=name, function=getattr(module, name), **kwargs):
                 counts[name] += 1
                 return function(*args, **kwargs)
+
             monkeypatch.setattr(module, name, wrapper)
     return counts
 
 
-# A double block: add+norm, SwiGLU and add+norm on each side, q/k/v once; a single block: q/k/v, SwiGLU, add+norm. The first of a kind has a norm before,
-# and the last one an add alone. Under inference_mode, as ComfyUI samples, the first one cannot write ahead: then its second norm comes on its own.
-LAUNCHES = {torch.no_grad: {"norm_modulate": 2 + 1, "add_gated_norm_modulate": 2 * 2 + 2 + 3, "add_gated": 2 + 1},
-            torch.inference_mode: {"norm_modulate": 2 * 2 + 2, "add_gated_norm_modulate": 2 * 2 + 2, "add_gated": 2 * 2 + 2}}
+# A double block: add+norm, SwiGLU and add+norm on each side, q/k/v once; a single block: q/k/v, SwiGLU, add+norm. The
+# first of a kind has a norm before,
+# and the last one an add alone. Under inference_mode, as ComfyUI samples, the first one cannot write ahead: then its
+# second norm comes on its own.
+LAUNCHES = {
+    torch.no_grad: {"norm_modulate": 2 + 1, "add_gated_norm_modulate": 2 * 2 + 2 + 3, "add_gated": 2 + 1},
+    torch.inference_mode: {"norm_modulate": 2 * 2 + 2, "add_gated_norm_modulate": 2 * 2 + 2, "add_gated": 2 * 2 + 2},
+}
 
 
 @pytest.mark.parametrize("mode", LAUNCHES, ids=lambda mode: mode.__name__)
@@ -102,11 +130,25 @@ def test_the_fast_path_is_live_and_has_as_many_kernels_as_it_should(tools, flux2
     assert relative(out, forward(flux2, inputs({}))) < CLOSE
 
 
-@pytest.mark.parametrize("mode, norms, ahead", [(torch.no_grad, 3 + 3, 9), (torch.inference_mode, 6 + 1, 6)], ids=["no_grad", "inference_mode"])
-def test_what_a_controlnet_changes_between_blocks_is_seen_and_nothing_is_written_ahead_for_it_again(tools, flux2, monkeypatch, mode, norms, ahead):
-    """It adds to the image behind the first double block, and to the joint states behind the first and second single ones."""
+@pytest.mark.parametrize(
+    "mode, norms, ahead",
+    [(torch.no_grad, 3 + 3, 9), (torch.inference_mode, 6 + 1, 6)],
+    ids=["no_grad", "inference_mode"],
+)
+def test_what_a_controlnet_changes_between_blocks_is_seen_and_nothing_is_written_ahead_for_it_again(
+    tools, flux2, monkeypatch, mode, norms, ahead
+):
+    """It adds to the image behind the first double block, and to the joint states behind the first and second single
+    ones.
+    """
     counts, model = counted(monkeypatch), fast(tools, flux2)
-    given = {**inputs({}), "control": {"input": [torch.randn(1, 4, 256), None], "output": [torch.randn(1, 4, 256), torch.randn(1, 3, 256), None]}}
+    given = {
+        **inputs({}),
+        "control": {
+            "input": [torch.randn(1, 4, 256), None],
+            "output": [torch.randn(1, 4, 256), torch.randn(1, 3, 256), None],
+        },
+    }
     expected, missed = forward(flux2, given), norms - LAUNCHES[mode]["norm_modulate"]
     assert relative(expected, forward(flux2, inputs({}))) > 1e-3
     for ahead_now in (ahead, ahead - missed):
@@ -126,6 +168,7 @@ def test_a_sampling_that_is_cut_short_leaves_no_tensor_behind(tools, flux2, monk
             forward(model, inputs({}))
         assert set(handover.notes) == {"joint"}  # written by the second single block, for the one that failed
         raise InterruptedError
+
     with pytest.raises(InterruptedError):
         wrapper(sampling)
     assert not handover.notes
@@ -140,13 +183,16 @@ BETWEEN = {
     "nothing": lambda t: None,
     "written to": lambda t: t.x.add_(1),
     "a part is written to": lambda t: t.x[:, 1:].mul_(2),
-    "another fused block": lambda t: t.handover.add("joint", t.x, t.x.clone(), t.mod.gate, segment=(0, 0), finite=False),
+    "another fused block": lambda t: t.handover.add(
+        "joint", t.x, t.x.clone(), t.mod.gate, segment=(0, 0), finite=False
+    ),
     "another kernel of ours": lambda t: t.add_gated(t.x, t.x.clone(), t.mod.gate),
     "another tensor": lambda t: setattr(t, "x", t.x.clone()),
     "another modulation": lambda t: setattr(t.mod, "scale", t.mod.scale * 3),
     "another segment": lambda t: setattr(t, "segment", (0, 2)),
     "another layer": lambda t: setattr(t, "reader", t.reader._replace(linear=torch.nn.Linear(64, 8))),
-    "a layer that became fp8": lambda t: setattr(t, "fp8_scale", torch.ones(()))}
+    "a layer that became fp8": lambda t: setattr(t, "fp8_scale", torch.ones(())),
+}
 
 
 @pytest.mark.parametrize("case", BETWEEN)
@@ -154,21 +200,36 @@ def test_a_note_is_used_only_for_what_it_was_written_for(comfy, monkeypatch, cas
     from comfy.ldm.flux.layers import ModulationOut
     from flux2_pack.flux2.fused import handover
     from flux2_pack.flux2.fused.kernels import norm
+
     g = torch.Generator().manual_seed(3)
-    x, delta, mod = torch.randn(1, 4, 64, generator=g), torch.randn(1, 4, 64, generator=g), ModulationOut(*torch.randn(3, 1, 1, 64, generator=g))
-    t = types.SimpleNamespace(x=x, mod=mod, segment=(0, 0), fp8_scale=None, handover=handover.Handover(), add_gated=norm.add_gated,
-                              reader=handover.Reader(torch.nn.LayerNorm(64, eps=1e-6), torch.nn.Linear(64, 8)))
+    x, delta, mod = (
+        torch.randn(1, 4, 64, generator=g),
+        torch.randn(1, 4, 64, generator=g),
+        ModulationOut(*torch.randn(3, 1, 1, 64, generator=g)),
+    )
+    t = types.SimpleNamespace(
+        x=x,
+        mod=mod,
+        segment=(0, 0),
+        fp8_scale=None,
+        handover=handover.Handover(),
+        add_gated=norm.add_gated,
+        reader=handover.Reader(torch.nn.LayerNorm(64, eps=1e-6), torch.nn.Linear(64, 8)),
+    )
     t.handover.add_and_note("joint", x, delta, mod.gate, t.reader, mod, None, segment=(0, 0), finite=False)
     BETWEEN[case](t)
     counts = counted(monkeypatch)
     out = t.handover.normed("joint", t.x, t.reader, t.mod, t.fp8_scale, segment=t.segment)
     assert not t.handover.notes and counts["norm_modulate"] == (case != "nothing")
-    assert torch.equal(out.float(), norm.norm_modulate(t.x, t.mod.shift, t.mod.scale, segment=t.segment, fp8_scale=t.fp8_scale).float())
+    assert torch.equal(
+        out.float(), norm.norm_modulate(t.x, t.mod.shift, t.mod.scale, segment=t.segment, fp8_scale=t.fp8_scale).float()
+    )
 
 
 def peak_bytes(work, path):
     """The most bytes that PyTorch held at once while work ran, above what it held before."""
     from torch.profiler import ProfilerActivity, profile
+
     work()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
@@ -183,18 +244,32 @@ def test_a_block_needs_less_memory_than_cores(tools, flux2, kind, tmp_path, monk
     from comfy.ldm.flux.layers import EmbedND, ModulationOut
     from comfy.ldm.modules.attention import attention_pytorch
     from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu
-    monkeypatch.setattr(flux_math, "optimized_attention", attention_pytorch)  # core's choice for a CPU copies q, k and v
-    for kernel in (norm._residual_norm, qkv._qkv, swiglu._swiglu):  # allocated for, not launched: the interpreter holds tensors until its next launch
+
+    # core's choice for a CPU copies q, k and v
+    monkeypatch.setattr(flux_math, "optimized_attention", attention_pytorch)
+    # allocated for, not launched: the interpreter holds tensors until its next launch
+    for kernel in (norm._residual_norm, qkv._qkv, swiglu._swiglu):
         monkeypatch.setattr(kernel, "run", lambda *args, **kwargs: None)
-    block, fused = getattr(flux2.model.diffusion_model, f"{kind}_blocks")[0], getattr(tools.fast_blocks, f"{kind}_block")
+    block, fused = (
+        getattr(flux2.model.diffusion_model, f"{kind}_blocks")[0],
+        getattr(tools.fast_blocks, f"{kind}_block"),
+    )
     rows, text, mod = 256, 32, ModulationOut(*torch.zeros(3, 1, 1, 256))
     names, lengths = (("img", "txt"), (rows - text, text)) if kind == "double" else (("img",), (rows,))
-    options = {"vec": ((mod, mod), (mod, mod)) if kind == "double" else mod, "pe": EmbedND(128, 2000, [32] * 4)(torch.zeros(1, rows, 4))}
+    options = {
+        "vec": ((mod, mod), (mod, mod)) if kind == "double" else mod,
+        "pe": EmbedND(128, 2000, [32] * 4)(torch.zeros(1, rows, 4)),
+    }
 
     @torch.inference_mode()
     def peak(compute):
-        return peak_bytes(lambda: compute([torch.zeros(1, length, 256) for length in lengths]), tmp_path / "trace.json") / (rows * 256 * 4)
-    ours = peak(lambda streams: fused(block, {**dict(zip(names, streams)), **options, "transformer_options": {}}, (0, 0)))
+        return peak_bytes(
+            lambda: compute([torch.zeros(1, length, 256) for length in lengths]), tmp_path / "trace.json"
+        ) / (rows * 256 * 4)
+
+    ours = peak(
+        lambda streams: fused(block, {**dict(zip(names, streams)), **options, "transformer_options": {}}, (0, 0))
+    )
     cores = peak(lambda streams: block(*streams, **options))
     assert 10 < ours < cores - 1  # in hidden states of all tokens
 
@@ -213,9 +288,14 @@ def test_attention_comes_from_the_selector_in_either_order(tools, flux2):
     given = inputs({})
     expected = forward(flux2, given)
     select = tools.attention.Flux2SelectAttention
-    for model in (select.execute(fast(tools, flux2), "sdpa-math").args[0], fast(tools, select.execute(flux2, "sdpa-math").args[0])):
+    for model in (
+        select.execute(fast(tools, flux2), "sdpa-math").args[0],
+        fast(tools, select.execute(flux2, "sdpa-math").args[0]),
+    ):
         assert relative(forward(model, given), expected) < CLOSE
-        data = model.model_options["transformer_options"]["optimized_attention_override"].selection.log.current.as_data()
+        data = model.model_options["transformer_options"][
+            "optimized_attention_override"
+        ].selection.log.current.as_data()
         assert [(e["backend"], e["calls"]) for e in data["entries"]] == [("sdpa-math", 6)]
 
 
@@ -228,6 +308,7 @@ def test_patches_on_attention_see_what_they_see_in_cores_block(tools, flux2):
 
     def on_output(attn, extra_options):
         return attn * (1.2 if extra_options["block_type"] == "single" else 0.8)
+
     patched = flux2.clone()
     patched.set_model_attn1_patch(on_qkv)
     patched.set_model_attn1_output_patch(on_output)
@@ -239,7 +320,10 @@ def test_patches_on_attention_see_what_they_see_in_cores_block(tools, flux2):
 
 def test_a_controlnets_inputs_are_added(tools, flux2):
     given = inputs({})
-    given["control"] = {"input": [torch.randn(1, 4, 256) for _ in range(2)], "output": [torch.randn(1, 4, 256), None, torch.randn(1, 3, 256)]}
+    given["control"] = {
+        "input": [torch.randn(1, 4, 256) for _ in range(2)],
+        "output": [torch.randn(1, 4, 256), None, torch.randn(1, 3, 256)],
+    }
     assert relative(forward(fast(tools, flux2), given), forward(flux2, given)) < CLOSE
 
 
@@ -250,6 +334,7 @@ def test_another_packs_replacement_of_a_block_stays_and_gets_the_fused_block_as_
         seen.append(1)
         out = extra["original_block"](args)
         return {**out, "img": out["img"] * 1.5}
+
     patched = flux2.clone()
     patched.set_model_patch_replace(other, "dit", "single_block", 2)
     expected = forward(patched, given)
@@ -259,10 +344,16 @@ def test_another_packs_replacement_of_a_block_stays_and_gets_the_fused_block_as_
 
 
 def test_weights_that_are_patched_at_call_time_go_through_comfyuis_casting(tools, flux2):
-    """As with offloaded weights and a LoRA: every linear layer and every norm of a block has a function on its weight."""
+    """As with offloaded weights and a LoRA: every linear layer and every norm of a block has a function on its
+    weight.
+    """
     given = inputs({})
     plain = forward(flux2, given)
-    touched = [m for m in flux2.model.diffusion_model.modules() if getattr(m, "weight", None) is not None and hasattr(m, "weight_function")]
+    touched = [
+        m
+        for m in flux2.model.diffusion_model.modules()
+        if getattr(m, "weight", None) is not None and hasattr(m, "weight_function")
+    ]
     try:
         for n, module in enumerate(touched):
             module.comfy_cast_weights, module.weight_function = True, [lambda w, n=n: w * (1 + 0.01 * (n % 7))]
@@ -275,7 +366,11 @@ def test_weights_that_are_patched_at_call_time_go_through_comfyuis_casting(tools
 
 def test_a_lora_on_every_layer_and_its_strength(tools, flux2):
     """Added before or after the node, it reaches the weights that the fused blocks use."""
-    weights = {name: w for name, w in flux2.model.state_dict().items() if name.endswith("weight") and "blocks" in name and w.ndim == 2}
+    weights = {
+        name: w
+        for name, w in flux2.model.state_dict().items()
+        if name.endswith("weight") and "blocks" in name and w.ndim == 2
+    }
     g = torch.Generator().manual_seed(7)
     patches = {name: ("diff", (torch.randn(w.shape, generator=g) * 0.02,)) for name, w in weights.items()}
     given, outs = inputs({}), []
@@ -291,7 +386,8 @@ def test_a_lora_on_every_layer_and_its_strength(tools, flux2):
     assert torch.equal(*outs)
 
 
-LOADS = {"--lowvram": 0.5, "--novram": 0.0}  # the share of the weights that is loaded; the others are cast, and get their LoRA, when they are called
+# the share of the weights that is loaded; the others are cast, and get their LoRA, when they are called
+LOADS = {"--lowvram": 0.5, "--novram": 0.0}
 
 
 @pytest.mark.parametrize("mode", LOADS)
@@ -299,11 +395,19 @@ def test_a_lora_on_weights_that_are_not_loaded_and_a_model_unloaded_between_two_
     """By ComfyUI's own loading, as with --lowvram and --novram, norms included; then unloaded and loaded whole."""
     network, given, g = flux2.model.diffusion_model, inputs({}), torch.Generator().manual_seed(8)
     model, device = fast(tools, flux2), torch.device("cpu")
-    change = {f"diffusion_model.{name}": ("diff", (torch.randn(w.shape, generator=g) * 0.02,)) for name, w in network.named_parameters() if "blocks" in name}
+    change = {
+        f"diffusion_model.{name}": ("diff", (torch.randn(w.shape, generator=g) * 0.02,))
+        for name, w in network.named_parameters()
+        if "blocks" in name
+    }
     assert len(model.add_patches(change, 0.7)) == len(change)
     plain = forward(flux2, given)
     model.patch_model(device, lowvram_model_memory=max(0.1, LOADS[mode] * model.model_size()))
-    late = [name for name, module in network.named_modules() if "blocks" in name and getattr(module, "weight_function", None)]
+    late = [
+        name
+        for name, module in network.named_modules()
+        if "blocks" in name and getattr(module, "weight_function", None)
+    ]
     assert (0 < len(late) < len(change)) if LOADS[mode] else len(late) == len(change)
     out, expected = forward(model, given), forward(flux2, given)
     assert tools.fast_blocks.log_of(model).as_data() == ALL
@@ -316,21 +420,33 @@ def test_a_lora_on_weights_that_are_not_loaded_and_a_model_unloaded_between_two_
 
 
 def fp8_checkpoint(tools, monkeypatch, native, without_scale):
-    """A MODEL of an fp8 checkpoint. native: its products run in fp8, as on a GPU that has them; one layer has no input scale."""
+    """A MODEL of an fp8 checkpoint. native: its products run in fp8, as on a GPU that has them; one layer has no input
+    scale.
+    """
     monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: native)
     weights = maker.diffusion_model(dtype=torch.float32)
     layers = [name.removesuffix(".weight") for name in weights if "_blocks." in name and "norm" not in name]
     for layer in layers:
         scale = weights[f"{layer}.weight"].abs().max() / 448
-        weights |= {f"{layer}.weight": (weights[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
+        weights |= {
+            f"{layer}.weight": (weights[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn),
+            f"{layer}.weight_scale": scale,
+        }
         weights |= {f"{layer}.input_scale": torch.tensor(0.02)} if layer != without_scale else {}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})}
+    metadata = {
+        "_quantization_metadata": json.dumps(
+            {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
+        )
+    }
     return tools.comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata)
 
 
 def test_the_kernels_of_an_fp8_checkpoint_write_the_input_of_its_products(tools, monkeypatch):
-    """With the checkpoint's scale, except where the layer would not quantise its input: there the LoRA comes when it is called."""
+    """With the checkpoint's scale, except where the layer would not quantise its input: there the LoRA comes when it is
+    called.
+    """
     from comfy.quant_ops import QuantizedTensor
+
     given, without_scale = inputs({}), "single_blocks.1.linear1"
     exact = forward(fp8_checkpoint(tools, monkeypatch, False, without_scale), given)
     core, seen = fp8_checkpoint(tools, monkeypatch, True, without_scale), {}
@@ -343,14 +459,25 @@ def test_the_kernels_of_an_fp8_checkpoint_write_the_input_of_its_products(tools,
     assert not any(isinstance(x, QuantizedTensor) for x in seen.values())
     out = forward(fast(tools, core), given)
     scales = {name: x.params.scale.item() for name, x in seen.items() if isinstance(x, QuantizedTensor)}
-    left = {f"double_blocks.{n}.{side}_attn.proj" for n in range(2) for side in ("img", "txt")} | {"single_blocks.2.linear2"}
-    assert set(seen) - set(scales) == left and scales.pop(without_scale) == 1 and set(scales.values()) == {torch.tensor(0.02).item()}
-    assert 0 < relative(out, exact) < 3 * relative(expected, exact)  # the interpreter rounds fp8 towards zero: twice the error of a GPU
+    left = {f"double_blocks.{n}.{side}_attn.proj" for n in range(2) for side in ("img", "txt")} | {
+        "single_blocks.2.linear2"
+    }
+    assert (
+        set(seen) - set(scales) == left
+        and scales.pop(without_scale) == 1
+        and set(scales.values()) == {torch.tensor(0.02).item()}
+    )
+    # the interpreter rounds fp8 towards zero: twice the error of a GPU
+    assert 0 < relative(out, exact) < 3 * relative(expected, exact)
 
 
 def test_float16_overflow_is_mended_as_in_core(tools):
     from flux2_pack.flux2.fused.kernels.norm import add_gated
-    x, delta = torch.full((1, 2, 8), 60000.0).half(), torch.tensor([60000.0, -60000.0, float("nan"), 1, 2, 3, 4, 5]).half().expand(1, 2, 8).contiguous()
+
+    x, delta = (
+        torch.full((1, 2, 8), 60000.0).half(),
+        torch.tensor([60000.0, -60000.0, float("nan"), 1, 2, 3, 4, 5]).half().expand(1, 2, 8).contiguous(),
+    )
     gate = torch.ones(1, 1, 8).half()
     expected = torch.nan_to_num(x.float() + delta.float(), nan=0.0).clamp(-65504, 65504).half()
     assert torch.equal(add_gated(x.clone(), delta, gate, finite=True), expected)
@@ -358,31 +485,46 @@ def test_float16_overflow_is_mended_as_in_core(tools):
 
 def test_the_report_says_what_was_fused(tools, flux2):
     model = fast(tools, flux2)
-    assert "Fused blocks: nothing has been sampled yet." in tools.attention.Flux2AttentionReport.execute(model, {"samples": torch.zeros(1, 128, 3, 4)}).args[1]
+    assert (
+        "Fused blocks: nothing has been sampled yet."
+        in tools.attention.Flux2AttentionReport.execute(model, {"samples": torch.zeros(1, 128, 3, 4)}).args[1]
+    )
     forward(model, inputs({}))
     output = tools.attention.Flux2AttentionReport.execute(model, {"samples": torch.zeros(1, 128, 3, 4)})
-    assert "Fused blocks: 6 of 6 block calls." in output.args[1] and output.ui["flux2_attention"][0]["fast_blocks"] == ALL
+    assert (
+        "Fused blocks: 6 of 6 block calls." in output.args[1] and output.ui["flux2_attention"][0]["fast_blocks"] == ALL
+    )
 
 
 def test_what_another_pack_does_around_cores_block_is_not_lost(tools, flux2):
-    """A replacement that keeps ours, and hands it an original block of its own: the call is left to that, and counted."""
+    """A replacement that keeps ours, and hands it an original block of its own: the call is left to that, and
+    counted.
+    """
     model, given = fast(tools, flux2), inputs({})
     ours = model.model_options["transformer_options"]["patches_replace"]["dit"][("single_block", 0)]
 
     def stronger(original):
         return lambda args: {"img": original(args)["img"] * 1.5}
+
     core, wrapped = flux2.clone(), model.clone()
     core.set_model_patch_replace(lambda args, extra: stronger(extra["original_block"])(args), "dit", "single_block", 0)
-    wrapped.set_model_patch_replace(lambda args, extra: ours(args, {"original_block": stronger(extra["original_block"])}), "dit", "single_block", 0)
+    wrapped.set_model_patch_replace(
+        lambda args, extra: ours(args, {"original_block": stronger(extra["original_block"])}), "dit", "single_block", 0
+    )
     expected = forward(core, given)
     assert relative(forward(wrapped, given), expected) < CLOSE and relative(expected, forward(flux2, given)) > 1e-3
     data, text = tools.fast_blocks.log_of(model).as_data(), tools.fast_blocks.log_of(model).as_text()
-    assert data["fast"] == 5 and list(data["left"].values()) == [1] and "another pack wraps core's block" in next(iter(data["left"]))
+    assert (
+        data["fast"] == 5
+        and list(data["left"].values()) == [1]
+        and "another pack wraps core's block" in next(iter(data["left"]))
+    )
     assert "5 of 6 block calls" in text and "left to ComfyUI's block, 1 calls" in text
 
 
 def test_a_block_or_an_attention_that_another_pack_has_changed_from_inside_stays_so(tools, flux2, monkeypatch):
     from comfy.ldm.flux import layers, math
+
     network, given, original = flux2.model.diffusion_model, inputs({}), math.optimized_attention
     plain = forward(flux2, given)
 
@@ -391,6 +533,7 @@ def test_a_block_or_an_attention_that_another_pack_has_changed_from_inside_stays
         model, expected = fast(tools, flux2), forward(flux2, given)
         assert relative(expected, plain) > 1e-4
         return relative(forward(model, given), expected), tools.fast_blocks.log_of(model).as_data()["left"]
+
     with monkeypatch.context() as patch:  # as packs do that put one attention kernel everywhere
         patch.setattr(math, "optimized_attention", lambda *args, **kwargs: original(*args, **kwargs) * 1.2)
         error, left = both()
@@ -398,13 +541,16 @@ def test_a_block_or_an_attention_that_another_pack_has_changed_from_inside_stays
     with monkeypatch.context() as patch:
         patch.setattr(layers, "attention", lambda *args, **kwargs: math.attention(*args, **kwargs) * 1.2)
         error, left = both()
-        assert error < CLOSE and left == {"another pack has put a function of its own in the place of FLUX's attention": 6}
+        assert error < CLOSE and left == {
+            "another pack has put a function of its own in the place of FLUX's attention": 6
+        }
     block = network.single_blocks[1]
     with monkeypatch.context() as patch:
         patch.setattr(block, "forward", lambda *args, **kwargs: type(block).forward(block, *args, **kwargs) * 1.1)
         error, left = both()
         assert error < CLOSE and left == {"another pack has put a function of its own in the place of the block's": 1}
-    assert "forward" in vars(block)  # packs, too, put back what they found there: the class's own function, now the block's
+    # packs, too, put back what they found there: the class's own function, now the block's
+    assert "forward" in vars(block)
     hook = network.double_blocks[1].register_forward_hook(lambda module, args, out: (out[0] * 1.1, out[1]))
     error, left = both()
     hook.remove()
@@ -412,13 +558,17 @@ def test_a_block_or_an_attention_that_another_pack_has_changed_from_inside_stays
     assert error < CLOSE and left == {"another pack has a hook on the block": 1}
 
 
-COMPILED = {"the whole model": ["diffusion_model"], "block by block": [f"diffusion_model.{kind}_blocks.{n}" for kind in ("double", "single") for n in range(2)]}
+COMPILED = {
+    "the whole model": ["diffusion_model"],
+    "block by block": [f"diffusion_model.{kind}_blocks.{n}" for kind in ("double", "single") for n in range(2)],
+}
 
 
 @pytest.mark.parametrize("keys", COMPILED)
 def test_a_model_that_cores_node_compiles_keeps_its_fused_blocks(tools, flux2, keys):
     """Two references at timestep zero: what core tells a block only in a closure must reach the kernels here too."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
+
     given, model = inputs({"references": 2, "method": "index_timestep_zero"}), fast(tools, flux2)
     set_torch_compile_wrapper(model=model, backend="eager", keys=COMPILED[keys])
     assert relative(forward(model, given), forward(flux2, given)) < CLOSE
@@ -427,6 +577,7 @@ def test_a_model_that_cores_node_compiles_keeps_its_fused_blocks(tools, flux2, k
 
 def test_compile_blocks_leaves_them_too(tools, flux2):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
+
     given, model = inputs({}), fast(tools, flux2)
     compiled_blocks.install(model, compiled_blocks.Plan(backend="eager"))
     assert relative(forward(model, given), forward(flux2, given)) < CLOSE
@@ -443,20 +594,32 @@ def test_a_block_with_another_epsilon_in_its_norms_is_not_fused(tools, flux2, mo
 def far(shape, apart):
     """A float16 tensor whose tokens lie `apart` elements from one another, in memory that is reserved and not used."""
     batch, tokens, width = shape
-    return torch.empty(tokens * apart, dtype=torch.float16).as_strided(shape, (0, apart, 1)).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    return (
+        torch.empty(tokens * apart, dtype=torch.float16)
+        .as_strided(shape, (0, apart, 1))
+        .copy_(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    )
 
 
 def test_offsets_beyond_32_bits(comfy, monkeypatch):
     """As at 4096x4096 with references, where the output of a block's first product has more than 2**31 elements."""
     from triton.runtime import interpreter
     from flux2_pack.flux2.fused.kernels import qkv, norm, quantise, swiglu
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # copies a tensor's whole storage, onto itself on a CPU
-    x, weight, scales = far((1, 3, 192), 2 ** 30), torch.ones(32, dtype=torch.float16), torch.empty(1, 3, 1)
+
+    # copies a tensor's whole storage, onto itself on a CPU
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    x, weight, scales = far((1, 3, 192), 2**30), torch.ones(32, dtype=torch.float16), torch.empty(1, 3, 1)
     near, shift, scale = x.contiguous(), *torch.zeros(1, 1, 384, dtype=torch.float16).chunk(2, -1)
-    for far_out, near_out in ((norm.norm_modulate(x, shift, scale), norm.norm_modulate(near, shift, scale)), (swiglu.swiglu(x), swiglu.swiglu(near)),
-                              *zip(qkv.single_qkv(x, 2, weight, weight, None), qkv.single_qkv(near, 2, weight, weight, None)),
-                              *zip(qkv.joint_qkv(near, x, 2, (weight, weight), (weight, weight), None), qkv.joint_qkv(near, near, 2, (weight, weight), (weight, weight), None)),
-                              (quantise.quantise_rows(x, scales).float(), quantise.quantise_rows(near, scales).float())):
+    for far_out, near_out in (
+        (norm.norm_modulate(x, shift, scale), norm.norm_modulate(near, shift, scale)),
+        (swiglu.swiglu(x), swiglu.swiglu(near)),
+        *zip(qkv.single_qkv(x, 2, weight, weight, None), qkv.single_qkv(near, 2, weight, weight, None)),
+        *zip(
+            qkv.joint_qkv(near, x, 2, (weight, weight), (weight, weight), None),
+            qkv.joint_qkv(near, near, 2, (weight, weight), (weight, weight), None),
+        ),
+        (quantise.quantise_rows(x, scales).float(), quantise.quantise_rows(near, scales).float()),
+    ):
         assert torch.equal(far_out, near_out)
     expected = norm.add_gated(near.clone(), near, scale + 1)
     assert torch.equal(norm.add_gated(x, near, scale + 1), expected)
@@ -474,11 +637,15 @@ def test_it_refuses_a_cpu_without_the_interpreter_and_models_of_another_kind(too
         tools.node.execute(flux2)
 
 
-@pytest.mark.parametrize("lacking, said", [("compiler", "no C compiler, and Triton needs one"), ("headers", "Python's headers are not installed")])
+@pytest.mark.parametrize(
+    "lacking, said",
+    [("compiler", "no C compiler, and Triton needs one"), ("headers", "Python's headers are not installed")],
+)
 def test_what_triton_lacks_to_start_a_kernel_is_said_by_the_node(tools, flux2, monkeypatch, lacking, said):
     """And not by a failure of gcc in the middle of the first step."""
     import torch.utils._triton as triton
     from flux2_pack.flux2.compiled import toolchain
+
     model = flux2.clone()
     model.load_device = torch.device("cuda", 0)
     monkeypatch.setattr(triton, "has_triton", lambda: True)
@@ -503,29 +670,53 @@ def rows_by_torch(x, scales):
 
 def test_rows_of_fp8_have_the_scale_of_their_largest_element(comfy):
     from flux2_pack.flux2.fused.kernels import norm, quantise, swiglu
+
     g = torch.Generator().manual_seed(1)
-    x, mlp, attn, scales = torch.randn(2, 3, 64, generator=g), torch.randn(2, 3, 96, generator=g), torch.randn(2, 3, 32, generator=g), torch.empty(2, 3, 1)
+    x, mlp, attn, scales = (
+        torch.randn(2, 3, 64, generator=g),
+        torch.randn(2, 3, 96, generator=g),
+        torch.randn(2, 3, 32, generator=g),
+        torch.empty(2, 3, 1),
+    )
     x[1, 2] = 0
     shift, scale = torch.randn(1, 1, 128, generator=g).chunk(2, -1)
-    for exact, fp8 in ((x, quantise.quantise_rows), (norm.norm_modulate(x, shift, scale), lambda _, s: norm.norm_modulate(x, shift, scale, fp8_scale=s)),
-                       (swiglu.swiglu(mlp, attn), lambda _, s: swiglu.swiglu(mlp, attn, fp8_scale=s)), (swiglu.swiglu(mlp), lambda _, s: swiglu.swiglu(mlp, fp8_scale=s))):
+    for exact, fp8 in (
+        (x, quantise.quantise_rows),
+        (norm.norm_modulate(x, shift, scale), lambda _, s: norm.norm_modulate(x, shift, scale, fp8_scale=s)),
+        (swiglu.swiglu(mlp, attn), lambda _, s: swiglu.swiglu(mlp, attn, fp8_scale=s)),
+        (swiglu.swiglu(mlp), lambda _, s: swiglu.swiglu(mlp, fp8_scale=s)),
+    ):
         data = fp8(exact, scales)
-        assert torch.allclose(scales, exact.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448) and data.dtype == torch.float8_e4m3fn
-        assert relative(data.float() * scales, exact) < 0.09  # 0.03 on a GPU: the interpreter does not round fp8 to nearest
+        assert (
+            torch.allclose(scales, exact.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448)
+            and data.dtype == torch.float8_e4m3fn
+        )
+        # 0.03 on a GPU: the interpreter does not round fp8 to nearest
+        assert relative(data.float() * scales, exact) < 0.09
 
 
-def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until_weights_change(tools, flux2, monkeypatch):
+def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until_weights_change(
+    tools, flux2, monkeypatch
+):
     from flux2_pack.flux2.fused import fp8_rowwise
     from flux2_pack.flux2.fused.kernels import quantise
+
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
     rows, model, given = fp8_rowwise.RowFp8(), flux2.clone(), inputs({})
     rows.install(model)
     log, _ = tools.fast_blocks.install(model, rows)
     out = forward(model, given)
-    assert 1e-5 < relative(out, forward(flux2, given)) < 0.3  # the interpreter rounds fp8 towards zero: twice the error of a GPU
-    assert set(rows.errors) == {f"{side}_{name}" for side in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")} | {"linear1", "linear2"}
-    assert all(0.01 < error < 0.12 for error in rows.errors.values()) and "linear1" in log.as_text() and log.as_data()["fp8_errors"] == rows.errors
+    # the interpreter rounds fp8 towards zero: twice the error of a GPU
+    assert 1e-5 < relative(out, forward(flux2, given)) < 0.3
+    assert set(rows.errors) == {
+        f"{side}_{name}" for side in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    } | {"linear1", "linear2"}
+    assert (
+        all(0.01 < error < 0.12 for error in rows.errors.values())
+        and "linear1" in log.as_text()
+        and log.as_data()["fp8_errors"] == rows.errors
+    )
     assert len(rows.copies) == 2 * 8 + 4 * 2 and torch.equal(forward(model, given), out)
     model.add_patches({"diffusion_model.single_blocks.0.linear2.weight": ("diff", (torch.ones(256, 1024),))}, 1.0)
     model.patch_model()  # what ComfyUI does before it samples
@@ -536,17 +727,23 @@ def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until
 
 def test_products_that_fp8_leaves_alone_are_said(tools):
     from flux2_pack.flux2.fused import fp8_rowwise
+
     rows = fp8_rowwise.RowFp8()
     for linear in (types.SimpleNamespace(layout_type="TensorCoreFP8E4M3Layout"), torch.nn.Linear(24, 32)):
         assert not rows.suits(linear)
     text = rows.as_text()
-    assert "no product was computed so" in text and "quantised already (fp8)" in text and "24 x 32 is no multiple of 16" in text
+    assert (
+        "no product was computed so" in text
+        and "quantised already (fp8)" in text
+        and "24 x 32 is no multiple of 16" in text
+    )
     assert rows.suits(torch.nn.Linear(32, 32))
 
 
 def test_copies_leave_room_for_the_vae_when_a_sampling_ends(tools, flux2, monkeypatch):
     from flux2_pack.flux2.fused import fp8_rowwise
     from flux2_pack.flux2.fused.kernels import quantise
+
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
     monkeypatch.setattr(fp8_rowwise, "unavailable", lambda model: None)
@@ -563,34 +760,54 @@ def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
     """As partial unloading does, of which ComfyUI tells nobody."""
     from flux2_pack.flux2.fused import fp8_rowwise
     from flux2_pack.flux2.fused.kernels import quantise
+
     monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
-    rows, linear, like = fp8_rowwise.RowFp8(), tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16), torch.empty(1, 1, 32, dtype=torch.bfloat16)
+    rows, linear, like = (
+        fp8_rowwise.RowFp8(),
+        tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16),
+        torch.empty(1, 1, 32, dtype=torch.bfloat16),
+    )
     linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16), requires_grad=False)
     rows.weight(linear, like)
     assert list(rows.copies) == [linear]
-    linear.weight, linear.weight_function = torch.nn.Parameter(linear.weight * 2, requires_grad=False), [lambda weight: weight * 3]
+    linear.weight, linear.weight_function = (
+        torch.nn.Parameter(linear.weight * 2, requires_grad=False),
+        [lambda weight: weight * 3],
+    )
     _, scales, _ = rows.weight(linear, like)
     assert torch.allclose(scales, torch.full((1, 16), 6 / 448)) and not rows.copies
 
 
 def test_fp8_leaves_weights_in_formats_that_it_does_not_know(tools):
-    """Packs that load GGUF and the like keep packed bytes in a tensor class of their own, in a layer that is a Linear."""
+    """Packs that load GGUF and the like keep packed bytes in a tensor class of their own, in a layer that is a
+    Linear.
+    """
     from flux2_pack.flux2.fused import fp8_rowwise
 
     class Packed(torch.Tensor):
         pass
+
     rows, linear = fp8_rowwise.RowFp8(), torch.nn.Linear(32, 32)
     for weight in (torch.zeros(32, 18, dtype=torch.uint8).as_subclass(Packed), torch.zeros(32, 32, dtype=torch.int8)):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         assert not rows.suits(linear)
-    assert "a layer's weight is kept in a format of its own (Packed, torch.uint8)" in rows.as_text() and "torch.int8" in rows.as_text()
+    assert (
+        "a layer's weight is kept in a format of its own (Packed, torch.uint8)" in rows.as_text()
+        and "torch.int8" in rows.as_text()
+    )
 
 
 def test_fp8_asks_for_a_model_that_computes_in_bfloat16(tools, flux2, monkeypatch):
     from flux2_pack.flux2.fused import fp8_rowwise
+
     monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: True)
-    for stored, computed, fits in ((torch.float8_e4m3fn, torch.float16, False), (torch.float8_e4m3fn, torch.bfloat16, True), (torch.bfloat16, None, True),
-                                   (torch.float16, None, False), (torch.bfloat16, torch.float32, False)):
+    for stored, computed, fits in (
+        (torch.float8_e4m3fn, torch.float16, False),
+        (torch.float8_e4m3fn, torch.bfloat16, True),
+        (torch.bfloat16, None, True),
+        (torch.float16, None, False),
+        (torch.bfloat16, torch.float32, False),
+    ):
         monkeypatch.setattr(flux2.model, "get_dtype", lambda: stored)
         monkeypatch.setattr(flux2.model, "manual_cast_dtype", computed)
         reason = fp8_rowwise.unavailable(flux2)

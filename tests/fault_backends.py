@@ -1,5 +1,8 @@
-"""Attention backends with known faults, and exact ones that round in another way: what a comparison must tell apart. Registered by a test, as a library's
-file would be: `with registered(): ...` adds a row per entry of FAKES to the registry, the slug being "fake-" and the name."""
+"""Attention backends with known faults, and exact ones that round in another way: what a comparison must tell apart.
+Registered by a test, as a library's file would be: `with registered(): ...` adds a row per entry of FAKES to the
+registry, the slug being "fake-" and the name.
+"""
+
 import contextlib
 import types
 
@@ -27,10 +30,14 @@ def by_blocks_of_keys(q, k, v, scale):
     high = q.new_full((*q.shape[:-1], 1), -1e30, dtype=torch.float32)
     total, out = torch.zeros_like(high), torch.zeros_like(q, dtype=torch.float32)
     for start in range(0, k.shape[2], 96):
-        scores = (q @ k[:, :, start:start + 96].transpose(-1, -2)).float() * scale
+        scores = (q @ k[:, :, start : start + 96].transpose(-1, -2)).float() * scale
         highest = torch.maximum(high, scores.amax(-1, True))
         weights, keep = torch.exp(scores - highest), torch.exp(high - highest)
-        total, out, high = total * keep + weights.sum(-1, True), out * keep + (weights.to(q.dtype) @ v[:, :, start:start + 96]).float(), highest
+        total, out, high = (
+            total * keep + weights.sum(-1, True),
+            out * keep + (weights.to(q.dtype) @ v[:, :, start : start + 96]).float(),
+            highest,
+        )
     return (out / total).to(q.dtype)
 
 
@@ -77,13 +84,22 @@ def raises(q, k, v, scale):
 
 
 FAITHFUL = (by_definition, by_blocks_of_keys)
-FAULTS = (scale_off_by_a_percent, one_key_of_padding, padding_attended, fp8_values_unscaled, head_dropped, rows_swapped, fp8_values_scale_forgotten)
+FAULTS = (
+    scale_off_by_a_percent,
+    one_key_of_padding,
+    padding_attended,
+    fp8_values_unscaled,
+    head_dropped,
+    rows_swapped,
+    fp8_values_scale_forgotten,
+)
 GROSS = (head_dropped, rows_swapped, fp8_values_scale_forgotten)
 FAKES = {function.__name__.replace("_", "-"): function for function in (*FAITHFUL, *FAULTS, nan, raises)}
 
 
 class Fake(Adapter):
     """A backend made of a function of (B, H, S, D) tensors."""
+
     limits = Limits(dtypes=(torch.float32, torch.bfloat16, torch.float16), max_offset=None)
 
     def __init__(self, function):
@@ -99,12 +115,18 @@ def slug(function):
 
 @contextlib.contextmanager
 def registered(probed=False):
-    """The fakes in the registry. probed: whether the selector's test call may refuse them, which catches gross faults before anything is sampled."""
+    """The fakes in the registry. probed: whether the selector's test call may refuse them, which catches gross faults
+    before anything is sampled.
+    """
     with pytest.MonkeyPatch.context() as patch:
         module = types.SimpleNamespace(ADAPTERS={f"fake-{name}": Fake(function) for name, function in FAKES.items()})
         patch.setitem(registry._modules, "fake", (module, None))
         for name in module.ADAPTERS:
-            patch.setitem(registry.ROWS, name, registry.Row("fake", "a test", registry.ANY, True, "It cannot be installed.", "a fake"))
+            patch.setitem(
+                registry.ROWS,
+                name,
+                registry.Row("fake", "a test", registry.ANY, True, "It cannot be installed.", "a fake"),
+            )
         if not probed:
             patch.setattr(registry, "probe", lambda *_: [])
         yield

@@ -1,5 +1,8 @@
-"""Import the pack as `flux2_pack` without ComfyUI's loader: an empty module whose path is the checkout. `import pack` first, then
-`from flux2_pack.attention import registry`. The checkout itself must not be on sys.path: its nodes/ would hide ComfyUI's nodes.py."""
+"""Import the pack as `flux2_pack` without ComfyUI's loader: an empty module whose path is the checkout. `import pack`
+first, then `from flux2_pack.attention import registry`. The checkout itself must not be on sys.path: its nodes/ would
+hide ComfyUI's nodes.py.
+"""
+
 from pathlib import Path
 import sys
 import types

@@ -1,4 +1,8 @@
-"""One page of the session's ComfyUI in one Chromium, shared by the tests that only need some page. conftest.py takes this in as a plugin."""
+"""One page of the session's ComfyUI in one Chromium, shared by the tests that only need some page. conftest.py takes
+this
+in as a plugin.
+"""
+
 import pytest
 
 import browser
@@ -17,4 +21,5 @@ def unknown_nodes(page):
     """Types of nodes in the open graph and its subgraphs that the page does not know."""
     return page.js("""
         const nodes = [app.graph, ...app.graph.subgraphs.values()].flatMap(graph => graph.nodes);
-        return nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types) && !app.graph.subgraphs.has(type));""")
+        return nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types) && \
+!app.graph.subgraphs.has(type));""")

@@ -1,7 +1,10 @@
-"""How much memory of its own a process takes at most while it loads a diffusers folder, and how large the model is, in bytes: one JSON line.
+"""How much memory of its own a process takes at most while it loads a diffusers folder, and how large the model is, in
+bytes: one JSON line.
 
-A process of its own, run by test_memory.py: in a long one, memory that earlier tests left behind is used again, or given back meanwhile.
+A process of its own, run by test_memory.py: in a long one, memory that earlier tests left behind is used again, or
+given back meanwhile.
 """
+
 import ctypes
 import gc
 import json
@@ -16,7 +19,10 @@ import pack  # noqa: F401
 
 
 class PeakOfAnonymousMemory:
-    """with PeakOfAnonymousMemory() as peak: ...; peak.bytes: how much this process' own memory grew at most. Mapped files do not count."""
+    """with PeakOfAnonymousMemory() as peak: ...; peak.bytes: how much this process' own memory grew at most. Mapped
+    files
+    do not count.
+    """
 
     def __enter__(self):
         gc.collect()
@@ -47,10 +53,13 @@ def main():
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     folder, sys.argv = sys.argv[1], sys.argv[:1]  # ComfyUI reads the command line at import
     import comfy.options
+
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
+
     args.cpu = not torch.cuda.is_available()
     from flux2_pack.flux2.loading import load
+
     with torch.inference_mode(), PeakOfAnonymousMemory() as peak:
         model = load.load_model(folder, "bf16", disable_dynamic=True)
     print(json.dumps({"peak": peak.bytes, "model": model.model_size()}))

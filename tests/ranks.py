@@ -2,9 +2,11 @@
 
   python tests/ranks.py FILE FOLDER SIZES...     e.g. python tests/ranks.py attention_ranks /tmp/there 2 3
 
-FILE, a module in tests/, has prepare() -> anything, called once before there are ranks, and run(prepared, rank, size) -> a result that torch.save
-takes, called in every rank of each size with torch.distributed initialised. `results` does it from a test. Linux and macOS only, as fork is.
+FILE, a module in tests/, has prepare() -> anything, called once before there are ranks, and run(prepared, rank, size)
+-> a result that torch.save takes, called in every rank of each size with torch.distributed initialised. `results` does
+it from a test. Linux and macOS only, as fork is.
 """
+
 from datetime import timedelta
 import importlib
 import os
@@ -19,9 +21,9 @@ import pack  # noqa: F401  (the pack as flux2_pack, for whatever FILE imports)
 import torch
 import torch.distributed as dist
 
-LIMIT_S = 1200   # for all sizes together, on a machine that does other things too
+LIMIT_S = 1200  # for all sizes together, on a machine that does other things too
 EXCHANGE_S = 60  # that one rank waits for another
-GRACE_S = 5      # for the others to see that a rank failed
+GRACE_S = 5  # for the others to see that a rank failed
 
 
 def results(file, folder, sizes, limit_s=LIMIT_S):

@@ -1,8 +1,10 @@
 """One headless ComfyUI for the whole test session, on the CPU in float32, with the small models and a few broken ones.
 
-conftest.py takes this module in as a plugin; a test asks for `server`. Every test leaves the server running and its queue empty.
-`run(server, workflow)` queues an API workflow and returns its Result. Not covered here: browsers (the page is at server.url).
+conftest.py takes this module in as a plugin; a test asks for `server`. Every test leaves the server running and its
+queue empty. `run(server, workflow)` queues an API workflow and returns its Result. Not covered here: browsers (the page
+is at server.url).
 """
+
 import asyncio
 import sys
 from pathlib import Path
@@ -19,7 +21,8 @@ from comfy_server import MODEL_FOLDERS, ComfyServer, small_models  # noqa: E402
 
 # files that every model folder of the server holds besides the right one; {folder}: its own kind
 TEXT_FILE, TRUNCATED, DANGLING = "text.safetensors", "truncated.safetensors", "dangling.safetensors"
-WRONG = {"diffusion_models": "text_encoders", "text_encoders": "diffusion_models", "vae": "diffusion_models"}  # slot: what lies in it
+# slot: what lies in it
+WRONG = {"diffusion_models": "text_encoders", "text_encoders": "diffusion_models", "vae": "diffusion_models"}
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +47,10 @@ def server(comfyui, model_files, tmp_path_factory):
 
 
 def broken_models(folder, good):
-    """{folder: files}: a text file, a truncated copy, a link to nowhere and, as wrong-slot.safetensors, a model of another kind."""
+    """{folder: files}: a text file, a truncated copy, a link to nowhere and, as wrong-slot.safetensors, a model of
+    another
+    kind.
+    """
     made = {}
     for kind in MODEL_FOLDERS:
         place = folder / kind
@@ -67,7 +73,9 @@ def wrong_slot(kind):
 
 def run(server, workflow, **client_options):
     """Queue an API workflow and wait for it; returns the client's Result."""
+
     async def work():
         async with ComfyClient(server.url, **client_options) as client:
             return await client.run(workflow)
+
     return asyncio.run(work())

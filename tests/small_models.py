@@ -1,11 +1,14 @@
 """Small FLUX.2 models: the real architecture, keys and file formats, with seeded random weights in a few megabytes.
 
-  python tests/small_models.py FOLDER     write (or keep) diffusion_models/, text_encoders/ and vae/ under FOLDER, print the three paths
+  python tests/small_models.py FOLDER     write (or keep) diffusion_models/, text_encoders/ and vae/ under FOLDER, print
+                                          the three paths
 
-The pictures they make are noise; what they are for is every path that a real checkpoint takes. ComfyUI's own detection accepts the diffusion
-model and the VAE; the text encoder is Mistral 3 with 30 layers, 64 wide, and carries a small tokenizer in the tekken format, as the official
-file does. Needs torch and safetensors alone. Not covered: quantised files and diffusers folders (the tests make those from these).
+The pictures they make are noise; what they are for is every path that a real checkpoint takes. ComfyUI's own detection
+accepts the diffusion model and the VAE; the text encoder is Mistral 3 with 30 layers, 64 wide, and carries a small
+tokenizer in the tekken format, as the official file does. Needs torch and safetensors alone. Not covered: quantised
+files and diffusers folders (the tests make those from these).
 """
+
 import base64
 import hashlib
 import json
@@ -41,9 +44,11 @@ class Weights:
         self.tensors[name] = value.to(self.dtype)
 
     def linear(self, name, outputs, *inputs):
-        """A weight (outputs, *inputs) at torch's default scale: uniform within one over the square root of the fan-in."""
+        """A weight (outputs, *inputs) at torch's default scale: uniform within one over the square root of the
+        fan-in.
+        """
         fan_in = torch.Size(inputs).numel()
-        self.uniform(f"{name}.weight", (outputs, *inputs), -fan_in ** -0.5, fan_in ** -0.5)
+        self.uniform(f"{name}.weight", (outputs, *inputs), -(fan_in**-0.5), fan_in**-0.5)
 
     def conv(self, name, outputs, inputs, size):
         self.linear(name, outputs, inputs, size, size)
@@ -59,15 +64,25 @@ class Weights:
 
 # --- diffusion model -------------------------------------------------------------------------------------------------
 
-def diffusion_model(hidden=256, double=2, single=4, guidance=True, context=3 * TEXT_HIDDEN, dtype=torch.bfloat16, seed=SEED):
-    """State dict of a FLUX.2 diffusion model in the keys of the original (black-forest-labs) file. `hidden` is a multiple of 128."""
+
+def diffusion_model(
+    hidden=256, double=2, single=4, guidance=True, context=3 * TEXT_HIDDEN, dtype=torch.bfloat16, seed=SEED
+):
+    """State dict of a FLUX.2 diffusion model in the keys of the original (black-forest-labs) file. `hidden` is a
+    multiple
+    of 128.
+    """
     w = Weights(f"{seed}/model", dtype)
     w.linear("img_in", hidden, 128)
     w.linear("txt_in", hidden, context)
     for name in ["time_in"] + ["guidance_in"] * guidance:
         w.linear(f"{name}.in_layer", hidden, 256)
         w.linear(f"{name}.out_layer", hidden, hidden)
-    for name, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6), ("single_stream_modulation", 3)):
+    for name, parts in (
+        ("double_stream_modulation_img", 6),
+        ("double_stream_modulation_txt", 6),
+        ("single_stream_modulation", 3),
+    ):
         w.linear(f"{name}.lin", parts * hidden, hidden)
     for index in range(double):
         _double_block(w, f"double_blocks.{index}", hidden)
@@ -97,35 +112,69 @@ def _single_block(w, block, hidden):
 
 # --- text encoder ----------------------------------------------------------------------------------------------------
 
-SPECIAL_TOKENS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> "
-                  "[IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
+SPECIAL_TOKENS = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> "
+    "[IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
 # The pattern of the published tekken files.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-           r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-WORDS = (" the a of and to in is on at with it that this image images cat cats dog hat cool add red green blue yellow black white small large "
-         "photo photograph painting of about are an AI You give structured responses descriptions focusing object relationships attribution "
-         "actions without speculation reasons picture sign holding hello world sky night morning light street house tree").split()
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = (
+    " the a of and to in is on at with it that this image images cat cats dog hat cool add red green blue yellow "
+    "black white small large "
+    "photo photograph painting of about are an AI You give structured responses descriptions focusing object "
+    "relationships attribution "
+    "actions without speculation reasons picture sign holding hello world sky night morning light street house tree"
+).split()
 VOCABULARY = 512
 
 
 def tekken(vocabulary=VOCABULARY):
-    """A tokenizer in Mistral's tekken format, as bytes of JSON: every byte, then prefixes of common words, until `vocabulary` ids are used."""
+    """A tokenizer in Mistral's tekken format, as bytes of JSON: every byte, then prefixes of common words, until
+    `vocabulary` ids are used.
+    """
     tokens = [bytes([value]) for value in range(256)]
     for word in WORDS:
         for text in (word, " " + word):
             tokens += [text[:length].encode() for length in range(2, len(text) + 1)]
-    tokens = list(dict.fromkeys(tokens))[:vocabulary - len(SPECIAL_TOKENS)]
-    return json.dumps({
-        "config": {"pattern": PATTERN, "num_vocab_tokens": len(tokens), "default_vocab_size": len(SPECIAL_TOKENS) + len(tokens),
-                   "default_num_special_tokens": len(SPECIAL_TOKENS), "version": "v7"},
-        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None} for rank, token in enumerate(tokens)],
-        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(SPECIAL_TOKENS)],
-    }).encode()
+    tokens = list(dict.fromkeys(tokens))[: vocabulary - len(SPECIAL_TOKENS)]
+    return json.dumps(
+        {
+            "config": {
+                "pattern": PATTERN,
+                "num_vocab_tokens": len(tokens),
+                "default_vocab_size": len(SPECIAL_TOKENS) + len(tokens),
+                "default_num_special_tokens": len(SPECIAL_TOKENS),
+                "version": "v7",
+            },
+            "vocab": [
+                {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+                for rank, token in enumerate(tokens)
+            ],
+            "special_tokens": [
+                {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(SPECIAL_TOKENS)
+            ],
+        }
+    ).encode()
 
 
-def text_encoder(hidden=TEXT_HIDDEN, layers=30, heads=2, kv_heads=1, intermediate=128, final_norm=False, dtype=torch.bfloat16, seed=SEED):
-    """State dict of a Mistral 3 language model in ComfyUI's keys, with its tokenizer as the uint8 tensor `tekken_model`."""
+def text_encoder(
+    hidden=TEXT_HIDDEN,
+    layers=30,
+    heads=2,
+    kv_heads=1,
+    intermediate=128,
+    final_norm=False,
+    dtype=torch.bfloat16,
+    seed=SEED,
+):
+    """State dict of a Mistral 3 language model in ComfyUI's keys, with its tokenizer as the uint8 tensor
+    `tekken_model`.
+    """
     w = Weights(f"{seed}/text", dtype)
     w.uniform("model.embed_tokens.weight", (VOCABULARY, hidden), -1, 1)
     for index in range(layers):
@@ -145,10 +194,12 @@ def text_encoder(hidden=TEXT_HIDDEN, layers=30, heads=2, kv_heads=1, intermediat
 
 # --- VAE -------------------------------------------------------------------------------------------------------------
 
+
 def vae(decoder_channels=32, dtype=torch.bfloat16, seed=SEED):
     """State dict of a FLUX.2 autoencoder in the original keys: 32 channels at 1/8, folded to 128 at 1/16.
 
-    ComfyUI derives the decoder's width from the file but takes the encoder's as 128, so the encoder has its real size (68 MB in bf16).
+    ComfyUI derives the decoder's width from the file but takes the encoder's as 128, so the encoder has its real size
+    (68 MB in bf16).
     """
     w = Weights(f"{seed}/vae", dtype)
     _encoder(w, 128)
@@ -208,8 +259,12 @@ def _resnet(w, block, inputs, outputs):
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+
 def ensure(folder):
-    """Write the three files under `folder` unless this version of them is there. Returns {"root", "model", "text_encoder", "vae"}: paths."""
+    """Write the three files under `folder` unless this version of them is there. Returns {"root", "model",
+    "text_encoder",
+    "vae"}: paths.
+    """
     root = Path(folder)
     paths = {"root": root, **{name: root / file for name, file in FILES.items()}}
     if not _finished(root, paths):
@@ -246,7 +301,9 @@ def _replace(path, write_to):
 def _finished(root, paths):
     try:
         marker = json.loads((root / MARKER).read_text())
-        return marker["version"] == version() and all(paths[name].stat().st_size == size for name, size in marker["sizes"].items())
+        return marker["version"] == version() and all(
+            paths[name].stat().st_size == size for name, size in marker["sizes"].items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 

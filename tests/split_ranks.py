@@ -1,8 +1,10 @@
-"""What the ranks of test_split.py do: whole forward passes of ComfyUI's own FLUX.2, on one rank and shared, case by case.
+"""What the ranks of test_split.py do: whole forward passes of ComfyUI's own FLUX.2, on one rank and shared, case by
+case.
 
-The model is ComfyUI's class with the settings that it detects for FLUX.2, except for its sizes: 12 heads of 16 channels, so that 2, 3 and 4 ranks can
-share them. Plain results are computed once, before there are ranks.
+The model is ComfyUI's class with the settings that it detects for FLUX.2, except for its sizes: 12 heads of 16
+channels, so that 2, 3 and 4 ranks can share them. Plain results are computed once, before there are ranks.
 """
+
 from dataclasses import dataclass
 import os
 import sys
@@ -18,13 +20,18 @@ from flux2_pack.attention.parallel.mesh import pairs
 from flux2_pack.attention.dispatch import Selection
 
 HIDDEN, HEADS, TEXT_WIDTH = 192, 12, 96
-DEV, KLEIN = {"guidance_embed": True, "depth": 2, "depth_single_blocks": 3}, {"guidance_embed": False, "depth": 1, "depth_single_blocks": 4}
+DEV, KLEIN = (
+    {"guidance_embed": True, "depth": 2, "depth_single_blocks": 3},
+    {"guidance_embed": False, "depth": 1, "depth_single_blocks": 4},
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Forward passes. size: of the latent; text: tokens; references: their sizes; method: for their positions; patch, mask: see `patched` and
-    `inputs`; steps: passes, each from another latent."""
+    """Forward passes. size: of the latent; text: tokens; references: their sizes; method: for their positions; patch,
+    mask: see `patched` and `inputs`; steps: passes, each from another latent.
+    """
+
     size: tuple = (9, 7)
     text: int = 37
     references: tuple = ()
@@ -47,7 +54,9 @@ CASES = {
     "references at timestep zero": Case(references=((6, 5), (3, 9)), method="index_timestep_zero"),
     "batch 2": Case(batch=2),
     # core 0.30 itself stops at this with guidance, whose batch it does not double
-    "batch 2, references at timestep zero": Case(batch=2, references=((5, 5),), method="index_timestep_zero", variant="klein"),
+    "batch 2, references at timestep zero": Case(
+        batch=2, references=((5, 5),), method="index_timestep_zero", variant="klein"
+    ),
     "LoRA": Case(lora=True),
     "no guidance, other blocks": Case(variant="klein"),
     "as few tokens as ranks": Case(size=(2, 2), text=4),
@@ -66,25 +75,47 @@ HALF = {"bfloat16": Case(references=((6, 5),), dtype=torch.bfloat16)}
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
+
 def load_comfy():
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.argv = sys.argv[:1]
     import comfy.options
+
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
+
     args.cpu = True
 
 
 def settings(variant):
-    return {"image_model": "flux2", "axes_dim": [4] * 4, "num_heads": HEADS, "hidden_size": HIDDEN, "mlp_ratio": 3.0, "theta": 2000,
-            "in_channels": 128, "out_channels": 128, "context_in_dim": TEXT_WIDTH, "patch_size": 1, "vec_in_dim": None, "global_modulation": True,
-            "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3], **variant}
+    return {
+        "image_model": "flux2",
+        "axes_dim": [4] * 4,
+        "num_heads": HEADS,
+        "hidden_size": HIDDEN,
+        "mlp_ratio": 3.0,
+        "theta": 2000,
+        "in_channels": 128,
+        "out_channels": 128,
+        "context_in_dim": TEXT_WIDTH,
+        "patch_size": 1,
+        "vec_in_dim": None,
+        "global_modulation": True,
+        "mlp_silu_act": True,
+        "qkv_bias": False,
+        "ops_bias": False,
+        "default_ref_method": "index",
+        "ref_index_scale": 10.0,
+        "txt_ids_dims": [3],
+        **variant,
+    }
 
 
 def patcher(variant=DEV, dtype=torch.float32):
     """A ModelPatcher of ComfyUI's Flux2 with seeded weights."""
     import comfy.model_patcher
     import comfy.supported_models
+
     config = comfy.supported_models.Flux2(settings(variant))
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
@@ -99,6 +130,7 @@ def add_lora(model, strength=0.7):
     """LoRA patches through ComfyUI's own loader, on weights of both kinds of block."""
     import comfy.lora
     import comfy.lora_convert  # noqa: F401
+
     generator = torch.Generator().manual_seed(11)
     state = {}
     for name in ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.2.linear1"):
@@ -110,6 +142,7 @@ def add_lora(model, strength=0.7):
 
 
 # --- patches that other nodes set ------------------------------------------------------------------------------------
+
 
 def shifted_text(inputs):
     """A post_input patch that sees the whole sequence: it depends on every token of the text."""
@@ -123,33 +156,42 @@ def replaced_block(args, extra):
 
 
 def own_single_block(model, overlapped=False, between=lambda: None):
-    """A replacement that computes a single block by itself, with the heads next to the tokens and attention through ComfyUI's function, as packs with
-    fused blocks do. overlapped: where attention is shared, the feed-forward part is computed while tokens travel; between: called then."""
+    """A replacement that computes a single block by itself, with the heads next to the tokens and attention through
+    ComfyUI's function, as packs with fused blocks do. overlapped: where attention is shared, the feed-forward part is
+    computed while tokens travel; between: called then.
+    """
     from comfy.ldm.flux.math import apply_rope
     from comfy.ldm.modules.attention import optimized_attention
+
     block = model.model.diffusion_model.single_blocks[1]
 
     def replacement(args, extra):
         x, mod = args["img"], args["vec"]
         both = block.linear1((1 + mod.scale) * block.pre_norm(x) + mod.shift)
-        q, k, v = both[..., :3 * HIDDEN].unflatten(-1, (3, HEADS, -1)).unbind(2)                     # (B, S, H, D)
+        q, k, v = both[..., : 3 * HIDDEN].unflatten(-1, (3, HEADS, -1)).unbind(2)  # (B, S, H, D)
         q, k = apply_rope(*(t.transpose(1, 2) for t in block.norm(q, k, v)), args["pe"])
         options = args["transformer_options"]
         call = {"heads": HEADS, "skip_reshape": True, "mask": args["attn_mask"], "transformer_options": options}
         slot = options.get("optimized_attention_override")
-        begun = slot.begin(optimized_attention, q, k, v.transpose(1, 2), **call) if overlapped and hasattr(slot, "begin") else None
+        begun = (
+            slot.begin(optimized_attention, q, k, v.transpose(1, 2), **call)
+            if overlapped and hasattr(slot, "begin")
+            else None
+        )
         between()
-        mlp = block.mlp_act(both[..., 3 * HIDDEN:])
+        mlp = block.mlp_act(both[..., 3 * HIDDEN :])
         if begun:
             begun.compute()
         attn = begun.finish() if begun else optimized_attention(q, k, v.transpose(1, 2), **call)
         return {"img": x + mod.gate * block.linear2(torch.cat((attn, mlp), -1))}
+
     return replacement
 
 
 def kv_cache(model):
     """Core's node, on this MODEL."""
     from comfy_extras.nodes_flux import FluxKVCache
+
     return FluxKVCache.execute(model).result[0]
 
 
@@ -161,7 +203,9 @@ def patched(model, case):
     if case.patch == "post_input":
         clone.set_model_post_input_patch(shifted_text)
     if case.patch in ("own block", "overlapped block"):
-        clone.set_model_patch_replace(own_single_block(clone, case.patch == "overlapped block"), "dit", "single_block", 1)
+        clone.set_model_patch_replace(
+            own_single_block(clone, case.patch == "overlapped block"), "dit", "single_block", 1
+        )
     if case.patch == "replaced":
         for block in (("double_block", 1), ("single_block", 0)):
             clone.set_model_patch_replace(replaced_block, "dit", *block)
@@ -169,6 +213,7 @@ def patched(model, case):
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
+
 
 def inputs(case, step):
     """The arguments of apply_model for one pass, the same in every rank."""
@@ -188,7 +233,10 @@ def inputs(case, step):
         rest["attention_mask"] = torch.zeros(keep.shape).masked_fill(~keep, -1e9)
     if case.patch == "control":
         picture = case.size[0] * case.size[1] + sum(h * w for h, w in case.references)
-        rest["control"] = {"input": [draw(case.batch, picture - 3, HIDDEN), None], "output": [None, draw(case.batch, picture, HIDDEN)]}
+        rest["control"] = {
+            "input": [draw(case.batch, picture - 3, HIDDEN), None],
+            "output": [None, draw(case.batch, picture, HIDDEN)],
+        }
     return {"x": x, "t": torch.full((case.batch,), 0.7 - 0.1 * step), "c_crossattn": context, **rest}
 
 
@@ -199,7 +247,12 @@ def passes(model, case, prepare=lambda model, step: None):
         out = []
         for step in range(case.steps):
             prepare(model, step)
-            options = {**model.model_options["transformer_options"], "wrappers": model.wrappers, "sigmas": torch.tensor([0.7]), "cond_or_uncond": [0]}
+            options = {
+                **model.model_options["transformer_options"],
+                "wrappers": model.wrappers,
+                "sigmas": torch.tensor([0.7]),
+                "cond_or_uncond": [0],
+            }
             out.append(model.model.apply_model(**inputs(case, step), transformer_options=options))
         return torch.stack(out)
     finally:
@@ -210,6 +263,7 @@ def passes(model, case, prepare=lambda model, step: None):
 def selected(model, backend="sdpa-math"):
     """The MODEL with Select Attention on it, as its node does."""
     from flux2_pack.flux2 import attention_slot as patch
+
     clone = model.clone()
     patch.install(clone, AttentionOverride(Selection(backend), patch.occupant(clone)))
     return clone
@@ -218,6 +272,7 @@ def selected(model, backend="sdpa-math"):
 def share(model, mesh, **kwargs):
     """A clone whose passes are shared."""
     from flux2_pack.flux2.parallel import split
+
     clone = model.clone()
     split(clone, mesh, **kwargs)
     return clone
@@ -225,23 +280,27 @@ def share(model, mesh, **kwargs):
 
 # --- what must be noticed --------------------------------------------------------------------------------------------
 
+
 def changed_cut(change):
     """A fault: what the ranks keep of the inputs, changed. change(kept, inputs, state)."""
+
     def fault(monkeypatch, forward):
         original = forward.Pass.cut
 
         def cut(state, inputs):
             return change(original(state, inputs), inputs, state)
+
         monkeypatch.setattr(forward.Pass, "cut", cut)
+
     return fault
 
 
 def first_ids(kept, inputs, state):
-    return {**kept, "img_ids": inputs["img_ids"][:, :kept["img_ids"].shape[1]]}
+    return {**kept, "img_ids": inputs["img_ids"][:, : kept["img_ids"].shape[1]]}
 
 
 def first_text(kept, inputs, state):
-    return {**kept, "txt": inputs["txt"][:, :kept["txt"].shape[1]].contiguous()}
+    return {**kept, "txt": inputs["txt"][:, : kept["txt"].shape[1]].contiguous()}
 
 
 def whole_slices(kept, inputs, state):
@@ -251,17 +310,23 @@ def whole_slices(kept, inputs, state):
 
 
 def ungathered(monkeypatch, forward):
-    monkeypatch.setattr(forward.Pass, "gathered", lambda state, out: state.mesh.gather(out, state.plan.picture_lengths()))
+    monkeypatch.setattr(
+        forward.Pass, "gathered", lambda state, out: state.mesh.gather(out, state.plan.picture_lengths())
+    )
 
 
 def unexchanged(monkeypatch, forward):
     from flux2_pack.attention.parallel import usp
+
     for kind in ("RingCall", "UlyssesCall"):
         monkeypatch.setattr(usp, kind, usp.Alone)
 
 
 FAULTS = {
-    "text not rotated": ("text to image", changed_cut(lambda kept, inputs, state: {**kept, "txt_ids": torch.zeros_like(kept["txt_ids"])})),
+    "text not rotated": (
+        "text to image",
+        changed_cut(lambda kept, inputs, state: {**kept, "txt_ids": torch.zeros_like(kept["txt_ids"])}),
+    ),
     "positions from the beginning": ("text to image", changed_cut(first_ids)),
     "another rank's text": ("text to image", changed_cut(first_text)),
     "the whole sequence's timesteps": ("references at timestep zero", changed_cut(whole_slices)),
@@ -272,6 +337,7 @@ FAULTS = {
 
 def faults(prepared, mesh):
     from flux2_pack.flux2.parallel import forward
+
     found = {}
     for name, (case, fault) in FAULTS.items():
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -282,20 +348,27 @@ def faults(prepared, mesh):
 
 # --- failures --------------------------------------------------------------------------------------------------------
 
+
 def cancelled(model, rank):
     """The user cancels while one rank is in the middle of a pass: ComfyUI raises in the next linear layer."""
+
     def replacement(args, extra):
         if rank == 0:
             comfy.model_management.interrupt_current_processing(True)
         return extra["original_block"](args)
+
     import comfy.model_management
+
     model.set_model_patch_replace(replacement, "dit", "single_block", 1)
 
 
 def cancelled_at_once(model, rank):
     """Cancelled before the tokens are dealt out, behind a patch that changes their number."""
     import comfy.model_management
-    model.set_model_post_input_patch(lambda inputs: {**inputs, "txt": inputs["txt"][:, 1:], "txt_ids": inputs["txt_ids"][:, 1:]})
+
+    model.set_model_post_input_patch(
+        lambda inputs: {**inputs, "txt": inputs["txt"][:, 1:], "txt_ids": inputs["txt_ids"][:, 1:]}
+    )
     if rank == 0:
         comfy.model_management.interrupt_current_processing(True)
 
@@ -308,6 +381,7 @@ def cancelled_on_the_way(model, rank):
         if rank == 0:
             comfy.model_management.interrupt_current_processing(True)
             comfy.model_management.throw_exception_if_processing_interrupted()
+
     model.set_model_patch_replace(own_single_block(model, True, cancel), "dit", "single_block", 1)
 
 
@@ -326,6 +400,7 @@ def out_of_memory(model, rank):
     def failing_with_lse(*args, **kwargs):
         check(kwargs["block"][1])
         return override.selection.attend(*args, **kwargs)
+
     failing.selection = types.SimpleNamespace(attend=failing_with_lse)
     model.model_options["transformer_options"]["optimized_attention_override"] = failing
 
@@ -338,14 +413,22 @@ def skipped(model, rank):
 
 def too_few_tokens(model, rank):
     """No rank can do this; all of them say so."""
-    model.set_model_post_input_patch(lambda inputs: {**inputs, "txt": inputs["txt"][:, :1], "txt_ids": inputs["txt_ids"][:, :1]})
+    model.set_model_post_input_patch(
+        lambda inputs: {**inputs, "txt": inputs["txt"][:, :1], "txt_ids": inputs["txt_ids"][:, :1]}
+    )
 
 
-FAILURES = {function.__name__: function for function in (cancelled, cancelled_at_once, cancelled_on_the_way, out_of_memory, skipped, too_few_tokens)}
+FAILURES = {
+    function.__name__: function
+    for function in (cancelled, cancelled_at_once, cancelled_on_the_way, out_of_memory, skipped, too_few_tokens)
+}
 
 
 def failure(prepared, mesh, prepare_rank):
-    """{said, nan, intact, after}: what this rank raised; whether its output has NaN; whether the groups can be used; the error of the next pass."""
+    """{said, nan, intact, after}: what this rank raised; whether its output has NaN; whether the groups can be used;
+    the
+    error of the next pass.
+    """
     case = CASES["lengths that divide nothing"]
     model = share(selected(prepared.models["dev"]), mesh)
     prepare_rank(model, mesh.rank)
@@ -354,11 +437,16 @@ def failure(prepared, mesh, prepare_rank):
         out = passes(model, case)
     except BaseException as raised:
         said = f"{type(raised).__name__}: {raised}"
-    return {"said": said, "nan": out is not None and bool(out.isnan().any()), "intact": mesh.broken is None,
-            "after": error(prepared, mesh, "one reference")}
+    return {
+        "said": said,
+        "nan": out is not None and bool(out.isnan().any()),
+        "intact": mesh.broken is None,
+        "after": error(prepared, mesh, "one reference"),
+    }
 
 
 # --- everything ------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Prepared:
@@ -407,7 +495,10 @@ def orders(prepared, mesh):
 def half(prepared, mesh):
     """Errors in bfloat16 against the same backend on one rank, and those of two exact backends on one rank."""
     model = share(selected(prepared.models["half"]), mesh)
-    return {name: (reference.relative_error(passes(model, case), prepared.plain[name]), prepared.control[name]) for name, case in HALF.items()}
+    return {
+        name: (reference.relative_error(passes(model, case), prepared.plain[name]), prepared.control[name])
+        for name, case in HALF.items()
+    }
 
 
 def arranged(prepared, mesh):
@@ -417,9 +508,16 @@ def arranged(prepared, mesh):
     mesh.stats.reset()
     error(prepared, mesh, "two references")
     found["times"] = mesh.stats.read().as_data()
-    found["left behind"] = ["forward_orig" in model.model.diffusion_model.__dict__ for model in prepared.models.values()]
-    return {**found, "half": half(prepared, mesh), "orders": orders(prepared, mesh), "faults": faults(prepared, mesh) if mesh.ring == 1 else {},
-            "failures": {name: failure(prepared, mesh, prepare_rank) for name, prepare_rank in FAILURES.items()}}
+    found["left behind"] = [
+        "forward_orig" in model.model.diffusion_model.__dict__ for model in prepared.models.values()
+    ]
+    return {
+        **found,
+        "half": half(prepared, mesh),
+        "orders": orders(prepared, mesh),
+        "faults": faults(prepared, mesh) if mesh.ring == 1 else {},
+        "failures": {name: failure(prepared, mesh, prepare_rank) for name, prepare_rank in FAILURES.items()},
+    }
 
 
 def run(prepared, rank, size):

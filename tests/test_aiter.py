@@ -1,5 +1,8 @@
-"""The AITER backends over a stand-in for the library: what they pass, what they return, what they refuse, and every way the library can be
-broken or old. Signatures are in test_aiter_signatures.py, AITER's own kernels in test_aiter_kernels.py."""
+"""The AITER backends over a stand-in for the library: what they pass, what they return, what they refuse, and every way
+the library can be broken or old. Signatures are in test_aiter_signatures.py, AITER's own kernels in
+test_aiter_kernels.py.
+"""
+
 import sys
 
 import pytest
@@ -11,12 +14,25 @@ from flux2_pack.attention import reference, registry
 from flux2_pack.attention.call import AttentionCall, AttentionRefused
 from flux2_pack.attention.device import Device
 
-MI300, MI355, MI250 = Device("amd", "gfx942", "AMD Instinct MI300X"), Device("amd", "gfx950", "AMD Instinct MI355X"), Device("amd", "gfx90a", "AMD Instinct MI250")
+MI300, MI355, MI250 = (
+    Device("amd", "gfx942", "AMD Instinct MI300X"),
+    Device("amd", "gfx950", "AMD Instinct MI355X"),
+    Device("amd", "gfx90a", "AMD Instinct MI250"),
+)
 W7900, H200 = Device("amd", "gfx1100", "AMD Radeon PRO W7900"), Device("nvidia", "sm90", "NVIDIA H200")
 FILES = {
     "aiter": ["aiter", "aiter-fp8"],
     "aiter_triton": ["aiter-triton", "aiter-sage", "aiter-sage-mxfp4"],
-    "aiter_v4": ["aiter-v4-i8fp8", "aiter-v4-fp8", "aiter-v4-mxfp8", "aiter-v4-f8f6", "aiter-v4-mxfp6", "aiter-v4-f6f4", "aiter-v4-mxfp4", "aiter-v4-f4f4"],
+    "aiter_v4": [
+        "aiter-v4-i8fp8",
+        "aiter-v4-fp8",
+        "aiter-v4-mxfp8",
+        "aiter-v4-f8f6",
+        "aiter-v4-mxfp6",
+        "aiter-v4-f6f4",
+        "aiter-v4-mxfp4",
+        "aiter-v4-f4f4",
+    ],
 }
 SLUGS = [(file, slug) for file, slugs in FILES.items() for slug in slugs]
 WITH_LSE = ["aiter", "aiter-triton", "aiter-sage", "aiter-sage-mxfp4"]
@@ -36,22 +52,29 @@ def library(empty):
 
 def tensors(lengths=(37, 37), heads=(4, 4), dtype=torch.bfloat16, batch=2, offset=0.0):
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(batch, s, h, 128, generator=generator).to(dtype)
-               for s, h in ((lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1])))
+    q, k, v = (
+        torch.randn(batch, s, h, 128, generator=generator).to(dtype)
+        for s, h in ((lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1]))
+    )
     return q, k + (offset * torch.randn(128, generator=generator)).to(dtype), v
 
 
 def call(device=MI300, **changed):
-    facts = dict(batch=1, q_len=4608, kv_len=4608, heads=48, kv_heads=48, head_dim=128, dtype=torch.bfloat16, device=device)
+    facts = dict(
+        batch=1, q_len=4608, kv_len=4608, heads=48, kv_heads=48, head_dim=128, dtype=torch.bfloat16, device=device
+    )
     return AttentionCall(**{**facts, **changed})
 
 
 def bound(dtype, slug):
-    """fp8 rounds to 3 bits: 2**-4 at worst, less on average, twice (v, and q and k through the scores). The other fakes only round to dtype or bf16."""
+    """fp8 rounds to 3 bits: 2**-4 at worst, less on average, twice (v, and q and k through the scores). The other fakes
+    only round to dtype or bf16.
+    """
     return 0.06 if slug == "aiter-fp8" else 2 * torch.finfo(torch.bfloat16).eps
 
 
 # --- run, end to end -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("file, slug", SLUGS)
 @pytest.mark.parametrize("scale", [None, 0.05])
@@ -69,7 +92,8 @@ def test_log_sum_exp_is_that_of_the_keys_as_given(library, file, slug, heads):
     out, lse = library.backend(file).ADAPTERS[slug].attend(q, k, v, scale=0.07, need_lse=True)
     want_out, want_lse = reference.attend(q, k, v, scale=0.07)
     assert lse.shape == (2, 4, 37) and lse.dtype == torch.float32
-    # centring rounds keys to bf16 once more, and a scale of one's own rounds mxfp4's queries: 2**-9 of a score, each, and scores reach 30 here
+    # centring rounds keys to bf16 once more, and a scale of one's own rounds mxfp4's queries: 2**-9 of a score, each,
+    # and scores reach 30 here
     assert (lse - want_lse).abs().max() < (0.1 if "sage" in slug else 1e-5)
     assert reference.relative_error(out, want_out) < 4 * torch.finfo(torch.bfloat16).eps
 
@@ -82,15 +106,24 @@ def test_log_sum_exp_of_sage_is_right_in_versions_that_got_it_wrong(empty, commi
     assert not adapter.missing() and adapter.limits.lse
     lse = adapter.attend(q, k, v, need_lse=True)[1]
     assert (lse - reference.attend(q, k, v)[1]).abs().max() < 0.1
-    assert (sage_alone(adapter, q, k, v) - reference.attend(q, k, v)[1]).abs().max() > 1, "the fake does not show the defect"
+    assert (sage_alone(adapter, q, k, v) - reference.attend(q, k, v)[1]).abs().max() > 1, (
+        "the fake does not show the defect"
+    )
 
 
 def sage_alone(adapter, q, k, v):
     return adapter.function(q, k, v, layout="bshd", softmax_scale=128**-0.5, return_lse=True)[1]
 
 
-@pytest.mark.parametrize("commit, slug", [
-    ("bf111b2bab", "aiter-sage"), ("cef49e3c25", "aiter-sage"), ("cef49e3c25", "aiter-sage-mxfp4"), ("acfcfe609b", "aiter-sage-mxfp4")])
+@pytest.mark.parametrize(
+    "commit, slug",
+    [
+        ("bf111b2bab", "aiter-sage"),
+        ("cef49e3c25", "aiter-sage"),
+        ("cef49e3c25", "aiter-sage-mxfp4"),
+        ("acfcfe609b", "aiter-sage-mxfp4"),
+    ],
+)
 def test_versions_without_log_sum_exp_say_so_and_compute(empty, commit, slug):
     adapter = empty.provide(aiter_fakes.version(commit)).backend("aiter_triton").ADAPTERS[slug]
     assert not adapter.missing()
@@ -149,8 +182,16 @@ def test_fp8_quantisation_keeps_values_of_any_size(library, dtype, size):
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, mode", [
-    ({}, 1), ({"aiter_rounding": "nearest even"}, 0), ({"aiter_rounding": "nearest away"}, 1), ({"aiter_rounding": "toward zero"}, 2)])
+
+@pytest.mark.parametrize(
+    "options, mode",
+    [
+        ({}, 1),
+        ({"aiter_rounding": "nearest even"}, 0),
+        ({"aiter_rounding": "nearest away"}, 1),
+        ({"aiter_rounding": "toward zero"}, 2),
+    ],
+)
 def test_rounding_is_an_option_of_a_new_adapter(library, options, mode):
     registered = library.backend("aiter").ADAPTERS["aiter"]
     registered.with_options(**options).attend(*tensors())
@@ -166,9 +207,17 @@ def test_unknown_rounding_is_refused_with_the_valid_ones(library):
 
 # --- which kernel ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device, dtype, q_len, kernel", [
-    (MI300, torch.bfloat16, 129, "fmha_v3 assembly, rounding nearest away"), (MI355, torch.bfloat16, 129, "fmha_v3 assembly"),
-    (MI300, torch.bfloat16, 128, "CK tile"), (MI300, torch.float16, 4608, "CK tile"), (MI250, torch.bfloat16, 4608, "CK tile")])
+
+@pytest.mark.parametrize(
+    "device, dtype, q_len, kernel",
+    [
+        (MI300, torch.bfloat16, 129, "fmha_v3 assembly, rounding nearest away"),
+        (MI355, torch.bfloat16, 129, "fmha_v3 assembly"),
+        (MI300, torch.bfloat16, 128, "CK tile"),
+        (MI300, torch.float16, 4608, "CK tile"),
+        (MI250, torch.bfloat16, 4608, "CK tile"),
+    ],
+)
 def test_kernel_names_follow_the_dispatch(library, monkeypatch, device, dtype, q_len, kernel):
     module = library.backend("aiter")
     monkeypatch.setattr(module, "describe", lambda _: device)
@@ -189,6 +238,7 @@ def test_kernel_names_without_composable_kernel_and_with_opus(library, monkeypat
 
 
 # --- Triton's two implementations ------------------------------------------------------------------------------------
+
 
 def implementations(library, monkeypatch, device):
     """What mha_set_impl was told during one call on `device`."""
@@ -225,16 +275,21 @@ def test_the_switch_is_put_back_when_the_kernel_fails(library, monkeypatch):
 
 def test_a_build_without_tiles_for_a_gpu_says_so(library):
     adapter = library.backend("aiter_triton").ADAPTERS["aiter-triton"]
-    assert adapter.unsupported(call(Device("amd", "gfx1103", "Radeon 780M"))) == ["This build of AITER has no tile sizes of its Triton attention for gfx1103."]
+    assert adapter.unsupported(call(Device("amd", "gfx1103", "Radeon 780M"))) == [
+        "This build of AITER has no tile sizes of its Triton attention for gfx1103."
+    ]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
 
 def test_v4_refuses_by_architecture_dtype_heads_size_mask_and_lse(library):
     adapters = library.backend("aiter_v4").ADAPTERS
     assert adapters["aiter-v4-i8fp8"].unsupported(call(MI300)) == []
     assert adapters["aiter-v4-mxfp4"].unsupported(call(MI355)) == []
-    assert adapters["aiter-v4-mxfp4"].unsupported(call(MI300)) == ["AITER has this kernel for gfx950, and this GPU is gfx942."]
+    assert adapters["aiter-v4-mxfp4"].unsupported(call(MI300)) == [
+        "AITER has this kernel for gfx950, and this GPU is gfx942."
+    ]
     wrong = call(MI355, dtype=torch.float16, kv_heads=8, head_dim=64, mask="full", need_lse=True)
     assert len(adapters["aiter-v4-fp8"].unsupported(wrong)) == 5
     assert adapters["aiter-v4-fp8"].unsupported(call(MI355, kv_len=512)) == [], "any lengths"
@@ -243,7 +298,12 @@ def test_v4_refuses_by_architecture_dtype_heads_size_mask_and_lse(library):
 def test_fp8_names_the_wrong_format_that_aiter_chose(library):
     adapter = library.backend("aiter").ADAPTERS["aiter-fp8"]
     assert adapter.unsupported(call(MI355)) == []
-    assert adapter.unsupported(call(MI300)) == ["AITER took float8_e4m3fn for this GPU, which computes in float8_e4m3fnuz (aiter #3807). Start with GPU_ARCHS=gfx942."]
+    assert adapter.unsupported(call(MI300)) == [
+        (
+            "AITER took float8_e4m3fn for this GPU, which computes in float8_e4m3fnuz (aiter #3807). Start with "
+            "GPU_ARCHS=gfx942."
+        )
+    ]
     library.package.dtypes.fp8 = torch.uint8
     assert adapter.missing() == ["AITER knows no fp8 format for this GPU (it names uint8)."]
 
@@ -256,22 +316,32 @@ def test_nothing_takes_a_mask_or_float32(library, file, slug):
 
 # --- libraries that are broken, old, or partly there ------------------------------------------------------------------
 
+
 def reasons(slug, device=MI300):
     return registry.unavailable(slug, device)
 
 
 def failing(module, error):
     """A finder that raises when `module` is imported."""
+
     class Finder:
         @staticmethod
         def find_spec(name, path=None, target=None):
             if name == module:
                 raise error
+
     return Finder
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("ROCm version file not found"), OSError("libamdhip64.so"), KeyError("gfx"), ModuleNotFoundError("No module named 'aiter'")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ROCm version file not found"),
+        OSError("libamdhip64.so"),
+        KeyError("gfx"),
+        ModuleNotFoundError("No module named 'aiter'"),
+    ],
+)
 def test_any_failure_at_import_is_a_reason(monkeypatch, error):
     """`import aiter` on a machine without ROCm is a RuntimeError, not an ImportError."""
     aiter_fakes.forget(monkeypatch)
@@ -311,19 +381,29 @@ def test_an_empty_library_lacks_everything_by_name(empty):
 def test_one_broken_part_leaves_the_others(library, monkeypatch):
     """A part that raises while it is imported, not as ImportError."""
     monkeypatch.delitem(sys.modules, "aiter.ops.triton.attention.fav3_sage")
-    monkeypatch.setattr("sys.meta_path", [failing("aiter.ops.triton.attention.fav3_sage", RuntimeError("no HIP here")), *sys.meta_path])
+    monkeypatch.setattr(
+        "sys.meta_path", [failing("aiter.ops.triton.attention.fav3_sage", RuntimeError("no HIP here")), *sys.meta_path]
+    )
     adapters = library.backend("aiter_triton").ADAPTERS
-    assert adapters["aiter-triton"].missing() == [] and "RuntimeError: no HIP here" in adapters["aiter-sage"].missing()[0]
+    assert (
+        adapters["aiter-triton"].missing() == [] and "RuntimeError: no HIP here" in adapters["aiter-sage"].missing()[0]
+    )
     assert adapters["aiter-sage"].unsupported(call(need_lse=True)), "asking what a missing part supports is no error"
 
 
 def test_old_flat_module_names_are_found(empty, monkeypatch):
-    flat = [{**f, "file": "aiter/ops/triton/mha.py"} for f in MAIN if f["file"].endswith("attention/mha.py") and f["name"] == "flash_attn_func"]
+    flat = [
+        {**f, "file": "aiter/ops/triton/mha.py"}
+        for f in MAIN
+        if f["file"].endswith("attention/mha.py") and f["name"] == "flash_attn_func"
+    ]
     empty.provide(flat).tiles("MI300X")
     module = empty.backend("aiter_triton")
     adapter = module.ADAPTERS["aiter-triton"]
     assert adapter.missing() == [] and adapter.unsupported(call(MI300)) == []
-    assert adapter.unsupported(call(W7900)) == ["This build of AITER has no tile sizes of its Triton attention for gfx1100."]
+    assert adapter.unsupported(call(W7900)) == [
+        "This build of AITER has no tile sizes of its Triton attention for gfx1100."
+    ]
     q, k, v = tensors()
     monkeypatch.setattr(module, "describe", lambda _: MI300)
     assert reference.relative_error(adapter.attend(q, k, v)[0], reference.attend(q, k, v)[0]) < 0.01
@@ -333,20 +413,31 @@ def test_triton_only_aiter_has_no_name_for_fp8(library):
     """AITER_TRITON_ONLY=1, automatic on Windows."""
     del library.package.dtypes
     adapters = library.backend("aiter_triton").ADAPTERS
-    assert adapters["aiter-triton"].missing() == [] and adapters["aiter-sage"].missing() == ["This build of AITER has no dtypes."]
+    assert adapters["aiter-triton"].missing() == [] and adapters["aiter-sage"].missing() == [
+        "This build of AITER has no dtypes."
+    ]
 
 
 def changed(function, change):
     return {**function, "parameters": change(function["parameters"])}
 
 
-CHANGES = [(lambda p: [x for x in p if x[0] != "softmax_scale"], "unexpected keyword argument 'softmax_scale'"),
-           (lambda p: p + [["*", "marker"], ["new", "required"]], "'new'")]
+CHANGES = [
+    (lambda p: [x for x in p if x[0] != "softmax_scale"], "unexpected keyword argument 'softmax_scale'"),
+    (lambda p: p + [["*", "marker"], ["new", "required"]], "'new'"),
+]
 
 
-@pytest.mark.parametrize("file, slug, ending", [
-    ("aiter", "aiter", "ops/mha.py:flash_attn_func"), ("aiter_triton", "aiter-triton", "attention/mha.py:flash_attn_func"),
-    ("aiter_triton", "aiter-sage", "fav3_sage_wrapper_func"), ("aiter_v4", "aiter-v4-fp8", ":mha_v4"), ("aiter_v4", "aiter-v4-mxfp8", ":mha_v4_packed")])
+@pytest.mark.parametrize(
+    "file, slug, ending",
+    [
+        ("aiter", "aiter", "ops/mha.py:flash_attn_func"),
+        ("aiter_triton", "aiter-triton", "attention/mha.py:flash_attn_func"),
+        ("aiter_triton", "aiter-sage", "fav3_sage_wrapper_func"),
+        ("aiter_v4", "aiter-v4-fp8", ":mha_v4"),
+        ("aiter_v4", "aiter-v4-mxfp8", ":mha_v4_packed"),
+    ],
+)
 @pytest.mark.parametrize("change, words", CHANGES)
 def test_a_changed_signature_is_a_sentence_and_not_a_crash(empty, file, slug, ending, change, words):
     empty.provide([changed(f, change) if f"{f['file']}:{f['name']}".endswith(ending) else f for f in MAIN])
@@ -356,7 +447,14 @@ def test_a_changed_signature_is_a_sentence_and_not_a_crash(empty, file, slug, en
 
 def test_a_v4_without_a_format_says_which(library):
     aiter_v4 = library.backend("aiter_v4")
-    library.fakes["aiter/ops/mha_v4.py:scale_modes_for_formats"].compute = lambda given: 1 / 0 if given["v_format"] == aiter_fakes.F.MXFP4 else None
+    library.fakes["aiter/ops/mha_v4.py:scale_modes_for_formats"].compute = lambda given: (
+        1 / 0 if given["v_format"] == aiter_fakes.F.MXFP4 else None
+    )
     assert aiter_v4.ADAPTERS["aiter-v4-mxfp4"].missing() == []
     assert aiter_v4.ADAPTERS["aiter-v4-f4f4"].missing() == [
-        "This build's MHA v4 does not know MXFP4 queries and keys with MXFP4 values (ZeroDivisionError: division by zero)."]
+        (
+            "This build's MHA v4 does not know MXFP4 queries and keys with MXFP4 values (ZeroDivisionError: division "
+            "by "
+            "zero)."
+        )
+    ]

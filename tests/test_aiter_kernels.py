@@ -1,5 +1,8 @@
-"""AITER proofs 2 and 4: AITER's own Triton kernels through our adapters, without an AMD GPU. Through benchmarks/aiter_check.py, which does the
-same on an NVIDIA GPU (proof 3). The kernels are those of the published wheel; set AITER_SOURCE to a checkout of ROCm/aiter for newer ones."""
+"""AITER proofs 2 and 4: AITER's own Triton kernels through our adapters, without an AMD GPU. Through
+benchmarks/aiter_check.py, which does the same on an NVIDIA GPU (proof 3). The kernels are those of the published wheel;
+set AITER_SOURCE to a checkout of ROCm/aiter for newer ones.
+"""
+
 import json
 import os
 from pathlib import Path
@@ -28,10 +31,22 @@ def newer(tmp_path_factory):
 
 
 def check(tmp_path, source, *arguments, interpret=False):
-    """Run the script in a process of its own (kernels are interpreted or compiled for the whole process). Returns its JSON line."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1" if interpret else "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, SCRIPT, "--aiter-source", source, *arguments], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip().startswith(("ok", "BAD")) and done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    """Run the script in a process of its own (kernels are interpreted or compiled for the whole process). Returns its
+    JSON
+    line.
+    """
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--aiter-source", source, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip().startswith(("ok", "BAD")) and done.returncode in (0, 1), (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["ok"], "\n".join(line for line in done.stdout.splitlines() if line.startswith("BAD"))
     return result["cases"]
@@ -41,11 +56,23 @@ def names(cases, slug):
     return {c["case"] for c in cases if c["backend"] == slug}
 
 
-ALL = {"plain", "odd length", "more keys than queries", "scale 0.05", "BHSD memory", "slices of fused qkv", "grouped heads", "batch 2", "keys with a common offset"}
+ALL = {
+    "plain",
+    "odd length",
+    "more keys than queries",
+    "scale 0.05",
+    "BHSD memory",
+    "slices of fused qkv",
+    "grouped heads",
+    "batch 2",
+    "keys with a common offset",
+}
 
 
 def test_the_wheels_mha_is_exact_in_the_interpreter(tmp_path, wheel):  # noqa: F811
-    """Output within twice PyTorch's own fp16 error, log-sum-exp within float32 rounding, also merged from two halves of the keys."""
+    """Output within twice PyTorch's own fp16 error, log-sum-exp within float32 rounding, also merged from two halves of
+    the keys.
+    """
     cases = check(tmp_path, wheel, "--backends", "aiter-triton", interpret=True)
     assert names(cases, "aiter-triton") == ALL and {c["how"] for c in cases} == {"one call", "two halves"}
 
@@ -61,10 +88,20 @@ def test_newer_mha_and_sage_in_the_interpreter(tmp_path, newer):
     assert names(cases, "aiter-triton") == names(cases, "aiter-sage") == ALL
 
 
-@pytest.mark.parametrize("arch, backends, kernels", [
-    ("gfx942", ["aiter-triton", "aiter-sage"], {"sage_quant_kernel", "sage_fwd"}),
-    ("gfx950", ["aiter-triton", "aiter-sage", "aiter-sage-mxfp4"], {"sage_quant_kernel", "sage_fwd", "sage_fwd_mxfp4", "_downcast_to_mxfp"}),
-    ("gfx90a", ["aiter-triton"], {"attn_fwd"}), ("gfx1100", ["aiter-triton"], {"attn_fwd"}), ("gfx1201", ["aiter-triton"], {"attn_fwd"})])
+@pytest.mark.parametrize(
+    "arch, backends, kernels",
+    [
+        ("gfx942", ["aiter-triton", "aiter-sage"], {"sage_quant_kernel", "sage_fwd"}),
+        (
+            "gfx950",
+            ["aiter-triton", "aiter-sage", "aiter-sage-mxfp4"],
+            {"sage_quant_kernel", "sage_fwd", "sage_fwd_mxfp4", "_downcast_to_mxfp"},
+        ),
+        ("gfx90a", ["aiter-triton"], {"attn_fwd"}),
+        ("gfx1100", ["aiter-triton"], {"attn_fwd"}),
+        ("gfx1201", ["aiter-triton"], {"attn_fwd"}),
+    ],
+)
 def test_newer_kernels_compile_for_amd(tmp_path, newer, arch, backends, kernels):
     cases = check(tmp_path, newer, "--compile", arch, "--backends", *backends)
     assert {c["backend"] for c in cases} == set(backends) and kernels <= {c["kernel"] for c in cases}
@@ -72,6 +109,10 @@ def test_newer_kernels_compile_for_amd(tmp_path, newer, arch, backends, kernels)
 
 def test_a_code_object_is_told_from_other_files():
     header = bytearray(64)
-    header[:5], header[18:20], header[48:52] = b"\x7fELF\x02", (224).to_bytes(2, "little"), (0x54C).to_bytes(4, "little")
+    header[:5], header[18:20], header[48:52] = (
+        b"\x7fELF\x02",
+        (224).to_bytes(2, "little"),
+        (0x54C).to_bytes(4, "little"),
+    )
     assert aiter_shim.is_code_object(bytes(header), "gfx942") and not aiter_shim.is_code_object(bytes(header), "gfx950")
     assert not aiter_shim.is_code_object(Path(sys.executable).read_bytes()[:64], "gfx942")

@@ -1,5 +1,7 @@
-"""AITER proof 1: what the backends pass binds to AITER's own signatures, read from source and never imported: the published wheel, and the
-newer versions recorded in data/aiter_signatures.json with commit and file."""
+"""AITER proof 1: what the backends pass binds to AITER's own signatures, read from source and never imported: the
+published wheel, and the newer versions recorded in data/aiter_signatures.json with commit and file.
+"""
+
 import pytest
 import torch
 
@@ -7,7 +9,11 @@ import aiter_shim
 from aiter_fakes import TABLE, Library
 from test_aiter import SLUGS, tensors
 
-IN_WHEEL = [("aiter/ops/mha.py", "flash_attn_func"), ("aiter/ops/mha.py", "flash_attn_fp8_pertensor_func"), ("aiter/ops/triton/mha.py", "flash_attn_func")]
+IN_WHEEL = [
+    ("aiter/ops/mha.py", "flash_attn_func"),
+    ("aiter/ops/mha.py", "flash_attn_fp8_pertensor_func"),
+    ("aiter/ops/triton/mha.py", "flash_attn_func"),
+]
 
 
 def recorded(path, name, source):
@@ -24,7 +30,11 @@ def wheel():
 
 @pytest.fixture
 def published(wheel, monkeypatch, tmp_path):
-    return Library(monkeypatch, tmp_path).provide([recorded(path, name, wheel) for path, name in IN_WHEEL]).tiles("MI300X", "MI350X")
+    return (
+        Library(monkeypatch, tmp_path)
+        .provide([recorded(path, name, wheel) for path, name in IN_WHEEL])
+        .tiles("MI300X", "MI350X")
+    )
 
 
 @pytest.mark.parametrize("file, slug", [("aiter", "aiter"), ("aiter_triton", "aiter-triton")])
@@ -49,7 +59,11 @@ def test_the_published_wheel_says_what_it_lacks(published):
 def test_the_table_names_commits_and_files():
     for version in TABLE["versions"]:
         assert len(version["commit"]) == 40 and version["date"] and version["why"]
-        assert all(f["file"].startswith("aiter/") and f["parameters"] for f in version["functions"] if f["name"] != "native_fp8_format")
+        assert all(
+            f["file"].startswith("aiter/") and f["parameters"]
+            for f in version["functions"]
+            if f["name"] != "native_fp8_format"
+        )
 
 
 @pytest.mark.parametrize("file, slug", SLUGS)
@@ -57,12 +71,24 @@ def test_our_call_binds_to_the_recorded_main(monkeypatch, tmp_path, file, slug):
     library = Library(monkeypatch, tmp_path).provide(TABLE["versions"][0]["functions"])
     adapter = library.backend(file).ADAPTERS[slug]
     assert adapter.missing() == []
-    for need_lse in ([False, True] if adapter.limits.lse else [False]):
+    for need_lse in [False, True] if adapter.limits.lse else [False]:
         adapter.attend(*tensors(), scale=0.1, need_lse=need_lse)
-    called = {key: set(given) for key, fake in library.fakes.items() for given in fake.calls if key.split(":")[1] not in ("scale_modes_for_formats", "native_fp8_format")}
+    called = {
+        key: set(given)
+        for key, fake in library.fakes.items()
+        for given in fake.calls
+        if key.split(":")[1] not in ("scale_modes_for_formats", "native_fp8_format")
+    }
     assert called and all(any(t in given for t in ("q", "input", "softmax_scale", "impl")) for given in called.values())
 
 
 def test_parameters_are_read_as_python_reads_them():
     text = "def f(a, b: int, c=None, *, d=1, e) -> int:\n    pass\n"
-    assert aiter_shim.parameters(text, "f") == [["a", "required"], ["b", "required"], ["c", "optional"], ["*", "marker"], ["d", "optional"], ["e", "required"]]
+    assert aiter_shim.parameters(text, "f") == [
+        ["a", "required"],
+        ["b", "required"],
+        ["c", "optional"],
+        ["*", "marker"],
+        ["d", "optional"],
+        ["e", "required"],
+    ]

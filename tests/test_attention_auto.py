@@ -1,4 +1,7 @@
-"""auto: what it measures, rejects, remembers, and does where nothing can be timed. Timings are given by the test, never asserted."""
+"""auto: what it measures, rejects, remembers, and does where nothing can be timed. Timings are given by the test, never
+asserted.
+"""
+
 import json
 
 import pytest
@@ -15,7 +18,9 @@ QKV = [torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(n)) fo
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Pretend that this machine can time, with these milliseconds per backend. Returns the dict and a list of what was timed."""
+    """Pretend that this machine can time, with these milliseconds per backend. Returns the dict and a list of what was
+    timed.
+    """
     speeds, asked = {"sdpa": 3.0, "sdpa-flash": 2.0, "sdpa-math": 1.0}, []
     monkeypatch.setattr(registry, "AUTO_ORDER", ["sdpa", "sdpa-flash", "sdpa-math"])
     monkeypatch.setattr(autotune, "can_time", lambda device: True)
@@ -29,6 +34,7 @@ def timed(monkeypatch):
     def elapsed(run):
         asked.append(run.slug)
         return speeds[run.slug]
+
     monkeypatch.setattr(autotune, "bound", bound)
     monkeypatch.setattr(autotune, "elapsed_ms", elapsed)
     return speeds, asked
@@ -38,10 +44,12 @@ def test_the_fastest_exact_backend_wins_and_is_asked_once(timed):
     selection = Selection("auto", tuner=Tuner())
     for _ in range(3):
         selection.attend(*QKV)
-    entry, = selection.log.current.as_data()["entries"]
+    (entry,) = selection.log.current.as_data()["entries"]
     assert entry["backend"] == "sdpa-math" and entry["calls"] == 3 and "fastest of 3" in entry["why"]
     assert timed[1][:3] == ["sdpa", "sdpa-flash", "sdpa-math"]
-    assert [timed[1].count(s) for s in ("sdpa", "sdpa-flash", "sdpa-math")] == [1, 1, autotune.ROUNDS], "the slow ones leave the race after its first round"
+    assert [timed[1].count(s) for s in ("sdpa", "sdpa-flash", "sdpa-math")] == [1, 1, autotune.ROUNDS], (
+        "the slow ones leave the race after its first round"
+    )
     table = selection.log.current.as_text()
     assert "2.000 ms" in table and "relative error" in table
 
@@ -64,6 +72,7 @@ def test_the_race_goes_around_all_that_are_close(monkeypatch):
 def test_a_backend_that_fails_is_a_row_with_its_reason(timed, monkeypatch):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(type(registry._module("sdpa")[0].ADAPTERS["sdpa-math"]), "run", out_of_memory)
     slug, table = Tuner().choose(call_of(*QKV), *QKV)
     failed = next(c for c in table.candidates if c.backend == "sdpa-math")
@@ -73,10 +82,13 @@ def test_a_backend_that_fails_is_a_row_with_its_reason(timed, monkeypatch):
 def test_when_pytorchs_own_kernel_fails_nothing_is_trusted_and_it_gets_to_say_why(timed, monkeypatch, tmp_path):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(type(registry._module("sdpa")[0].ADAPTERS["sdpa"]), "run", out_of_memory)
     slug, table = Tuner(tmp_path / "auto.json").choose(call_of(*QKV), *QKV)
     reasons = {c.backend: c.reason for c in table.candidates}
-    assert slug == "sdpa" and "out of memory" in reasons["sdpa"] and "nothing to check it against" in reasons["sdpa-flash"]
+    assert (
+        slug == "sdpa" and "out of memory" in reasons["sdpa"] and "nothing to check it against" in reasons["sdpa-flash"]
+    )
     assert "nothing could be measured" in table.as_text() and not (tmp_path / "auto.json").exists()
 
 

@@ -1,4 +1,8 @@
-"""Every backend that runs here against float32, over the whole registry; and the adapters of libraries that are not here, on fakes."""
+"""Every backend that runs here against float32, over the whole registry; and the adapters of libraries that are not
+here,
+on fakes.
+"""
+
 import importlib
 import sys
 import types
@@ -64,7 +68,9 @@ def test_scale_is_used(slug):
 
 @pytest.mark.parametrize("slug", RUNNABLE)
 def test_log_sum_exp_is_natural_and_in_batch_head_query_order(slug):
-    q, k, v = tensors(b=2, q_len=33, heads=3, kv_heads=3, dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
+    q, k, v = tensors(
+        b=2, q_len=33, heads=3, kv_heads=3, dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    )
     adapter = adapter_for(slug, q, k, v, need_lse=True)
     out, lse = adapter.attend(q, k, v, need_lse=True)
     exact_out, exact_lse = reference.attend(q, k, v)
@@ -78,7 +84,9 @@ def test_grouped_heads(slug):
     q, k, v = tensors(heads=4, kv_heads=2, dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
     adapter = adapter_for(slug, q, k, v)
     exact, _ = reference.attend(q, k, v)
-    assert reference.relative_error(adapter.attend(q, k, v)[0], exact) <= (allowed(q, k, v) if registry.row(slug).exact else 0.2)
+    assert reference.relative_error(adapter.attend(q, k, v)[0], exact) <= (
+        allowed(q, k, v) if registry.row(slug).exact else 0.2
+    )
 
 
 @pytest.mark.parametrize("slug", [s for s in RUNNABLE if s.startswith("sdpa")])
@@ -93,9 +101,11 @@ def test_masks_on_the_kernels_that_take_them(slug):
 
 def test_the_reference_is_the_definition():
     q, k, v = tensors(b=1, q_len=600, kv_len=9, heads=2, kv_heads=1)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) * 64 ** -0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) * 64**-0.5
     out, lse = reference.attend(q, k, v, dtype=torch.float64)
-    torch.testing.assert_close(out, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double().repeat_interleave(2, 2)))
+    torch.testing.assert_close(
+        out, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double().repeat_interleave(2, 2))
+    )
     torch.testing.assert_close(lse, scores.exp().sum(-1).log())
 
 
@@ -109,11 +119,13 @@ def test_a_log_sum_exp_of_another_layout_is_an_error_not_a_guess():
 
 # --- adapters on fakes: what is passed, in which layout, and how results are read
 
+
 def flash_like(calls, lse="asked"):
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False):
         calls.append({"scale": softmax_scale, "shape": tuple(q.shape)})
         out, sums = reference.attend(q, k, v, scale=softmax_scale)
         return (out.to(q.dtype), sums, None) if return_attn_probs else out.to(q.dtype)
+
     return flash_attn_func
 
 
@@ -137,6 +149,7 @@ def fake_flash4(calls):
         calls.append({"scale": softmax_scale, "shape": tuple(q.shape)})
         out, sums = reference.attend(q, k, v, scale=softmax_scale)
         return out.to(q.dtype), sums if return_lse else None
+
     return flash_attn_func
 
 
@@ -145,6 +158,7 @@ def fake_flash3_old(calls):
         calls.append({"scale": softmax_scale, "shape": tuple(q.shape)})
         out, sums = reference.attend(q, k, v, scale=softmax_scale)
         return out.to(q.dtype), sums
+
     return flash_attn_func
 
 
@@ -154,13 +168,19 @@ def fake_sage(calls):
         calls.append({"scale": sm_scale, "shape": tuple(q.shape)})
         out, sums = reference.attend(q, k, v, scale=sm_scale)
         return (out.to(q.dtype), sums) if return_lse else out.to(q.dtype)
+
     return sageattn
 
 
 def fake_kitchen(calls):
     def int8_attention(q, k, v, *, scale=None, attn_mask=None):
         calls.append({"scale": scale, "shape": tuple(q.transpose(1, 2).shape)})
-        return reference.attend(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, mask=attn_mask)[0].transpose(1, 2).to(q.dtype)
+        return (
+            reference.attend(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, mask=attn_mask)[0]
+            .transpose(1, 2)
+            .to(q.dtype)
+        )
+
     return int8_attention
 
 
@@ -168,6 +188,7 @@ def fake_sage3(calls):
     def sageattn3_blackwell(q, k, v, is_causal=False):
         calls.append({"scale": None, "shape": tuple(q.transpose(1, 2).shape)})
         return reference.attend(*(t.transpose(1, 2) for t in (q, k, v)))[0].transpose(1, 2).to(q.dtype)
+
     return sageattn3_blackwell
 
 
@@ -176,7 +197,11 @@ def fake_xformers(calls):
         calls.append({"scale": scale, "shape": tuple(q.shape)})
         out, sums = reference.attend(q, k, v, scale=scale)
         return out.to(q.dtype), torch.nn.functional.pad(sums, (0, 31))
-    return {"memory_efficient_attention": lambda *a, **kw: with_lse(*a, **kw)[0], "memory_efficient_attention_forward_requires_grad": with_lse}
+
+    return {
+        "memory_efficient_attention": lambda *a, **kw: with_lse(*a, **kw)[0],
+        "memory_efficient_attention_forward_requires_grad": with_lse,
+    }
 
 
 FAKES = {
@@ -184,9 +209,17 @@ FAKES = {
     "flash3": ("flash3", lambda calls: {"flash_attn_interface": {"flash_attn_func": flash_like(calls)}}),
     "flash3 early": ("flash3", lambda calls: {"flash_attn_interface": {"flash_attn_func": fake_flash3_old(calls)}}),
     "flash4": ("flash4", lambda calls: {"flash_attn": {}, "flash_attn__cute": {"flash_attn_func": fake_flash4(calls)}}),
-    "sage2": ("sage", lambda calls: {"sageattention": {"sageattn": fake_sage(calls), "sageattn_qk_int8_pv_fp8_cuda": None}}),
+    "sage2": (
+        "sage",
+        lambda calls: {"sageattention": {"sageattn": fake_sage(calls), "sageattn_qk_int8_pv_fp8_cuda": None}},
+    ),
     "sage3": ("sage3", lambda calls: {"sageattn3": {"sageattn3_blackwell": fake_sage3(calls)}}),
-    "comfy-int8": ("comfy_int8", lambda calls: {"comfy_kitchen": {"int8_attention": fake_kitchen(calls), "int8_attention_is_available": lambda: True}}),
+    "comfy-int8": (
+        "comfy_int8",
+        lambda calls: {
+            "comfy_kitchen": {"int8_attention": fake_kitchen(calls), "int8_attention_is_available": lambda: True}
+        },
+    ),
     "xformers": ("xformers", lambda calls: {"xformers": {}, "xformers__ops": fake_xformers(calls)}),
 }
 
@@ -214,6 +247,7 @@ def test_sage_1_does_not_get_to_write_to_the_callers_keys(monkeypatch):
         if smooth_k:
             k -= k.mean(dim=1, keepdim=True)  # as version 1.0.6 does
         return reference.attend(q, k, v, scale=sm_scale)[0].to(q.dtype)
+
     fake(monkeypatch, sageattention={"sageattn": sageattn})
     q, k, v = tensors(dtype=torch.float16)
     k += 3
@@ -242,11 +276,38 @@ def test_flash_attn_on_rocm_says_when_it_is_aiter_under_another_name(monkeypatch
 
 # --- the registry
 
+
 def test_slugs_are_a_contract():
     """Saved workflows hold them: add at will, never rename or remove."""
-    assert {"auto", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash2", "flash3", "flash4", "aiter", "aiter-triton", "aiter-fp8",
-            "aiter-v4-i8fp8", "aiter-v4-fp8", "aiter-v4-mxfp8", "aiter-v4-f8f6", "aiter-v4-mxfp6", "aiter-v4-f6f4", "aiter-v4-mxfp4", "aiter-v4-f4f4",
-            "aiter-sage", "aiter-sage-mxfp4", "sage1", "sage2", "sage3", "comfy-int8", "xformers"} <= set(registry.SLUGS)
+    assert {
+        "auto",
+        "sdpa",
+        "sdpa-flash",
+        "sdpa-cudnn",
+        "sdpa-efficient",
+        "sdpa-math",
+        "flash2",
+        "flash3",
+        "flash4",
+        "aiter",
+        "aiter-triton",
+        "aiter-fp8",
+        "aiter-v4-i8fp8",
+        "aiter-v4-fp8",
+        "aiter-v4-mxfp8",
+        "aiter-v4-f8f6",
+        "aiter-v4-mxfp6",
+        "aiter-v4-f6f4",
+        "aiter-v4-mxfp4",
+        "aiter-v4-f4f4",
+        "aiter-sage",
+        "aiter-sage-mxfp4",
+        "sage1",
+        "sage2",
+        "sage3",
+        "comfy-int8",
+        "xformers",
+    } <= set(registry.SLUGS)
     assert set(registry.AUTO_ORDER) == {slug for slug, row in registry.ROWS.items() if row.exact} - {"sdpa-math"}
 
 
@@ -255,10 +316,14 @@ def test_an_unknown_slug_lists_the_valid_ones():
         registry.row("flash9")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("ROCm version file not found"), OSError("libamdhip64.so: cannot open"), ImportError("no kernels")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("ROCm version file not found"), OSError("libamdhip64.so: cannot open"), ImportError("no kernels")],
+)
 def test_whatever_an_import_raises_becomes_a_reason(error, monkeypatch):
     def broken(name, package):
         raise error
+
     monkeypatch.setattr(registry.importlib, "import_module", broken)
     monkeypatch.setattr(registry, "_modules", {})
     reasons = registry.unavailable("aiter", Device("amd", "gfx942", "AMD Instinct MI300X"))
@@ -288,6 +353,7 @@ def test_the_probe_reports_failures_and_wrong_results(monkeypatch):
     class Wrong(type(adapters["sdpa"])):
         def run(self, q, k, v, *rest):
             return v.roll(1, dims=1), None
+
     monkeypatch.setitem(adapters, "sdpa", Broken())
     assert "no kernel image" in registry.probe("sdpa", "cpu", torch.float32, 64)[0]
     monkeypatch.setitem(adapters, "sdpa", Wrong())

@@ -1,4 +1,5 @@
 """Masks that only hide keys are exact on kernels without masks; others are recognised as such."""
+
 import pytest
 import torch
 
@@ -17,11 +18,18 @@ def additive(keep, value):
     return torch.zeros(keep.shape).masked_fill(~keep, value)
 
 
-@pytest.mark.parametrize("form", [
-    lambda keep: keep[:, None, None], lambda keep: keep[:, None, None].expand(2, 4, 30, 50), lambda keep: keep[:, None, None].expand(2, 4, 30, 50).contiguous(),
-    lambda keep: additive(keep, float("-inf"))[:, None, None], lambda keep: additive(keep, torch.finfo(torch.float32).min)[:, None, None],
-    lambda keep: additive(keep, -65504.0).half()[:, None, None], lambda keep: keep[:, None],
-])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda keep: keep[:, None, None],
+        lambda keep: keep[:, None, None].expand(2, 4, 30, 50),
+        lambda keep: keep[:, None, None].expand(2, 4, 30, 50).contiguous(),
+        lambda keep: additive(keep, float("-inf"))[:, None, None],
+        lambda keep: additive(keep, torch.finfo(torch.float32).min)[:, None, None],
+        lambda keep: additive(keep, -65504.0).half()[:, None, None],
+        lambda keep: keep[:, None],
+    ],
+)
 def test_masks_that_hide_keys_are_recognised_and_exact(form):
     mask = normalise(form(keep_of()), 30)
     kept, why = kept_keys(mask)
@@ -31,17 +39,21 @@ def test_masks_that_hide_keys_are_recognised_and_exact(form):
 
     def maskless(q, k, v, *, scale, need_lse):
         return reference.attend(q, k, v, scale=scale)
+
     out, lse = attend_kept(maskless, q, k, v, kept, scale=None, need_lse=True)
     torch.testing.assert_close(out, exact)
     torch.testing.assert_close(lse, exact_lse)
 
 
-@pytest.mark.parametrize("mask, words", [
-    (torch.ones(30, 50).tril().bool()[None, None], "differs between queries"),
-    (torch.randn(1, 1, 1, 50), "bias"),
-    (torch.zeros(1, 1, 1, 50, dtype=torch.bool), "every key"),
-    (torch.stack([torch.ones(30, 50), torch.zeros(30, 50)])[None].bool(), "differs between queries or heads"),
-])
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (torch.ones(30, 50).tril().bool()[None, None], "differs between queries"),
+        (torch.randn(1, 1, 1, 50), "bias"),
+        (torch.zeros(1, 1, 1, 50, dtype=torch.bool), "every key"),
+        (torch.stack([torch.ones(30, 50), torch.zeros(30, 50)])[None].bool(), "differs between queries or heads"),
+    ],
+)
 def test_masks_that_do_more_are_not(mask, words):
     kept, why = kept_keys(mask)
     assert kept is None and words in why

@@ -1,4 +1,7 @@
-"""ComfyUI's override contract over every combination of its arguments; selections, schedules, the log; compiled graphs."""
+"""ComfyUI's override contract over every combination of its arguments; selections, schedules, the log; compiled
+graphs.
+"""
+
 import itertools
 
 import pytest
@@ -22,7 +25,9 @@ def core(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, ski
     if mask is not None:
         mask = mask[None] if mask.ndim == 2 else mask
         mask = mask[:, None] if mask.ndim == 3 else mask
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kwargs.get("scale"), enable_gqa=kwargs.get("enable_gqa", False))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=kwargs.get("scale"), enable_gqa=kwargs.get("enable_gqa", False)
+    )
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -36,7 +41,13 @@ def masks():
     keep = torch.ones(B, S, dtype=torch.bool)
     keep[0, :5] = False
     causal = torch.ones(S, S, dtype=torch.bool).tril()
-    return {"none": None, "keys": keep[:, None, None], "causal 2d": causal, "causal 3d": causal[None].expand(B, S, S), "additive": torch.randn(1, 1, S, S)}
+    return {
+        "none": None,
+        "keys": keep[:, None, None],
+        "causal 2d": causal,
+        "causal 3d": causal[None].expand(B, S, S),
+        "additive": torch.randn(1, 1, S, S),
+    }
 
 
 def refuse_to_be_called(*args, **kwargs):
@@ -47,8 +58,16 @@ def refuse_to_be_called(*args, **kwargs):
 @pytest.mark.parametrize("mask", masks())
 def test_every_combination_of_cores_arguments(backend, mask):
     override = AttentionOverride(Selection(backend))
-    for skip_reshape, skip_output, gqa, scale in itertools.product([False, True], [False, True], [False, True], [None, 0.2]):
-        options = {"mask": masks()[mask], "skip_reshape": skip_reshape, "skip_output_reshape": skip_output, "some_future_argument": 1, "attn_precision": None}
+    for skip_reshape, skip_output, gqa, scale in itertools.product(
+        [False, True], [False, True], [False, True], [None, 0.2]
+    ):
+        options = {
+            "mask": masks()[mask],
+            "skip_reshape": skip_reshape,
+            "skip_output_reshape": skip_output,
+            "some_future_argument": 1,
+            "attn_precision": None,
+        }
         options |= {"scale": scale} if scale else {}
         options |= {"enable_gqa": True} if gqa else {}
         q, k, v = qkv(skip_reshape, kv_heads=2 if gqa else H)
@@ -72,7 +91,7 @@ def test_or_is_computed_by_pytorch_and_reported(monkeypatch):
     q, k, v = qkv(True)
     out = AttentionOverride(selection)(refuse_to_be_called, q, k, v, H, mask=masks()["causal 2d"], skip_reshape=True)
     torch.testing.assert_close(out, core(q, k, v, H, mask=masks()["causal 2d"], skip_reshape=True))
-    entry, = selection.log.current.as_data()["entries"]
+    (entry,) = selection.log.current.as_data()["entries"]
     assert entry["backend"] == "sdpa" and "takes no attention mask" in entry["why"] and entry["calls"] == 1
 
 
@@ -80,11 +99,13 @@ def only_keys(monkeypatch):
     """Make sdpa-flash a kernel without masks, as it is on a GPU."""
     adapter = registry._module("sdpa")[0].ADAPTERS["sdpa-flash"]
     from flux2_pack.attention.call import Limits
+
     monkeypatch.setattr(type(adapter), "unsupported", lambda self, call: Limits(dtypes=(torch.float32,)).reasons(call))
 
 
 def quantised(monkeypatch):
     import dataclasses
+
     monkeypatch.setitem(registry.ROWS, "sdpa-math", dataclasses.replace(registry.ROWS["sdpa-math"], exact=False))
 
 
@@ -95,6 +116,7 @@ def test_calls_that_ask_for_full_precision_go_back_to_whoever_was_there(monkeypa
     def previous(func, *args, **kwargs):
         seen.append(kwargs)
         return func(*args, **kwargs)
+
     selection = Selection("sdpa-math")
     override = AttentionOverride(selection, previous)
     q, k, v = qkv(False)
@@ -103,12 +125,17 @@ def test_calls_that_ask_for_full_precision_go_back_to_whoever_was_there(monkeypa
     assert seen[0]["low_precision_attention"] is False and seen[0]["scale"] == 0.3
     AttentionOverride(selection)(core, q, k, v, H, low_precision_attention=False)
     entries = selection.log.current.as_data()["entries"]
-    assert [e["backend"] for e in entries] == ["handed back"] and entries[0]["calls"] == 2 and "full precision" in entries[0]["why"]
+    assert (
+        [e["backend"] for e in entries] == ["handed back"]
+        and entries[0]["calls"] == 2
+        and "full precision" in entries[0]["why"]
+    )
 
 
 def test_a_previous_override_is_kept_and_named_and_ours_is_replaced():
     def foreign_override(func, *args, **kwargs):
         raise AssertionError
+
     first, second = Selection("sdpa"), Selection("sdpa-math")
     override = AttentionOverride(second, AttentionOverride(first, foreign_override))
     assert override.previous is foreign_override
@@ -146,7 +173,13 @@ def backends_used(schedule, steps, blocks=(("double", 2), ("single", 3)), counte
 @pytest.mark.parametrize("counted", [False, True])
 def test_schedules_of_steps_and_blocks(counted):
     blocks = (("double", 2), ("single", 3))
-    assert backends_used(Schedule("sdpa-math", 1, 2, blocks=blocks), 5, counted=counted) == ["11111", "00000", "00000", "11111", "11111"]
+    assert backends_used(Schedule("sdpa-math", 1, 2, blocks=blocks), 5, counted=counted) == [
+        "11111",
+        "00000",
+        "00000",
+        "11111",
+        "11111",
+    ]
     assert backends_used(Schedule("sdpa-math", 0, 1, 1, 2, blocks), 3, counted=counted) == ["10011", "10011", "11111"]
     assert backends_used(Schedule("sdpa-math", first_blocks=3, blocks=blocks), 2, counted=counted) == ["11100", "11100"]
 
@@ -169,7 +202,12 @@ def test_the_log_counts_kinds_of_calls_and_keeps_runs_apart():
             override(refuse_to_be_called, *qkv(True), H, skip_reshape=True, mask=masks()["causal 2d"])
         selection.log.end(run, torch.full((1, 2, 3), float(steps)))
     data = selection.log.current.as_data()
-    assert data["backend"] == "sdpa" and data["calls"] == 4 and data["steps"] == 3 and sorted(e["calls"] for e in data["entries"]) == [1, 3]
+    assert (
+        data["backend"] == "sdpa"
+        and data["calls"] == 4
+        and data["steps"] == 3
+        and sorted(e["calls"] for e in data["entries"]) == [1, 3]
+    )
     assert data["seconds_per_step"] > 0 and "PyTorch" in data["entries"][0]["library"]
     earlier, found = selection.log.find(fingerprint_of(2.0))
     assert found and earlier.steps == 2
@@ -185,11 +223,16 @@ def test_a_model_that_never_asks_is_said_loudly(caplog):
         pass
     assert "No attention call has been seen yet" in run.as_text()
     selection.log.end(run, torch.zeros(1))
-    assert "computed nothing" in run.as_text() and "compile node after Select Attention" in caplog.text and run.as_data()["calls"] == 0
+    assert (
+        "computed nothing" in run.as_text()
+        and "compile node after Select Attention" in caplog.text
+        and run.as_data()["calls"] == 0
+    )
 
 
 def fingerprint_of(value):
     from flux2_pack.attention.run_log import fingerprint
+
     return fingerprint(torch.full((1, 2, 3), value))
 
 
@@ -203,22 +246,33 @@ def test_compiled_without_graph_breaks_and_still_counted(backend, dynamic):
     def block(q, k, v, index):
         options = {"block_type": "double", "block_index": index}
         return override(refuse_to_be_called, q * 2, k, v, H, skip_reshape=True, transformer_options=options) + 1
+
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for length in (40, 56):
         q, k, v = (torch.randn(B, length, H, D).transpose(1, 2) for _ in range(3))
-        torch.testing.assert_close(compiled(q, k, v, 1), core(q * 2, k, v, H, skip_reshape=True) + 1, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(
+            compiled(q, k, v, 1), core(q * 2, k, v, H, skip_reshape=True) + 1, rtol=1e-5, atol=2e-6
+        )
     assert selection.log.current.calls == 2
 
 
 def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
-    """Core's compile node drops the guards on transformer_options, so one graph serves selections that came later, and none."""
+    """Core's compile node drops the guards on transformer_options, so one graph serves selections that came later, and
+    none.
+    """
     torch._dynamo.reset()
     first, second = Selection("sdpa-math"), Selection("sdpa-flash")
     overrides = {"x": AttentionOverride(first)}
 
     def block(q, k, v, transformer_options):
         return transformer_options["x"](refuse_to_be_called, q, k, v, H, skip_reshape=True)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]})
+
+    compiled = torch.compile(
+        block,
+        fullgraph=True,
+        backend="aot_eager",
+        options={"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]},
+    )
     for chosen in (first, second, first):
         with chosen.forward(None, 0):
             torch.testing.assert_close(compiled(*qkv(True), overrides), core(*qkv(True), H, skip_reshape=True))
@@ -230,11 +284,16 @@ def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
 
 def test_the_fake_of_the_operator_tells_the_truth():
     from flux2_pack.attention import ops
+
     selection = Selection("sdpa-math")
     mask = masks()["keys"]
     for need_lse in (False, True):
         for q in (torch.randn(B, S, H, D), torch.randn(B, H, S, D).transpose(1, 2)):
-            torch.library.opcheck(ops._attend, (q, q.clone(), q.clone(), mask, 0.25, need_lse, False, selection.number), test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(
+                ops._attend,
+                (q, q.clone(), q.clone(), mask, 0.25, need_lse, False, selection.number),
+                test_utils=("test_schema", "test_faketensor"),
+            )
 
 
 def test_a_compiled_call_for_full_precision_is_exact(monkeypatch):
@@ -242,7 +301,9 @@ def test_a_compiled_call_for_full_precision_is_exact(monkeypatch):
     torch._dynamo.reset()
     selection = Selection("sdpa-math")
     override = AttentionOverride(selection)
-    compiled = torch.compile(lambda q, k, v: override(core, q, k, v, H, low_precision_attention=False), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: override(core, q, k, v, H, low_precision_attention=False), fullgraph=True, backend="aot_eager"
+    )
     q, k, v = qkv(False)
     torch.testing.assert_close(compiled(q, k, v), core(q, k, v, H))
     assert selection.log.current.as_data()["entries"][0]["backend"] == "handed back"

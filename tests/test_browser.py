@@ -1,10 +1,14 @@
-"""The GUI workflows in a real browser on the running ComfyUI: they open with nothing missing, say what to download, run, and report.
+"""The GUI workflows in a real browser on the running ComfyUI: they open with nothing missing, say what to download,
+run,
+and report.
 
   bash scripts/test.sh -k test_browser
 
-Screenshots go to a temporary folder (its path is printed with pytest -s). Skipped, with the reason, where Chromium or its driver is missing.
-Not covered: other browsers, and how the graph looks (look at docs/graph.png, which scripts/make_workflows.py draws).
+Screenshots go to a temporary folder (its path is printed with pytest -s). Skipped, with the reason, where Chromium or
+its driver is missing. Not covered: other browsers, and how the graph looks (look at docs/graph.png, which
+scripts/make_workflows.py draws).
 """
+
 import json
 import urllib.request
 
@@ -18,8 +22,11 @@ from pack import ROOT
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=f"no browser: {browser.missing()}")
 
 NAMES = ("flux2_text_to_image", "flux2_image_edit")
-LOADERS = {"diffusion_models": ("Flux2LoadModel", "model_name"), "text_encoders": ("Flux2LoadTextEncoder", "text_encoder_name"),
-           "vae": ("Flux2LoadVAE", "vae_name")}
+LOADERS = {
+    "diffusion_models": ("Flux2LoadModel", "model_name"),
+    "text_encoders": ("Flux2LoadTextEncoder", "text_encoder_name"),
+    "vae": ("Flux2LoadVAE", "vae_name"),
+}
 OURS = [node for node, _ in LOADERS.values()] + ["Flux2SelectAttention", "Flux2AttentionReport"]
 WIDTH, HEIGHT, STEPS, BLOCKS = 128, 96, 2, 6  # the small model has two double and four single blocks
 
@@ -76,7 +83,7 @@ def use_small_size(page, name):
 def saved_picture(server, prompt_id):
     """The picture that the prompt left in the history and the output folder."""
     outputs = get(server, f"/history/{prompt_id}")[prompt_id]["outputs"].values()
-    entry, = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
+    (entry,) = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
     return Image.open(server.base / "output" / entry["subfolder"] / entry["filename"])
 
 
@@ -97,9 +104,13 @@ def test_says_the_same_as_the_api_workflow(page, name):
     """Values left out of an API workflow take their defaults; a saved graph has them all."""
     page.load(workflow(name), name)
     prompt, api = page.prompt(), api_workflow(name)
-    assert {key: entry["class_type"] for key, entry in prompt.items()} == {key: entry["class_type"] for key, entry in api.items()}
+    assert {key: entry["class_type"] for key, entry in prompt.items()} == {
+        key: entry["class_type"] for key, entry in api.items()
+    }
     for key, entry in api.items():
-        assert {name: prompt[key]["inputs"][name] for name in entry["inputs"]} == entry["inputs"], entry["_meta"]["title"]
+        assert {name: prompt[key]["inputs"][name] for name in entry["inputs"]} == entry["inputs"], entry["_meta"][
+            "title"
+        ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,14 +128,26 @@ def test_widgets_are_saved_in_the_order_of_the_inputs(server, page, name):
 
 def overlapping(boxes):
     """Pairs of titles from [(title, x, y, width, height)]."""
-    return [(a[0], b[0]) for i, a in enumerate(boxes) for b in boxes[:i]
-            if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]]
+    return [
+        (a[0], b[0])
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_lies_on_something_else(page, name):
     page.load(workflow(name), name)
-    assert overlapping([(node["title"], node["pos"][0], node["pos"][1] - 30, node["size"][0], node["size"][1] + 30) for node in page.nodes()]) == []
+    assert (
+        overlapping(
+            [
+                (node["title"], node["pos"][0], node["pos"][1] - 30, node["size"][0], node["size"][1] + 30)
+                for node in page.nodes()
+            ]
+        )
+        == []
+    )
     assert overlapping([(group["title"], *group["bounding"]) for group in workflow(name)["groups"]]) == []
 
 
@@ -132,7 +155,9 @@ def test_every_input_and_output_has_a_tooltip(server):
     for node in OURS:
         info = get(server, f"/object_info/{node}")[node]
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-        assert [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))] == [], node
+        assert [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))] == [], (
+            node
+        )
         assert all(info["output_tooltips"]) and info["description"], node
 
 
@@ -153,7 +178,9 @@ def test_missing_model_files_are_offered_for_download(page, shots):
     text = page.text()
     for node in workflow(NAMES[0])["nodes"]:
         for model in node["properties"].get("models", []):
-            assert model["name"] in text and model["directory"] in MODEL_FOLDERS and model["url"].endswith(model["name"])
+            assert (
+                model["name"] in text and model["directory"] in MODEL_FOLDERS and model["url"].endswith(model["name"])
+            )
 
 
 @pytest.mark.parametrize("name, seed", list(zip(NAMES, (7001, 7002))))

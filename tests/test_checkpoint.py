@@ -1,5 +1,7 @@
-"""Bad and unexpected files: every one gives a CheckpointError whose text says which file, what it is and what to do. Headers alone, no ComfyUI,
-except where the fuzzed files are loaded for real."""
+"""Bad and unexpected files: every one gives a CheckpointError whose text says which file, what it is and what to do.
+Headers alone, no ComfyUI, except where the fuzzed files are loaded for real.
+"""
+
 import json
 import os
 import random
@@ -31,8 +33,13 @@ def entry(shape, dtype="F32", start=0, end=None):
 
 # --- one file --------------------------------------------------------------------------------------------------------
 
+
 def test_header_is_read_without_the_weights(tmp_path):
-    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "x.safetensors", metadata={"k": "v"})
+    save_file(
+        {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)},
+        tmp_path / "x.safetensors",
+        metadata={"k": "v"},
+    )
     tensors, metadata = read_header(tmp_path / "x.safetensors")
     assert (tensors["a"].shape, tensors["a"].dtype, tensors["a"].bytes) == ((2, 3), "F32", 24)
     assert tensors["b"].dtype == "BF16" and metadata == {"k": "v"}
@@ -47,7 +54,7 @@ BAD = {
     "zip pickle": (b"PK\x03\x04" + bytes(100), "Pickles can run code.*refused"),
     "bare pickle": (b"\x80\x04\x95" + bytes(100), "Pickles can run code.*refused"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "GGUF"),
-    "header too large": (struct.pack("<Q", 2 ** 40) + b"{}", "not a safetensors file"),
+    "header too large": (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
     "header cut off": (struct.pack("<Q", 1000) + b'{"a":', "incomplete.*cut off"),
     "not json": (struct.pack("<Q", 9) + b"{not json", "header is not JSON"),
     "not utf-8": (struct.pack("<Q", 4) + b'{"\xff\xfe', "header is not JSON"),
@@ -75,7 +82,7 @@ HEADERS = {
     "shape is text": ({"a": {"dtype": "F32", "shape": "4", "data_offsets": [0, 4]}}, "malformed"),
     "offsets reversed": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, "malformed"),
     "size does not match": ({"a": entry([2, 2], end=4)}, "cannot take 4 bytes"),
-    "huge side": ({"a": {"dtype": "F32", "shape": [2 ** 62, 2 ** 62], "data_offsets": [0, 4]}}, "cannot take"),
+    "huge side": ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, "cannot take"),
     "beyond the end": ({"a": entry([4])}, "incomplete: its tensors take 16 bytes and the file holds 4"),
     "overlap": ({"a": entry([1]), "b": entry([1])}, "overlap or leave a hole"),
     "hole": ({"a": entry([0]), "b": entry([1], start=0), "c": entry([1], start=8)}, "overlap or leave a hole"),
@@ -95,7 +102,9 @@ def test_lying_headers_are_said(tmp_path, case):
 def test_truncated_file_is_said(tmp_path):
     path = maker.write(tmp_path / "x.safetensors", maker.text_encoder())
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="x.safetensors is incomplete: its tensors take .* bytes.*download it again"):
+    with pytest.raises(
+        CheckpointError, match="x.safetensors is incomplete: its tensors take .* bytes.*download it again"
+    ):
         open_checkpoint(path)
 
 
@@ -105,7 +114,7 @@ def test_safetensors_under_another_name_is_said(tmp_path):
         open_checkpoint(tmp_path / "model.bin")
 
 
-@pytest.mark.parametrize("length", [0x3c, 0x80])
+@pytest.mark.parametrize("length", [0x3C, 0x80])
 def test_header_lengths_that_look_like_other_formats_are_accepted(tmp_path, length):
     """A header of 60 or 128 bytes begins like a web page or a pickle."""
     raw = json.dumps({"a": entry([1])}).encode()
@@ -114,6 +123,7 @@ def test_header_lengths_that_look_like_other_formats_are_accepted(tmp_path, leng
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
+
 
 def sharded(folder, places, files=("one.safetensors",)):
     folder.mkdir()
@@ -128,7 +138,10 @@ FOLDERS = {
     "points to a root": ({"weight_map": {"a": "/etc/passwd"}}, "outside its folder.*refused"),
     "points to windows": ({"weight_map": {"a": "..\\one.safetensors"}}, "outside its folder.*refused"),
     "points to itself": ({"weight_map": {"a": ".."}}, "outside its folder.*refused"),
-    "missing shard": ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "shard two.safetensors is missing from the folder .*m"),
+    "missing shard": (
+        {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}},
+        "shard two.safetensors is missing from the folder .*m",
+    ),
     "missing tensor": ({"weight_map": {"z": "one.safetensors"}}, "promises the tensor 'z' in one.safetensors"),
     "no table": ({}, "no table of weights"),
     "table of numbers": ({"weight_map": {"a": 1}}, "no table of weights"),
@@ -154,21 +167,37 @@ def test_folders_without_weights_or_index_are_said(tmp_path):
 
 
 def test_config_that_lies_is_said(tmp_path):
-    maker.write(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", maker.diffusion_model(double=1, single=1))
+    maker.write(
+        tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", maker.diffusion_model(double=1, single=1)
+    )
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"num_layers": 8, "in_channels": 128}))
     checkpoint = open_checkpoint(tmp_path / "transformer")
-    with pytest.raises(CheckpointError, match="config.json of .*transformer says num_layers is 8, but the weights beside it say 1"):
+    with pytest.raises(
+        CheckpointError, match="config.json of .*transformer says num_layers is 8, but the weights beside it say 1"
+    ):
         validate.check_model(checkpoint, identify.identify(checkpoint), "as stored")
 
 
 def test_choices_show_a_model_folder_in_place_of_its_shards(tmp_path):
     (tmp_path / "dev" / "transformer").mkdir(parents=True)
     (tmp_path / "dev" / "transformer" / "config.json").write_text("{}")
-    files = ["a.safetensors", "dev/transformer/model-00001-of-00002.safetensors", "dev/transformer/model-00002-of-00002.safetensors", "sub/b.safetensors"]
-    assert folders.choices(files, [tmp_path / "elsewhere", tmp_path]) == ["a.safetensors", "dev/transformer", "sub/b.safetensors"]
+    files = [
+        "a.safetensors",
+        "dev/transformer/model-00001-of-00002.safetensors",
+        "dev/transformer/model-00002-of-00002.safetensors",
+        "sub/b.safetensors",
+    ]
+    assert folders.choices(files, [tmp_path / "elsewhere", tmp_path]) == [
+        "a.safetensors",
+        "dev/transformer",
+        "sub/b.safetensors",
+    ]
     assert folders.locate("dev/transformer", files, [tmp_path], "vae") == tmp_path / "dev" / "transformer"
     (tmp_path / "dev" / "model_index.json").write_text("{}")
-    assert folders.pipeline_parts([tmp_path], "transformer") == ["dev/transformer"] and folders.pipeline_parts([tmp_path], "vae") == []
+    assert (
+        folders.pipeline_parts([tmp_path], "transformer") == ["dev/transformer"]
+        and folders.pipeline_parts([tmp_path], "vae") == []
+    )
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "c:\\x", "", "none.safetensors"])
@@ -188,6 +217,7 @@ def test_a_link_to_nowhere_is_said(tmp_path):
 
 # --- what a file is --------------------------------------------------------------------------------------------------
 
+
 def known(shapes, metadata=None, config=None):
     """A checkpoint that exists as names and shapes alone: {name: shape}."""
     tensors = {name: Tensor(shape, "BF16", 2, None) for name, shape in shapes.items()}
@@ -202,7 +232,12 @@ def published(variant):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_published_models_are_recognised(variant, prefix):
     original = identify.identify(known({prefix + name: shape for name, shape in keys.model_shapes(variant).items()}))
-    assert (original.kind, original.variant, original.layout, original.prefix) == (identify.MODEL, variant, "original", prefix)
+    assert (original.kind, original.variant, original.layout, original.prefix) == (
+        identify.MODEL,
+        variant,
+        "original",
+        prefix,
+    )
     names = known(keys.diffusers_shapes(variant))
     diffusers = identify.identify(names)
     assert (diffusers.variant, diffusers.layout) == (variant, "diffusers")
@@ -210,23 +245,48 @@ def test_published_models_are_recognised(variant, prefix):
     validate.check_model(published(variant), identify.identify(published(variant)), "fp8")
 
 
-MISTRAL = {"embed_tokens.weight": (131072, 5120), "layers.0.self_attn.q_proj.weight": (4096, 5120), "layers.39.mlp.up_proj.weight": (32768, 5120)}
+MISTRAL = {
+    "embed_tokens.weight": (131072, 5120),
+    "layers.0.self_attn.q_proj.weight": (4096, 5120),
+    "layers.39.mlp.up_proj.weight": (32768, 5120),
+}
 OTHERS = {
-    "a LoRA": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 6144), "double_stream_modulation_img.lin.weight": (1, 1)},
+    "a LoRA": {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 6144),
+        "double_stream_modulation_img.lin.weight": (1, 1),
+    },
     "a FLUX.1 diffusion model": {"double_blocks.0.img_mod.lin.weight": (18432, 3072), "img_in.weight": (3072, 64)},
     "a VAE with 16 latent channels": {"decoder.conv_in.weight": (512, 16, 3, 3)},
     "the VAE of Stable Diffusion": {"decoder.conv_in.weight": (512, 4, 3, 3)},
     "a CLIP text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768)},
     "a T5 text encoder": {"encoder.block.0.layer.0.SelfAttention.k.weight": (4096, 4096)},
-    "a language model of the Llama kind": {"model.embed_tokens.weight": (128256, 4096), "model.layers.0.self_attn.q_proj.weight": (4096, 4096)},
-    "a language model in Mistral's own key format": {"tok_embeddings.weight": (131072, 5120), "layers.0.attention.wq.weight": (4096, 5120)},
-    "a diffusion model of another": {"double_blocks.0.img_attn.qkv.weight": (1,), "distilled_guidance_layer.norms.0.scale": (1,)},
+    "a language model of the Llama kind": {
+        "model.embed_tokens.weight": (128256, 4096),
+        "model.layers.0.self_attn.q_proj.weight": (4096, 4096),
+    },
+    "a language model in Mistral's own key format": {
+        "tok_embeddings.weight": (131072, 5120),
+        "layers.0.attention.wq.weight": (4096, 5120),
+    },
+    "a diffusion model of another": {
+        "double_blocks.0.img_attn.qkv.weight": (1,),
+        "distilled_guidance_layer.norms.0.scale": (1,),
+    },
     "a diffusion model of another family": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
     "something that this pack does not know": {"a": (1,)},
     "Mistral 3 (2 layers, 5120 wide)": {f"model.{name}": shape for name, shape in MISTRAL.items()},
-    "a FLUX.2 VAE with a small decoder (384 channels)": {"bn.running_mean": (128,), "decoder.conv_in.weight": (384, 32, 3, 3)},
-    "Qwen3 4B (1 layers)": {"model.embed_tokens.weight": (151936, 2560), "model.layers.0.self_attn.q_norm.weight": (128,)},
-    "Qwen3 8B (1 layers)": {"model.embed_tokens.weight": (151936, 4096), "model.layers.0.self_attn.q_norm.weight": (128,)},
+    "a FLUX.2 VAE with a small decoder (384 channels)": {
+        "bn.running_mean": (128,),
+        "decoder.conv_in.weight": (384, 32, 3, 3),
+    },
+    "Qwen3 4B (1 layers)": {
+        "model.embed_tokens.weight": (151936, 2560),
+        "model.layers.0.self_attn.q_norm.weight": (128,),
+    },
+    "Qwen3 8B (1 layers)": {
+        "model.embed_tokens.weight": (151936, 4096),
+        "model.layers.0.self_attn.q_norm.weight": (128,),
+    },
 }
 
 
@@ -245,14 +305,20 @@ def test_other_files_are_named_and_sent_to_their_place(title):
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
 def test_mistral_key_prefixes(prefix):
-    names = {prefix + name: shape for name, shape in MISTRAL.items()} | {"vision_tower.patch_conv.weight": (1024, 3, 14, 14), "lm_head.weight": (1, 1)}
+    names = {prefix + name: shape for name, shape in MISTRAL.items()} | {
+        "vision_tower.patch_conv.weight": (1024, 3, 14, 14),
+        "lm_head.weight": (1, 1),
+    }
     found = identify.identify(known(names))
     assert (found.kind, found.prefix, found.width) == ("mistral3", prefix, 5120)
     mapped = [keys.encoder_name(name, found.prefix, 30) for name in names]
     assert mapped == ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", None, None, None]
 
 
-@pytest.mark.parametrize("ending, message", [("weight.absmax", "by bitsandbytes"), ("qweight", "by GPTQ"), ("weight_scale", "no ComfyUI metadata describes")])
+@pytest.mark.parametrize(
+    "ending, message",
+    [("weight.absmax", "by bitsandbytes"), ("qweight", "by GPTQ"), ("weight_scale", "no ComfyUI metadata describes")],
+)
 def test_weights_quantised_by_other_libraries_are_refused(ending, message):
     shapes = keys.model_shapes(variants.VARIANTS[1]) | {f"single_blocks.0.linear1.{ending}": (1,)}
     with pytest.raises(CheckpointError, match=f"FLUX.2 klein 4B diffusion model, quantised .*{message}"):
@@ -268,9 +334,14 @@ def test_a_shard_is_not_a_model():
 FORMATS = {
     "bf16": ({"a.weight": "BF16"}, {}),
     "fp8 (e4m3)": ({"a.weight": "F8_E4M3"}, {}),
-    "mixed precision: fp8 scaled (e4m3) in 1 layers, else bf16": ({"a.weight": "F8_E4M3", "b.weight": "BF16"}, {
-        "_quantization_metadata": json.dumps({"layers": {"a": {"format": "float8_e4m3fn"}}})}),
-    "mixed precision: fp8 scaled (e4m3) in 1 layers, else fp16": ({"scaled_fp8": "F8_E4M3", "a.weight": "F8_E4M3", "a.scale_weight": "F16"}, {}),
+    "mixed precision: fp8 scaled (e4m3) in 1 layers, else bf16": (
+        {"a.weight": "F8_E4M3", "b.weight": "BF16"},
+        {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "float8_e4m3fn"}}})},
+    ),
+    "mixed precision: fp8 scaled (e4m3) in 1 layers, else fp16": (
+        {"scaled_fp8": "F8_E4M3", "a.weight": "F8_E4M3", "a.scale_weight": "F16"},
+        {},
+    ),
 }
 
 
@@ -288,11 +359,14 @@ def test_damaged_quantisation_metadata_is_said(metadata):
         identify.number_format(checkpoint)
 
 
-# --- wrong and fuzzed files through the loaders ------------------------------------------------------------------------
+# --- wrong and fuzzed files through the loaders
+# ------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def load(comfy):
     from flux2_pack.flux2.loading import load
+
     return load
 
 
@@ -305,13 +379,22 @@ def test_wrong_model_in_a_slot(load, small_models, slot, given):
     with pytest.raises(CheckpointError) as error:
         getattr(load, f"load_{slot}")(small_models[given])
     text = str(error.value)
-    assert text.startswith(small_models[given].name) and f"{places[slot]} expects" in text and f"belongs in the node {places[given]}" in text
+    assert (
+        text.startswith(small_models[given].name)
+        and f"{places[slot]} expects" in text
+        and f"belongs in the node {places[given]}" in text
+    )
 
 
 def test_incomplete_models_are_said(load, tmp_path):
     weights = maker.diffusion_model()
     del weights["single_blocks.2.linear2.weight"]
-    with pytest.raises(CheckpointError, match="model.safetensors is incomplete: it is a FLUX.2 .* 1 of .* missing, such as single_blocks.2.linear2.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            "model.safetensors is incomplete: it is a FLUX.2 .* 1 of .* missing, such as single_blocks.2.linear2.weight"
+        ),
+    ):
         load.load_model(maker.write(tmp_path / "model.safetensors", weights))
     weights = maker.text_encoder()
     del weights["model.layers.3.mlp.up_proj.weight"]
@@ -329,7 +412,9 @@ def test_text_encoder_too_short_or_without_tokenizer_is_said(load, tmp_path):
     weights = maker.text_encoder()
     del weights["tekken_model"]
     weights["vision_tower.patch_conv.weight"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match="Mistral 3 without its tokenizer.*mistral_3_small_flux2_bf16.safetensors"):
+    with pytest.raises(
+        CheckpointError, match="Mistral 3 without its tokenizer.*mistral_3_small_flux2_bf16.safetensors"
+    ):
         load.load_text_encoder(maker.write(tmp_path / "silent.safetensors", weights))
     weights["tekken_model"] = torch.frombuffer(bytearray(b"{}nonsense"), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="The tokenizer in broken.safetensors cannot be read"):
@@ -339,7 +424,9 @@ def test_text_encoder_too_short_or_without_tokenizer_is_said(load, tmp_path):
 def test_sizes_that_do_not_fit_together_are_said(load, tmp_path):
     weights = maker.diffusion_model()
     weights["double_blocks.0.img_mlp.0.weight"] = weights["double_blocks.0.img_mlp.0.weight"][:100]
-    with pytest.raises(CheckpointError, match=r"stores double_blocks.0.img_mlp.0.weight as BF16 of shape \[100, 256\], where"):
+    with pytest.raises(
+        CheckpointError, match=r"stores double_blocks.0.img_mlp.0.weight as BF16 of shape \[100, 256\], where"
+    ):
         load.load_model(maker.write(tmp_path / "model.safetensors", weights))
     weights = maker.text_encoder()
     weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.3.mlp.up_proj.weight"][:100]
@@ -358,9 +445,11 @@ def test_whole_numbers_in_place_of_weights_are_said(load, tmp_path):
 
 
 def mutated(raw, rng):
-    """A safetensors file with its header damaged in one of several ways; the length prefix follows the header or is damaged itself."""
+    """A safetensors file with its header damaged in one of several ways; the length prefix follows the header or is
+    damaged itself.
+    """
     length = struct.unpack("<Q", raw[:8])[0]
-    header, data = bytearray(raw[8:8 + length]), raw[8 + length:]
+    header, data = bytearray(raw[8 : 8 + length]), raw[8 + length :]
     kind = rng.randrange(6)
     if kind == 0:  # flip bytes
         for _ in range(rng.randint(1, 8)):
@@ -371,20 +460,37 @@ def mutated(raw, rng):
             header[place] = ord(rng.choice("0123456789"))
     elif kind == 2:  # drop a piece
         start = rng.randrange(len(header))
-        del header[start:start + rng.randint(1, 200)]
+        del header[start : start + rng.randint(1, 200)]
     elif kind == 3:  # swap two tensors' types or names
-        words = rng.choice([(b"BF16", b"F8_E4M3"), (b"BF16", b"I16"), (b"double_blocks", b"single_blocks"), (b".weight", b".bias"), (b"F32", b"\\u0000")])
+        words = rng.choice(
+            [
+                (b"BF16", b"F8_E4M3"),
+                (b"BF16", b"I16"),
+                (b"double_blocks", b"single_blocks"),
+                (b".weight", b".bias"),
+                (b"F32", b"\\u0000"),
+            ]
+        )
         header = bytearray(header.replace(*words))
     elif kind == 4:  # truncate the file
-        return raw[:rng.randrange(len(raw))]
+        return raw[: rng.randrange(len(raw))]
     else:  # lie about the header's length
-        return struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, 2 ** 63, rng.randrange(2 ** 20)])) + bytes(header) + data
+        return (
+            struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, 2**63, rng.randrange(2**20)]))
+            + bytes(header)
+            + data
+        )
     return struct.pack("<Q", len(header)) + bytes(header) + data
 
 
 def test_fuzzed_files_give_our_error_or_load(load, tmp_path):
-    """200 damaged copies each of a small model and text encoder: CheckpointError, or a model; nothing else, and no hang."""
-    makers = {"load_model": maker.diffusion_model(hidden=128, double=1, single=1), "load_text_encoder": maker.text_encoder(hidden=32, intermediate=32)}
+    """200 damaged copies each of a small model and text encoder: CheckpointError, or a model; nothing else, and no
+    hang.
+    """
+    makers = {
+        "load_model": maker.diffusion_model(hidden=128, double=1, single=1),
+        "load_text_encoder": maker.text_encoder(hidden=32, intermediate=32),
+    }
     outcomes = {"error": 0, "loaded": 0}
     for function, weights in makers.items():
         raw = maker.write(tmp_path / "whole.safetensors", weights).read_bytes()

@@ -1,4 +1,7 @@
-"""The script that compares ComfyUI's own suites with and without the pack, on a small stand-in for ComfyUI. The real suites take ten minutes: see the script."""
+"""The script that compares ComfyUI's own suites with and without the pack, on a small stand-in for ComfyUI. The real
+suites take ten minutes: see the script.
+"""
+
 import json
 import sys
 
@@ -77,11 +80,18 @@ def test_suites_that_end_alike(source, tmp_path):
     (source / "tests-unit" / "test_server.py").write_text(USES_A_SERVER)
     before = sorted(source.rglob("*"))
     result, copies = compare(source, tmp_path)
-    assert result["without"] == result["with"] == {"passed": 4, "failure": 1, "skipped": 1} and result["differences"] == {}
-    assert result["failed_without"] == ["tests-unit.test_same::test_fails"] and "every test ends alike" in comfyui_suites.as_text(result)
+    assert (
+        result["without"] == result["with"] == {"passed": 4, "failure": 1, "skipped": 1} and result["differences"] == {}
+    )
+    assert result["failed_without"] == [
+        "tests-unit.test_same::test_fails"
+    ] and "every test ends alike" in comfyui_suites.as_text(result)
     assert sorted(source.rglob("*")) == before, "ComfyUI's own folder is only read"
     copied = {str(file.relative_to(copies["with"])) for file in copies["with"].rglob("*")}
-    assert "models/vae/put_vae_here" in copied and not {"models/vae/large.safetensors", "custom_nodes/other", ".git"} & copied
+    assert (
+        "models/vae/put_vae_here" in copied
+        and not {"models/vae/large.safetensors", "custom_nodes/other", ".git"} & copied
+    )
 
 
 def test_a_test_that_the_pack_changes_is_named(source, tmp_path):
@@ -103,7 +113,9 @@ def test_a_suite_that_cannot_run_says_why(source, tmp_path):
 
 def test_the_main_program_writes_the_result(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COMFYUI_PATH", str(source))
-    monkeypatch.setattr(sys, "argv", ["comfyui_suites.py", "--suite", "tests-unit", "--json", str(tmp_path / "result.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["comfyui_suites.py", "--suite", "tests-unit", "--json", str(tmp_path / "result.json")]
+    )
     (source / "tests-unit" / "test_sees.py").write_text(SEES_THE_PACK)
     assert comfyui_suites.main() == 1 and "differ" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "result.json").read_text())[0]["differences"]) == 1

@@ -1,9 +1,12 @@
-"""docs/coming-from.md, row by row: every node, input, value, backend and flag exists, the flags run, and diffusers knows what is said to be its own.
+"""docs/coming-from.md, row by row: every node, input, value, backend and flag exists, the flags run, and diffusers
+knows
+what is said to be its own.
 
   bash scripts/test.sh tests/test_coming_from.py
 
 Not covered: whether sglang and xdit still have the options in the first columns; they are not installed here.
 """
+
 import json
 import re
 import shlex
@@ -22,9 +25,21 @@ from pack import ROOT
 PAGE = (ROOT / "docs" / "coming-from.md").read_text()
 NOTHING = "-"
 # what a small model on a CPU is told where the page leaves the value open
-VALUES = {"--prompt": ["a red circle"], "--width": ["64"], "--height": ["64"], "--num-inference-steps": ["2"], "--guidance-scale": ["4.0"], "--seed": ["7"],
-          "--attention-backend": ["sdpa"], "--num-gpus": ["1"], "--ulysses-degree": ["1"], "--ring-degree": ["1"], "--warmup": ["True"], "--warmup-steps": ["1"],
-          "--warmup-resolutions": ["64x64"]}
+VALUES = {
+    "--prompt": ["a red circle"],
+    "--width": ["64"],
+    "--height": ["64"],
+    "--num-inference-steps": ["2"],
+    "--guidance-scale": ["4.0"],
+    "--seed": ["7"],
+    "--attention-backend": ["sdpa"],
+    "--num-gpus": ["1"],
+    "--ulysses-degree": ["1"],
+    "--ring-degree": ["1"],
+    "--warmup": ["True"],
+    "--warmup-steps": ["1"],
+    "--warmup-resolutions": ["64x64"],
+}
 WANTS_A_GPU = "--fast-blocks"  # on a CPU its node refuses, in words
 COMPILES = "--enable-torch-compile"  # for a minute on a CPU: tried by tests/test_speed_nodes.py
 
@@ -32,7 +47,9 @@ COMPILES = "--enable-torch-compile"  # for a minute on a CPU: tried by tests/tes
 def tables():
     """[(header, [cells of a row])] of all tables of the page."""
     for block in re.findall(r"(?:^\|.*\n)+", PAGE, re.M):
-        header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.strip().split("\n")]
+        header, _, *rows = [
+            [cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.strip().split("\n")
+        ]
         yield header, rows
 
 
@@ -59,6 +76,7 @@ def named_inputs():
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
+
 
 def test_every_row_says_where_or_why_not():
     assert len(OPTIONS) > 80 and len(BACKENDS) > 30
@@ -92,16 +110,22 @@ def test_every_backend_exists():
 
 def test_every_quantised_and_exact_backend_that_others_have_is_named():
     named = {slug for _, here, _ in BACKENDS for slug in quoted(here)}
-    assert set(registry.ROWS) - named <= {"aiter-triton", "comfy-int8", "aiter-v4-mxfp8", "aiter-v4-f8f6"}, "what only this pack has"
+    assert set(registry.ROWS) - named <= {"aiter-triton", "comfy-int8", "aiter-v4-mxfp8", "aiter-v4-f8f6"}, (
+        "what only this pack has"
+    )
 
 
 def test_diffusers_has_what_is_said_of_it():
     import inspect
     import diffusers
     from diffusers.models.attention_dispatch import AttentionBackendName
+
     names = [text for header, rows in tables() if header[0] == "diffusers" for row in rows for text in quoted(row[0])]
     assert len(names) > 30
-    call, backends = inspect.signature(diffusers.Flux2Pipeline.__call__).parameters, {backend.value for backend in AttentionBackendName}
+    call, backends = (
+        inspect.signature(diffusers.Flux2Pipeline.__call__).parameters,
+        {backend.value for backend in AttentionBackendName},
+    )
     for name in names:
         if argument := re.fullmatch(r"__call__\((\w+)=\)", name):
             assert argument[1] in call, name
@@ -113,6 +137,7 @@ def test_diffusers_has_what_is_said_of_it():
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
+
 
 def arguments(flags):
     """A command line with these flags, each once; the page's own value where it gives one."""
@@ -126,7 +151,18 @@ def arguments(flags):
 
 
 def test_every_flag_is_known(tmp_path):
-    files = ["--model-path", "m", "--text-encoder", "t", "--vae", "v", "--image-path", "i.png", "--output-path", "o.png"]
+    files = [
+        "--model-path",
+        "m",
+        "--text-encoder",
+        "t",
+        "--vae",
+        "v",
+        "--image-path",
+        "i.png",
+        "--output-path",
+        "o.png",
+    ]
     rest = [flag for flag in FLAGS if flag.split(" ")[0] not in files]
     args = generate.parse([*arguments(rest), *files])
     assert args.prompt == "a red circle" and args.warmup_resolutions == ["64x64"]
@@ -143,10 +179,16 @@ def test_each_value_of_a_flag_is_taken():
 def test_the_commands_of_the_pull_request_are_read():
     """Theirs needs only its own Hugging Face name replaced; ours is on the page."""
     commands = [shlex.split(text.replace("\\\n", " ")) for text in re.findall(r"```bash\n(.+?)```", PAGE, re.S)]
-    theirs, ours = (command[command.index("--model-path"):] for command in commands)
+    theirs, ours = (command[command.index("--model-path") :] for command in commands)
     assert theirs[2:] == ours[2:], "the same flags with the same values"
     args = generate.parse(ours)
-    assert (args.num_gpus, args.ulysses_degree, args.ring_degree, args.warmup_steps, args.vae_precision) == (8, 8, 1, 2, "bf16")
+    assert (args.num_gpus, args.ulysses_degree, args.ring_degree, args.warmup_steps, args.vae_precision) == (
+        8,
+        8,
+        1,
+        2,
+        "bf16",
+    )
     assert args.enable_torch_compile and args.attention_backend == "aiter" and args.seed == 42
 
 
@@ -156,7 +198,16 @@ def draw(server, model_files, tmp_path, *flags):
     Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(photo)
     files = {"--model-path": "diffusion_models", "--text-encoder": "text_encoders", "--vae": "vae"}
     chosen = [word for flag, folder in files.items() for word in (flag, model_files[folder][0].name)]
-    command = [sys.executable, ROOT / "scripts" / "generate.py", *arguments(flags), *chosen, "--output-path", tmp_path / "out.png", "--server", server.url]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "generate.py",
+        *arguments(flags),
+        *chosen,
+        "--output-path",
+        tmp_path / "out.png",
+        "--server",
+        server.url,
+    ]
     command += [] if set(WARMS_UP) & set(flags) else ["--image-path", photo, "--reference-megapixels", "0.01"]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
 

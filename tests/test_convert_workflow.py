@@ -1,11 +1,15 @@
-"""scripts/convert_workflow.py on ComfyUI's own FLUX.2 graphs and on hand-made ones: what it replaces, what it leaves, the way back, the same picture.
+"""scripts/convert_workflow.py on ComfyUI's own FLUX.2 graphs and on hand-made ones: what it replaces, what it leaves,
+the
+way back, the same picture.
 
   bash scripts/test.sh -k test_convert_workflow
 
-The official graphs come from the installed package comfyui-workflow-templates-json and from ComfyUI's folder blueprints. They run on small models
-under the official file names. ComfyUI's CLIPLoader builds full-size encoders only, so there the reference shares our text encoder (test_loaders
-checks that against transformers); its model, sampling, LoRA and VAE are ComfyUI's. Not covered: the published weights.
+The official graphs come from the installed package comfyui-workflow-templates-json and from ComfyUI's folder
+blueprints. They run on small models under the official file names. ComfyUI's CLIPLoader builds full-size encoders only,
+so there the reference shares our text encoder (test_loaders checks that against transformers); its model, sampling,
+LoRA and VAE are ComfyUI's. Not covered: the published weights.
 """
+
 import copy
 import hashlib
 import json
@@ -29,11 +33,13 @@ from page_fixture import unknown_nodes
 from server_fixture import SCRIPTS, run
 from template_models import nodes_in, official_files, official_folder
 
-OFFICIAL = sorted(official_files(), key=lambda name: ("klein" in name or "9b" in name, "9b" in name))  # those of one encoder together
+# those of one encoder together
+OFFICIAL = sorted(official_files(), key=lambda name: ("klein" in name or "9b" in name, "9b" in name))
 ALSO_FLUX2 = {"gsl_starter_1_3", "templates-all_in_one-image_edit_models"}  # they hold the same subgraphs
 BLUEPRINTS = {"Image Edit (Flux.2 Dev)", "Image Edit (Flux.2 Klein 4B)", "Text to Image (Flux.2 Dev)"}
 PAIRS = {old: row.new for old, row in LOADERS.items()}
-# What differs is the kernel: ours measures and takes one of PyTorch's, ComfyUI on a CPU its sub-quadratic one. 1e-7 to 1e-6 was measured.
+# What differs is the kernel: ours measures and takes one of PyTorch's, ComfyUI on a CPU its sub-quadratic one. 1e-7 to
+# 1e-6 was measured.
 SAME = 1e-5
 
 
@@ -42,6 +48,7 @@ def official(name):
 
 
 # --- there and back, on files ----------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def all_files(comfyui):
@@ -60,10 +67,19 @@ def test_of_all_templates_those_of_flux2_are_converted_and_nothing_else(all_file
             converted.add(name)
         except NotConvertible as error:
             sentences[name] = str(error)
-    types = {name: {entry["type"] for entry in nodes_in(json.loads(path.read_text()))} for name, path in all_files.items()}
-    assert converted == {name for name, found in types.items() if {"UNETLoader", "Flux2Scheduler"} <= found} >= {*OFFICIAL, *BLUEPRINTS}
-    assert all(sentence.startswith("Nothing to replace: expected were ComfyUI's loaders") for sentence in sentences.values())
-    assert "ernie-image.safetensors nor its connections say FLUX.2" in sentences["image_ernie_image"]  # same VAE, encoder type and latent node
+    types = {
+        name: {entry["type"] for entry in nodes_in(json.loads(path.read_text()))} for name, path in all_files.items()
+    }
+    assert (
+        converted
+        == {name for name, found in types.items() if {"UNETLoader", "Flux2Scheduler"} <= found}
+        >= {*OFFICIAL, *BLUEPRINTS}
+    )
+    assert all(
+        sentence.startswith("Nothing to replace: expected were ComfyUI's loaders") for sentence in sentences.values()
+    )
+    # same VAE, encoder type and latent node
+    assert "ernie-image.safetensors nor its connections say FLUX.2" in sentences["image_ernie_image"]
     assert "flux1-dev.safetensors is named as another model" in sentences["flux_dev_full_text_to_image"]
 
 
@@ -78,7 +94,11 @@ def test_the_way_back_gives_the_same_bytes(all_files, name):
 
 
 def without_origin(link):
-    return [link[0], *link[3:]] if isinstance(link, list) else {key: value for key, value in link.items() if not key.startswith("origin")}
+    return (
+        [link[0], *link[3:]]
+        if isinstance(link, list)
+        else {key: value for key, value in link.items() if not key.startswith("origin")}
+    )
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -86,12 +106,19 @@ def test_everything_else_stays(name):
     before = official(name)
     after, report = convert_workflow.convert(before)
     for (_, old), (_, new) in zip(convert_gui.scopes(before), convert_gui.scopes(after)):
-        assert old.get("groups") == new.get("groups") and old.get("inputs") == new.get("inputs") and old.get("outputs") == new.get("outputs")
-        assert list(map(without_origin, old["links"])) == list(map(without_origin, new["links"]))[:len(old["links"])]
+        assert (
+            old.get("groups") == new.get("groups")
+            and old.get("inputs") == new.get("inputs")
+            and old.get("outputs") == new.get("outputs")
+        )
+        assert list(map(without_origin, old["links"])) == list(map(without_origin, new["links"]))[: len(old["links"])]
         for one, other in zip(old["nodes"], new["nodes"]):
             moved = name == "image_flux2_klein_text_to_image" and one["type"] in LOADERS  # too tight for our widgets
             assert one["pos"] == other["pos"] or moved
-            assert other["type"] == PAIRS.get(one["type"], one["type"]) and (one["id"], one.get("title")) == (other["id"], other.get("title"))
+            assert other["type"] == PAIRS.get(one["type"], one["type"]) and (one["id"], one.get("title")) == (
+                other["id"],
+                other.get("title"),
+            )
             assert one == other or one["type"] in LOADERS or "proxyWidgets" in one["properties"]
     replaced = [node for node in nodes_in(before) if node["type"] in LOADERS]
     assert len([line for line in report if line.startswith("replaced")]) == len(replaced)
@@ -102,22 +129,37 @@ def test_a_graph_of_two_families_is_converted_in_part(all_files):
     data = json.loads(all_files["templates-all_in_one-image_edit_models"].read_text())
     after, report = convert_workflow.convert(data)
     assert sorted(entry["widgets_values"][0] for entry in nodes_in(after) if entry["type"] in LOADERS) == [
-        "qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image_edit_2511_bf16.safetensors", "qwen_image_vae.safetensors"]
+        "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        "qwen_image_edit_2511_bf16.safetensors",
+        "qwen_image_vae.safetensors",
+    ]
     assert [line for line in report if "CLIPLoader 149" in line and "its type is qwen_image, not flux2" in line]
 
 
 # --- rules, on hand-made API workflows -------------------------------------------------------------------------------
 
+
 def node(class_type, **inputs):
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
-def api(unet="flux2_dev.safetensors", clip="mistral.safetensors", vae="flux2-vae.safetensors", scheduler="Flux2Scheduler", **changes):
-    made = {"1": node("UNETLoader", unet_name=unet, weight_dtype="default"),
-            "2": node("CLIPLoader", clip_name=clip, type="flux2", device="cpu"),
-            "3": node("VAELoader", vae_name=vae), "4": node("CLIPTextEncode", clip=["2", 0], text="a cat"),
-            "5": node("BasicGuider", model=["1", 0], conditioning=["4", 0]), "6": node(scheduler, steps=4, width=64, height=64),
-            "7": node("SamplerCustomAdvanced", guider=["5", 0], sigmas=["6", 0]), "8": node("VAEDecode", samples=["7", 0], vae=["3", 0])}
+def api(
+    unet="flux2_dev.safetensors",
+    clip="mistral.safetensors",
+    vae="flux2-vae.safetensors",
+    scheduler="Flux2Scheduler",
+    **changes,
+):
+    made = {
+        "1": node("UNETLoader", unet_name=unet, weight_dtype="default"),
+        "2": node("CLIPLoader", clip_name=clip, type="flux2", device="cpu"),
+        "3": node("VAELoader", vae_name=vae),
+        "4": node("CLIPTextEncode", clip=["2", 0], text="a cat"),
+        "5": node("BasicGuider", model=["1", 0], conditioning=["4", 0]),
+        "6": node(scheduler, steps=4, width=64, height=64),
+        "7": node("SamplerCustomAdvanced", guider=["5", 0], sigmas=["6", 0]),
+        "8": node("VAEDecode", samples=["7", 0], vae=["3", 0]),
+    }
     for key, inputs in changes.items():
         made[key.strip("_")]["inputs"].update(inputs)
     return made
@@ -130,27 +172,47 @@ def test_an_api_workflow_there_and_back():
     assert after["1"]["inputs"] == {"model_name": "flux2_dev.safetensors", "weight_dtype": "as stored"}
     assert after["2"]["inputs"] == {"text_encoder_name": "mistral.safetensors", "device": "cpu"}
     assert after["3"]["inputs"] == {"vae_name": "flux2-vae.safetensors", "precision": "auto"}
-    assert after["9"]["class_type"] == "Flux2SelectAttention" and after["9"]["inputs"] == {"model": ["1", 0], "backend": "flash4"}
+    assert after["9"]["class_type"] == "Flux2SelectAttention" and after["9"]["inputs"] == {
+        "model": ["1", 0],
+        "backend": "flash4",
+    }
     assert after["5"]["inputs"]["model"] == ["9", 0]
-    assert report == ["replaced UNETLoader 1 by Flux2LoadModel", "replaced CLIPLoader 2 by Flux2LoadTextEncoder",
-                      "replaced VAELoader 3 by Flux2LoadVAE", "added Flux2SelectAttention 9 with backend flash4"]
+    assert report == [
+        "replaced UNETLoader 1 by Flux2LoadModel",
+        "replaced CLIPLoader 2 by Flux2LoadTextEncoder",
+        "replaced VAELoader 3 by Flux2LoadVAE",
+        "added Flux2SelectAttention 9 with backend flash4",
+    ]
     assert convert_workflow.undo(after)[0] == before
 
 
-@pytest.mark.parametrize(("changes", "left"), [
-    (dict(unet="mine.safetensors"), {}),  # the scheduler says it
-    (dict(unet="mine.safetensors", vae="mine.safetensors"), {}),  # the only VAE beside the only model
-    (dict(unet="mine.safetensors", scheduler="BasicScheduler"), {"1": "neither its file mine", "2": "no FLUX.2 diffusion model", "3": "no FLUX.2"}),
-    (dict(unet="flux1-dev.safetensors", vae="ae.safetensors"), {"1": "another model of the FLUX family", "2": "no FLUX.2", "3": "other models"}),
-    (dict(unet="flux3-image-klein-4b.safetensors"), {"1": "another model of the FLUX family", "2": "no FLUX.2", "3": "no FLUX.2"}),
-    (dict(_2={"type": "sd3"}), {"2": "its type is sd3, not flux2"}),
-    (dict(clip="ministral-3-3b.safetensors"), {"2": "text encoder of another model"}),
-    (dict(vae="taef1"), {"3": "not a VAE file"}),
-    (dict(_1={"weight_dtype": "fp8_e5m2"}), {"1": "weight_dtype is 'fp8_e5m2'"}),
-    (dict(_1={"weight_dtype": ["4", 0]}), {"1": "input weight_dtype comes from another node"}),
-    (dict(_1={"compute_dtype": "fp16"}), {"1": "an input that is not known here (compute_dtype)"}),  # of a newer ComfyUI, say
-    (dict(_3={"tiles": ["4", 0]}), {"3": "an input that is not known here (tiles)"}),
-])
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        (dict(unet="mine.safetensors"), {}),  # the scheduler says it
+        (dict(unet="mine.safetensors", vae="mine.safetensors"), {}),  # the only VAE beside the only model
+        (
+            dict(unet="mine.safetensors", scheduler="BasicScheduler"),
+            {"1": "neither its file mine", "2": "no FLUX.2 diffusion model", "3": "no FLUX.2"},
+        ),
+        (
+            dict(unet="flux1-dev.safetensors", vae="ae.safetensors"),
+            {"1": "another model of the FLUX family", "2": "no FLUX.2", "3": "other models"},
+        ),
+        (
+            dict(unet="flux3-image-klein-4b.safetensors"),
+            {"1": "another model of the FLUX family", "2": "no FLUX.2", "3": "no FLUX.2"},
+        ),
+        (dict(_2={"type": "sd3"}), {"2": "its type is sd3, not flux2"}),
+        (dict(clip="ministral-3-3b.safetensors"), {"2": "text encoder of another model"}),
+        (dict(vae="taef1"), {"3": "not a VAE file"}),
+        (dict(_1={"weight_dtype": "fp8_e5m2"}), {"1": "weight_dtype is 'fp8_e5m2'"}),
+        (dict(_1={"weight_dtype": ["4", 0]}), {"1": "input weight_dtype comes from another node"}),
+        # of a newer ComfyUI, say
+        (dict(_1={"compute_dtype": "fp16"}), {"1": "an input that is not known here (compute_dtype)"}),
+        (dict(_3={"tiles": ["4", 0]}), {"3": "an input that is not known here (tiles)"}),
+    ],
+)
 def test_what_stays_and_why(changes, left):
     graph = convert_api.graph(api(**changes))
     plan = decide(graph)
@@ -170,7 +232,8 @@ def test_the_user_can_say_which_loaders_are_flux2s():
     with pytest.raises(NotConvertible, match="Found: UNETLoader 1: neither its file mine.*say --node"):
         convert_workflow.convert(before)
     after, _ = convert_workflow.convert(before, wanted=["1"])
-    assert after["1"]["class_type"] == "Flux2LoadModel" and after["2"]["class_type"] == "Flux2LoadTextEncoder"  # the others follow from the first
+    # the others follow from the first
+    assert after["1"]["class_type"] == "Flux2LoadModel" and after["2"]["class_type"] == "Flux2LoadTextEncoder"
     with pytest.raises(NotConvertible, match="no loader 77. The loaders that can be replaced are: 1, 2, 3"):
         convert_workflow.convert(before, wanted=["77"])
 
@@ -179,7 +242,11 @@ def test_a_gguf_model_of_another_pack_stays_and_its_encoder_and_vae_are_replaced
     data = api()
     data["1"] = node("UnetLoaderGGUF", unet_name="flux2.gguf")
     after, report = convert_workflow.convert(data)
-    assert after["1"] == data["1"] and {after[key]["class_type"] for key in "23"} == {"Flux2LoadTextEncoder", "Flux2LoadVAE"} and "9" not in after
+    assert (
+        after["1"] == data["1"]
+        and {after[key]["class_type"] for key in "23"} == {"Flux2LoadTextEncoder", "Flux2LoadVAE"}
+        and "9" not in after
+    )
 
 
 def test_loaders_without_links_are_judged_by_the_whole_file():
@@ -223,7 +290,10 @@ def test_what_was_changed_since_survives_the_way_back():
 def test_a_value_without_counterpart_is_refused_on_the_way_back():
     after, _ = convert_workflow.convert(api())
     after["1"]["inputs"]["weight_dtype"] = "bf16"
-    with pytest.raises(NotConvertible, match="set to 'bf16', which ComfyUI's weight_dtype does not have. Set it to one of 'as stored', 'fp8'"):
+    with pytest.raises(
+        NotConvertible,
+        match="set to 'bf16', which ComfyUI's weight_dtype does not have. Set it to one of 'as stored', 'fp8'",
+    ):
         convert_workflow.undo(after)
 
 
@@ -237,6 +307,7 @@ def test_converting_twice_and_undoing_twice_are_refused():
 
 # --- the page's format, hand-made ------------------------------------------------------------------------------------
 
+
 def slot(name, kind, link=None, widget=False):
     return {"name": name, "type": kind, "link": link, **({"widget": {"name": name}} if widget else {})}
 
@@ -244,16 +315,52 @@ def slot(name, kind, link=None, widget=False):
 def gui(**changes):
     """A loader, an encoder whose inputs are all there as slots (device connected), and what they feed."""
     box = {"size": [200, 82], "mode": 0, "properties": {}}
-    nodes = [{**box, "id": 1, "type": "UNETLoader", "pos": [0, 0], "order": 0, "inputs": [],
-              "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1, 2]}], "widgets_values": ["flux2_dev.safetensors", "default"]},
-             {**box, "id": 2, "type": "CLIPLoader", "pos": [0, 200], "order": 1, "properties": {"ver": "0.3"},
-              "inputs": [slot("clip_name", "COMBO", None, True), slot("type", "COMBO", None, True), slot("device", "COMBO", 3, True)],
-              "outputs": [{"name": "CLIP", "type": "CLIP"}], "widgets_values": ["mistral.safetensors", "flux2", "default"]},
-             {**box, "id": 3, "type": "BasicGuider", "pos": [400, 0], "inputs": [slot("model", "MODEL", 1)]},
-             {**box, "id": 4, "type": "ModelPassThrough", "pos": [400, 200], "inputs": [slot("model", "MODEL", 2)]},
-             {**box, "id": 5, "type": "PrimitiveNode", "pos": [-300, 0], "outputs": [{"name": "COMBO", "type": "COMBO", "links": [3]}]}]
+    nodes = [
+        {
+            **box,
+            "id": 1,
+            "type": "UNETLoader",
+            "pos": [0, 0],
+            "order": 0,
+            "inputs": [],
+            "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1, 2]}],
+            "widgets_values": ["flux2_dev.safetensors", "default"],
+        },
+        {
+            **box,
+            "id": 2,
+            "type": "CLIPLoader",
+            "pos": [0, 200],
+            "order": 1,
+            "properties": {"ver": "0.3"},
+            "inputs": [
+                slot("clip_name", "COMBO", None, True),
+                slot("type", "COMBO", None, True),
+                slot("device", "COMBO", 3, True),
+            ],
+            "outputs": [{"name": "CLIP", "type": "CLIP"}],
+            "widgets_values": ["mistral.safetensors", "flux2", "default"],
+        },
+        {**box, "id": 3, "type": "BasicGuider", "pos": [400, 0], "inputs": [slot("model", "MODEL", 1)]},
+        {**box, "id": 4, "type": "ModelPassThrough", "pos": [400, 200], "inputs": [slot("model", "MODEL", 2)]},
+        {
+            **box,
+            "id": 5,
+            "type": "PrimitiveNode",
+            "pos": [-300, 0],
+            "outputs": [{"name": "COMBO", "type": "COMBO", "links": [3]}],
+        },
+    ]
     links = [[1, 1, 0, 3, 0, "MODEL"], [2, 1, 0, 4, 0, "MODEL"], [3, 5, 0, 2, 2, "COMBO"]]
-    return {"last_node_id": 5, "last_link_id": 3, "nodes": nodes, "links": links, "groups": [], "version": 0.4, **changes}
+    return {
+        "last_node_id": 5,
+        "last_link_id": 3,
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "version": 0.4,
+        **changes,
+    }
 
 
 def by_id(data, identity):
@@ -264,11 +371,26 @@ def test_links_follow_the_slots():
     before = gui()
     after, _ = convert_workflow.convert(before)
     encoder = by_id(after, 2)
-    assert [entry["name"] for entry in encoder["inputs"]] == ["text_encoder_name", "device"] and [3, 5, 0, 2, 1, "COMBO"] in after["links"]
+    assert [entry["name"] for entry in encoder["inputs"]] == ["text_encoder_name", "device"] and [
+        3,
+        5,
+        0,
+        2,
+        1,
+        "COMBO",
+    ] in after["links"]
     assert encoder["widgets_values"] == ["mistral.safetensors", "default"] and "ver" not in encoder["properties"]
     selector = by_id(after, 6)
-    assert selector["inputs"][0]["link"] == 4 and selector["outputs"][0]["links"] == [1, 2] and by_id(after, 1)["outputs"][0]["links"] == [4]
-    assert [link for link in after["links"] if link[5] == "MODEL"] == [[1, 6, 0, 3, 0, "MODEL"], [2, 6, 0, 4, 0, "MODEL"], [4, 1, 0, 6, 0, "MODEL"]]
+    assert (
+        selector["inputs"][0]["link"] == 4
+        and selector["outputs"][0]["links"] == [1, 2]
+        and by_id(after, 1)["outputs"][0]["links"] == [4]
+    )
+    assert [link for link in after["links"] if link[5] == "MODEL"] == [
+        [1, 6, 0, 3, 0, "MODEL"],
+        [2, 6, 0, 4, 0, "MODEL"],
+        [4, 1, 0, 6, 0, "MODEL"],
+    ]
     assert (after["last_node_id"], after["last_link_id"]) == (6, 4)
     assert convert_workflow.undo(after)[0] == before
 
@@ -277,7 +399,10 @@ def test_a_loader_that_saves_more_widgets_than_known_stays():
     before = gui()
     by_id(before, 1)["widgets_values"].append("fp16")
     after, report = convert_workflow.convert(before)
-    assert by_id(after, 1)["type"] == "UNETLoader" and "left UNETLoader 1: it has an input that is not known here (number 3)" in report
+    assert (
+        by_id(after, 1)["type"] == "UNETLoader"
+        and "left UNETLoader 1: it has an input that is not known here (number 3)" in report
+    )
 
 
 def test_the_newest_file_version_keeps_links_as_objects():
@@ -285,7 +410,10 @@ def test_the_newest_file_version_keeps_links_as_objects():
     before["state"] = {"lastNodeId": before.pop("last_node_id"), "lastLinkId": before.pop("last_link_id")}
     before.update(version=1, links=[dict(zip(convert_gui.LINK, link)) for link in before["links"]])
     after, _ = convert_workflow.convert(before)
-    assert after["links"][-1] == dict(zip(convert_gui.LINK, (4, 1, 0, 6, 0, "MODEL"))) and after["state"] == {"lastNodeId": 6, "lastLinkId": 4}
+    assert after["links"][-1] == dict(zip(convert_gui.LINK, (4, 1, 0, 6, 0, "MODEL"))) and after["state"] == {
+        "lastNodeId": 6,
+        "lastLinkId": 4,
+    }
     assert convert_workflow.undo(after)[0] == before
 
 
@@ -302,41 +430,84 @@ def test_a_selector_that_was_cut_off_or_moved_is_taken_out_all_the_same():
 def test_a_connection_that_the_old_node_has_no_place_for_is_refused():
     after, _ = convert_workflow.convert(gui())
     by_id(after, 1)["inputs"] = [slot("memory", "COMBO", 9, True)]
-    with pytest.raises(NotConvertible, match="input memory of Flux2LoadModel 1 is connected, and UNETLoader has no such input"):
+    with pytest.raises(
+        NotConvertible, match="input memory of Flux2LoadModel 1 is connected, and UNETLoader has no such input"
+    ):
         convert_workflow.undo(after)
 
 
 def test_widgets_shown_on_subgraph_nodes_are_renamed_at_every_depth():
-    """A loader in a subgraph in a subgraph, its file name shown on both nodes, and once more by a newer page's notation."""
+    """A loader in a subgraph in a subgraph, its file name shown on both nodes, and once more by a newer page's
+    notation.
+    """
     loader = gui()["nodes"][0]
-    inner = {"id": "inner", "name": "Inner", "nodes": [loader, gui()["nodes"][2]], "links": [dict(zip(convert_gui.LINK, (1, 1, 0, 3, 0, "MODEL")))]}
+    inner = {
+        "id": "inner",
+        "name": "Inner",
+        "nodes": [loader, gui()["nodes"][2]],
+        "links": [dict(zip(convert_gui.LINK, (1, 1, 0, 3, 0, "MODEL")))],
+    }
     loader["outputs"][0]["links"] = [1]
     box = {"pos": [0, 0], "size": [200, 100]}
-    instance = {**box, "id": 7, "type": "inner", "properties": {"proxyWidgets": [["1", "unet_name"], ["1", "weight_dtype"]]}}
+    instance = {
+        **box,
+        "id": 7,
+        "type": "inner",
+        "properties": {"proxyWidgets": [["1", "unet_name"], ["1", "weight_dtype"]]},
+    }
     outer = {"id": "outer", "name": "Outer", "nodes": [instance], "links": []}
-    top = {**box, "id": 8, "type": "outer", "properties": {"proxyWidgets": [["7", "1: unet_name"], ["7", "unet_name"], ["9", "unet_name"]]}}
+    top = {
+        **box,
+        "id": 8,
+        "type": "outer",
+        "properties": {"proxyWidgets": [["7", "1: unet_name"], ["7", "unet_name"], ["9", "unet_name"]]},
+    }
     before = {"nodes": [top], "links": [], "definitions": {"subgraphs": [outer, inner]}, "version": 0.4}
     after, _ = convert_workflow.convert(before)
     shown = [node["properties"]["proxyWidgets"] for node in nodes_in(after) if "proxyWidgets" in node["properties"]]
-    assert shown == [[["7", "1: model_name"], ["7", "model_name"], ["9", "unet_name"]], [["1", "model_name"], ["1", "weight_dtype"]]]
+    assert shown == [
+        [["7", "1: model_name"], ["7", "model_name"], ["9", "unet_name"]],
+        [["1", "model_name"], ["1", "weight_dtype"]],
+    ]
     assert convert_workflow.undo(after)[0] == before
 
 
 def test_a_new_selector_covers_nothing():
     """Neither nodes nor the frame of a group, however tight the place is."""
     before = gui()
-    before["nodes"] += [{"id": 100 + i, "type": "Note", "pos": [310 * (i % 5) - 600, 150 * (i // 5) - 450], "size": [290, 100]} for i in range(30)]
-    before["groups"] = [{"title": "g", "bounding": [-700, -700, 400, 400]}, {"title": "h", "bounding": [-2000, -2000, 9000, 9000]}]
+    before["nodes"] += [
+        {"id": 100 + i, "type": "Note", "pos": [310 * (i % 5) - 600, 150 * (i // 5) - 450], "size": [290, 100]}
+        for i in range(30)
+    ]
+    before["groups"] = [
+        {"title": "g", "bounding": [-700, -700, 400, 400]},
+        {"title": "h", "bounding": [-2000, -2000, 9000, 9000]},
+    ]
     after, _ = convert_workflow.convert(before)
     new = convert_layout.box(next(node for node in after["nodes"] if node["type"] == "Flux2SelectAttention"))
     assert not any(convert_layout.touch(new, convert_layout.box(node)) for node in before["nodes"])
-    assert not convert_layout.touch(new, (-700, -700, -300, -300)) and convert_layout.inside(new, (-2000, -2000, 7000, 7000))
+    assert not convert_layout.touch(new, (-700, -700, -300, -300)) and convert_layout.inside(
+        new, (-2000, -2000, 7000, 7000)
+    )
 
 
 # --- bad files and the command line ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("data", [[], {}, 7, None, "text", {"nodes": 3, "links": []}, {"1": {"class_type": 3, "inputs": {}}},
-                                  {"nodes": [1, 2], "links": []}, {"nodes": [{"id": 1, "type": "UNETLoader"}], "links": [[1]]}])
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {},
+        7,
+        None,
+        "text",
+        {"nodes": 3, "links": []},
+        {"1": {"class_type": 3, "inputs": {}}},
+        {"nodes": [1, 2], "links": []},
+        {"nodes": [{"id": 1, "type": "UNETLoader"}], "links": [[1]]},
+    ],
+)
 def test_what_is_no_workflow_is_refused(data):
     for action in (convert_workflow.convert, convert_workflow.undo):
         with pytest.raises(NotConvertible, match="no ComfyUI workflow|damaged|Nothing to"):
@@ -367,19 +538,35 @@ def test_damaged_files_never_break_the_converter():
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, SCRIPTS / "convert_workflow.py", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "convert_workflow.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_the_command_line_writes_beside_the_file_and_overwrites_nothing(tmp_path):
     file = tmp_path / "mine.json"
     file.write_bytes(official_files()["image_flux2_text_to_image"].read_bytes())
     done = command(file, "--backend", "sdpa")
-    assert done.returncode == 0 and "replaced UNETLoader 12 in Text to Image (Flux.2 Dev) by Flux2LoadModel" in done.stdout and "wrote" in done.stdout
+    assert (
+        done.returncode == 0
+        and "replaced UNETLoader 12 in Text to Image (Flux.2 Dev) by Flux2LoadModel" in done.stdout
+        and "wrote" in done.stdout
+    )
     converted = tmp_path / "mine-attention.json"
     assert ["sdpa"] in [entry.get("widgets_values") for entry in nodes_in(json.loads(converted.read_text()))]
     again = command(file)
-    assert again.returncode == 1 and again.stderr.startswith("convert_workflow: ") and "exists already; name the result with -o" in again.stderr
-    assert command(converted, "--undo").returncode == 0 and (tmp_path / "mine-original.json").read_bytes() == file.read_bytes()
+    assert (
+        again.returncode == 1
+        and again.stderr.startswith("convert_workflow: ")
+        and "exists already; name the result with -o" in again.stderr
+    )
+    assert (
+        command(converted, "--undo").returncode == 0
+        and (tmp_path / "mine-original.json").read_bytes() == file.read_bytes()
+    )
     piped = command(converted, "--undo", "-o", "-")
     assert piped.stdout.encode() == file.read_bytes() and "went back" in piped.stderr
 
@@ -396,11 +583,26 @@ def test_the_way_back_keeps_the_ends_of_lines(tmp_path, newline):
 def test_a_console_without_unicode_stops_nothing(tmp_path):
     """Windows gives a pipe the letters of one region only; JSON is UTF-8 everywhere."""
     file = tmp_path / "图.json"
-    file.write_text(json.dumps({"1": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux2 图.safetensors"}}}, ensure_ascii=False), encoding="utf-8")
+    file.write_text(
+        json.dumps(
+            {"1": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux2 图.safetensors"}}}, ensure_ascii=False
+        ),
+        encoding="utf-8",
+    )
     console = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    piped, beside = (subprocess.run([sys.executable, SCRIPTS / "convert_workflow.py", file, *output], capture_output=True, timeout=60, env=console)
-                     for output in (["-o", "-"], []))
-    assert json.loads(piped.stdout)["1"]["inputs"]["model_name"] == "flux2 图.safetensors" and beside.returncode == 0, (piped.stderr, beside.stderr)
+    piped, beside = (
+        subprocess.run(
+            [sys.executable, SCRIPTS / "convert_workflow.py", file, *output],
+            capture_output=True,
+            timeout=60,
+            env=console,
+        )
+        for output in (["-o", "-"], [])
+    )
+    assert json.loads(piped.stdout)["1"]["inputs"]["model_name"] == "flux2 图.safetensors" and beside.returncode == 0, (
+        piped.stderr,
+        beside.stderr,
+    )
 
 
 def test_the_command_line_refuses_in_one_sentence(tmp_path):
@@ -408,17 +610,26 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path):
     Image.new("RGB", (8, 8)).save(picture)
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 100_000)
-    for file, said in ((tmp_path / "none.json", "cannot be read"), (picture, "is not a workflow"), (deep, "is not a workflow"),
-                       (official_folder() / "api_flux2.json", "There are none in this workflow")):
+    for file, said in (
+        (tmp_path / "none.json", "cannot be read"),
+        (picture, "is not a workflow"),
+        (deep, "is not a workflow"),
+        (official_folder() / "api_flux2.json", "There are none in this workflow"),
+    ):
         done = command(file)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
     done = command(official_files()["image_flux2"], "-o", tmp_path)
     assert done.returncode == 1 and done.stderr == f"convert_workflow: {tmp_path} cannot be written (Is a directory).\n"
     done = command(official_files()["image_flux2"], "--backend", "flash9", "-o", "-")
-    assert done.returncode == 1 and "no attention backend 'flash9'. The backends are: auto, sdpa," in done.stderr and not done.stdout
+    assert (
+        done.returncode == 1
+        and "no attention backend 'flash9'. The backends are: auto, sdpa," in done.stderr
+        and not done.stdout
+    )
 
 
 # --- in the page and on the server -----------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def page(official_server, shared_page):
@@ -428,23 +639,35 @@ def page(official_server, shared_page):
 
 def digests(prompt):
     """What an API workflow computes, whatever its node ids: a digest for each node that nothing reads."""
-    known, used = {}, {value[0] for entry in prompt.values() for value in entry["inputs"].values() if isinstance(value, list)}
+    known, used = (
+        {},
+        {value[0] for entry in prompt.values() for value in entry["inputs"].values() if isinstance(value, list)},
+    )
 
     def digest(key):
         if key not in known:
-            inputs = {name: [digest(value[0]), value[1]] if isinstance(value, list) else value for name, value in prompt[key]["inputs"].items()}
-            known[key] = hashlib.sha256(json.dumps([prompt[key]["class_type"], inputs], sort_keys=True).encode()).hexdigest()
+            inputs = {
+                name: [digest(value[0]), value[1]] if isinstance(value, list) else value
+                for name, value in prompt[key]["inputs"].items()
+            }
+            known[key] = hashlib.sha256(
+                json.dumps([prompt[key]["class_type"], inputs], sort_keys=True).encode()
+            ).hexdigest()
         return known[key]
+
     return sorted(digest(key) for key in prompt if key not in used)
 
 
 def said_inputs(prompt):
     """The page gives every widget of our nodes; a converted API workflow leaves the rest to their defaults."""
-    said = {row.new: {*row.names().values(), *row.added} for row in LOADERS.values()} | {"Flux2SelectAttention": {"model", "backend"}}
+    said = {row.new: {*row.names().values(), *row.added} for row in LOADERS.values()} | {
+        "Flux2SelectAttention": {"model", "backend"}
+    }
 
     def cut(entry):
         wanted = said.get(entry["class_type"], entry["inputs"])
         return {**entry, "inputs": {name: value for name, value in entry["inputs"].items() if name in wanted}}
+
     return {key: cut(entry) for key, entry in prompt.items()}
 
 
@@ -475,16 +698,24 @@ def test_the_page_opens_both_formats_alike_and_the_way_back_from_what_it_saves(p
         if entry["class_type"] in OURS:
             with urllib.request.urlopen(f"{server.url}/object_info/{entry['class_type']}") as answer:
                 inputs = json.load(answer)[entry["class_type"]]["input"]["optional"]
-            assert {value: entry["inputs"][value] for value in inputs} == {value: options[1]["default"] for value, options in inputs.items()}
+            assert {value: entry["inputs"][value] for value in inputs} == {
+                value: options[1]["default"] for value, options in inputs.items()
+            }
 
 
 def overlaps(page):
     """Pairs of titles of nodes that lie on each other, on the canvas and in subgraphs."""
     boxes = page.js("""
         const graphs = [app.graph, ...app.graph.subgraphs.values()];
-        return graphs.map(graph => graph.nodes.map(node => [String(node.id), node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]));""")
-    return [{a[0], b[0]} for part in boxes for i, a in enumerate(part) for b in part[:i]
-            if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]]
+        return graphs.map(graph => graph.nodes.map(node => [String(node.id), node.pos[0], node.pos[1] - 30, \
+node.size[0], node.size[1] + 30]));""")
+    return [
+        {a[0], b[0]}
+        for part in boxes
+        for i, a in enumerate(part)
+        for b in part[:i]
+        if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]
+    ]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -496,13 +727,16 @@ def test_on_the_canvas_nothing_new_lies_on_something(page, name):
 
 
 def small(prompt):
-    """The API workflow with pictures of 64 to 128 pixels, one prompt (ComfyUI keeps it encoded) and one step, two where the second reads a KV cache;
-    a latent is saved for every sampler."""
+    """The API workflow with pictures of 64 to 128 pixels, one prompt (ComfyUI keeps it encoded) and one step, two where
+    the second reads a KV cache; a latent is saved for every sampler.
+    """
     steps = 2 if any(entry["class_type"] == "FluxKVCache" for entry in prompt.values()) else 1
     made = copy.deepcopy(prompt)
     for entry in made.values():
         for name, value in entry["inputs"].items():
-            if type(value) is int and (name in ("width", "height") or (entry["class_type"] == "PrimitiveInt" and value >= 256)):
+            if type(value) is int and (
+                name in ("width", "height") or (entry["class_type"] == "PrimitiveInt" and value >= 256)
+            ):
                 entry["inputs"][name] = 64
             elif type(value) is int and (name == "steps" or entry["class_type"] == "PrimitiveInt"):
                 entry["inputs"][name] = steps
@@ -511,7 +745,9 @@ def small(prompt):
             elif name == "text" and value:
                 entry["inputs"][name] = "a cat"
     samplers = [key for key, entry in made.items() if entry["class_type"] == "SamplerCustomAdvanced"]
-    return made | {f"latent-{key}": node("SaveLatent", samples=[key, 0], filename_prefix="latents/official") for key in samplers}
+    return made | {
+        f"latent-{key}": node("SaveLatent", samples=[key, 0], filename_prefix="latents/official") for key in samplers
+    }
 
 
 def core_side(prompt):
@@ -526,10 +762,18 @@ def core_side(prompt):
 def drawn(server, prompt):
     """({node id: latent}, {node id: picture as an array}) in the order of the graph."""
     outputs = run(server, small(prompt)).outputs
-    files = {key: server.base / "output" / entry["subfolder"] / entry["filename"] for key, output in outputs.items()
-             for entry in [*output.get("latents", []), *output.get("images", [])] if entry["type"] == "output"}
+    files = {
+        key: server.base / "output" / entry["subfolder"] / entry["filename"]
+        for key, output in outputs.items()
+        for entry in [*output.get("latents", []), *output.get("images", [])]
+        if entry["type"] == "output"
+    }
     latents = [load_file(files[key])["latent_tensor"] for key in sorted(files) if files[key].suffix == ".latent"]
-    return latents, [numpy.asarray(Image.open(files[key]).convert("RGB")).astype(int) for key in sorted(files) if files[key].suffix == ".png"]
+    return latents, [
+        numpy.asarray(Image.open(files[key]).convert("RGB")).astype(int)
+        for key in sorted(files)
+        if files[key].suffix == ".png"
+    ]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -538,9 +782,11 @@ def test_it_draws_what_the_original_draws(server, page, name):
     if name == "image_flux2_klein_text_to_image":
         data = all_on(data)  # base and distilled in one file
     if name == "image_flux2_fp8":
-        next(entry for entry in nodes_in(data) if entry["type"] == "PrimitiveBoolean")["widgets_values"] = [True]  # with the LoRA
+        # with the LoRA
+        next(entry for entry in nodes_in(data) if entry["type"] == "PrimitiveBoolean")["widgets_values"] = [True]
     theirs = drawn(server, core_side(opened(page, data)))
-    ours = drawn(server, said_inputs(opened(page, convert_workflow.convert(data)[0])))  # the same inputs of the encoder: ComfyUI keeps its output
+    # the same inputs of the encoder: ComfyUI keeps its output
+    ours = drawn(server, said_inputs(opened(page, convert_workflow.convert(data)[0])))
     assert len(theirs[0]) == len(ours[0]) == len(theirs[1]) == len(ours[1]) > 0
     for latent, reference in zip(ours[0], theirs[0]):
         assert (latent - reference).abs().max() <= SAME * reference.abs().max()

@@ -1,4 +1,8 @@
-"""The text encoder's own attention choice: the same conditioning, only on this CLIP, kept when ComfyUI loads the weights again."""
+"""The text encoder's own attention choice: the same conditioning, only on this CLIP, kept when ComfyUI loads the
+weights
+again.
+"""
+
 import pytest
 import torch
 
@@ -6,11 +10,13 @@ import torch
 @pytest.fixture(scope="module")
 def nodes(comfy):
     from flux2_pack.nodes import attention
+
     return attention
 
 
 def load(small_models):
     from flux2_pack.flux2.loading import load
+
     return load.load_text_encoder(str(small_models["text_encoder"]))
 
 
@@ -33,7 +39,9 @@ def test_the_conditioning_is_cores(nodes, small_models, backend):
 
 def test_default_leaves_the_encoder_alone(nodes, small_models):
     clip = nodes.choose_encoder_attention(load(small_models), "default")
-    assert "ComfyUI's own" in nodes.encoder_report(clip) and not any(m._forward_pre_hooks for m in clip.cond_stage_model.modules())
+    assert "ComfyUI's own" in nodes.encoder_report(clip) and not any(
+        m._forward_pre_hooks for m in clip.cond_stage_model.modules()
+    )
 
 
 def test_weights_that_are_loaded_again_keep_the_choice(nodes, small_models):
@@ -55,6 +63,7 @@ def test_a_backend_that_cannot_run_here_is_refused(nodes, small_models):
 
 def test_an_encoder_whose_layers_do_not_take_attention_is_explained(nodes):
     from flux2_pack.flux2.loading import encoder_attention
+
     clip = type("Clip", (), {"cond_stage_model": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="cannot be chosen"):
         encoder_attention.install(clip, None)

@@ -1,4 +1,7 @@
-"""Fused blocks: against core's in Triton's interpreter, and compiled for GPUs that are not here. Both in processes of their own."""
+"""Fused blocks: against core's in Triton's interpreter, and compiled for GPUs that are not here. Both in processes of
+their own.
+"""
+
 import json
 import os
 from pathlib import Path
@@ -11,13 +14,24 @@ HERE = Path(__file__).parent
 
 
 def run(words, tmp_path, interpret):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *words], env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=1500)
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "TRITON_INTERPRET": interpret,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        [sys.executable, *words], env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=1500
+    )
 
 
 def test_fused_blocks_equal_cores_in_the_interpreter(small_models, tmp_path):
     pytest.importorskip("triton")
-    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "fast_blocks_interpreted.py"], tmp_path, "1")
+    done = run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "fast_blocks_interpreted.py"],
+        tmp_path,
+        "1",
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
 

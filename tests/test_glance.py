@@ -1,4 +1,7 @@
-"""The short line about a run, the list of backends, and the answers of the status routes; without a server and without ComfyUI's models."""
+"""The short line about a run, the list of backends, and the answers of the status routes; without a server and without
+ComfyUI's models.
+"""
+
 import asyncio
 import json
 import threading
@@ -61,12 +64,23 @@ def test_a_model_that_asks_for_no_attention():
     assert line(chosen, sampled(chosen, calls=0)) == {"state": "nothing", "text": "sdpa · not asked by this model"}
 
 
-@pytest.mark.parametrize("error, state, text", [
-    ("InterruptProcessingException", "cancelled", "sdpa · cancelled"),
-    ("InterruptProcessingException: stop", "cancelled", "sdpa · cancelled"),
-    ("RuntimeError: out of luck\nmore", "failed", "sdpa stopped: out of luck"),
-    ("KeyError", "failed", "sdpa stopped: KeyError"),
-    ("AttentionRefused: Attention backend 'sdpa' cannot run here:\n- It needs a GPU.\n- It needs luck.\nBuy one.", "failed", "sdpa refused: It needs a GPU.")])
+@pytest.mark.parametrize(
+    "error, state, text",
+    [
+        ("InterruptProcessingException", "cancelled", "sdpa · cancelled"),
+        ("InterruptProcessingException: stop", "cancelled", "sdpa · cancelled"),
+        ("RuntimeError: out of luck\nmore", "failed", "sdpa stopped: out of luck"),
+        ("KeyError", "failed", "sdpa stopped: KeyError"),
+        (
+            (
+                "AttentionRefused: Attention backend 'sdpa' cannot run here:\n- It needs a GPU.\n- It needs luck.\nBuy "
+                "one."
+            ),
+            "failed",
+            "sdpa refused: It needs a GPU.",
+        ),
+    ],
+)
 def test_a_run_that_stopped(error, state, text):
     chosen = Selection("sdpa")
     assert line(chosen, sampled(chosen, error=error)) == {"state": state, "text": text}
@@ -76,7 +90,10 @@ def test_the_listener_hears_the_kernel_after_the_first_forward_pass_and_the_end(
     chosen, heard = Selection("auto"), []
     chosen.log.listener = lambda run: heard.append(line(chosen, run))
     sampled(chosen, steps=4)
-    assert [(h["state"], h["text"]) for h in heard] == [("running", "auto → sdpa · running"), ("ran", "auto → sdpa · 12 calls")]
+    assert [(h["state"], h["text"]) for h in heard] == [
+        ("running", "auto → sdpa · running"),
+        ("ran", "auto → sdpa · 12 calls"),
+    ]
 
 
 def test_a_listener_that_fails_does_not_stop_the_sampling(caplog):
@@ -84,6 +101,7 @@ def test_a_listener_that_fails_does_not_stop_the_sampling(caplog):
 
     def broken(run):
         raise OSError("the page is gone")
+
     chosen.log.listener = broken
     assert sampled(chosen).calls == 6 and "could not be shown" in caplog.text
 
@@ -96,6 +114,7 @@ def test_forward_passes_outside_a_sampling_are_no_news():
 
 # --- backends on this machine
 
+
 def test_every_backend_is_listed_once_with_a_reason_or_a_version():
     found = backends_here.overview(torch.device("cpu"))
     assert sorted(row["backend"] for row in found["backends"]) == sorted(registry.ROWS)
@@ -103,14 +122,19 @@ def test_every_backend_is_listed_once_with_a_reason_or_a_version():
         assert (row["state"] == backends_here.HERE) == (not row["reasons"]) == bool(row["version"])
         assert bool(row["install"]) == (row["state"] == backends_here.MISSING)
     states = [row["state"] for row in found["backends"]]
-    assert states[0] == backends_here.HERE and states == sorted(states, key=(backends_here.HERE, backends_here.MISSING, backends_here.ELSEWHERE).index)
+    assert states[0] == backends_here.HERE and states == sorted(
+        states, key=(backends_here.HERE, backends_here.MISSING, backends_here.ELSEWHERE).index
+    )
 
 
 def test_an_install_command_names_the_python_that_runs_this(monkeypatch):
     monkeypatch.setattr(backends_here.sys, "executable", "/opt/portable python/bin/python3")
     monkeypatch.setattr(registry, "_modules", {"flash4": (None, "ModuleNotFoundError: No module named 'flash_attn'")})
     row = backends_here.entry("flash4", registry.describe("cpu").__class__("nvidia", "sm90", "NVIDIA H200"))
-    assert row["state"] == backends_here.MISSING and row["command"] == '"/opt/portable python/bin/python3" -m pip install --pre flash-attn-4'
+    assert (
+        row["state"] == backends_here.MISSING
+        and row["command"] == '"/opt/portable python/bin/python3" -m pip install --pre flash-attn-4'
+    )
     assert "No module named" in row["reasons"][0]
     assert backends_here.pip_command(registry.AITER_INSTALL) == "", "a sentence about sources is not a command"
 
@@ -118,8 +142,12 @@ def test_an_install_command_names_the_python_that_runs_this(monkeypatch):
 @pytest.mark.parametrize("slug", registry.ROWS)
 def test_hardware_reads_like_the_readme(slug):
     from pack import ROOT
+
     row = registry.row(slug)
-    assert f"| `{slug}` | {row.library}: {row.summary} | {backends_here.hardware_text(row.hardware)} |" in (ROOT / "README.md").read_text()
+    assert (
+        f"| `{slug}` | {row.library}: {row.summary} | {backends_here.hardware_text(row.hardware)} |"
+        in (ROOT / "README.md").read_text()
+    )
 
 
 def test_the_test_call_of_every_backend_is_not_remembered(monkeypatch):
@@ -127,21 +155,32 @@ def test_the_test_call_of_every_backend_is_not_remembered(monkeypatch):
     found = backends_here.test_all(torch.device("cpu"))
     assert found["tested"] == {"sdpa": [], "sdpa-flash": [], "sdpa-math": []} and registry._probes == {}
     text = backends_here.as_text(found)
-    assert all(slug in text for slug in registry.ROWS) and text.count("test call passed") == 3 and torch.__version__ in text
+    assert (
+        all(slug in text for slug in registry.ROWS)
+        and text.count("test call passed") == 3
+        and torch.__version__ in text
+    )
 
 
 # --- the routes
+
 
 @pytest.fixture
 def routes(comfy, monkeypatch):
     """The handlers that the pack registers, by method and address, and the server that they see."""
     from flux2_pack.nodes import status
+
     handlers, sent = {}, []
 
     def register(method):
         return lambda path: lambda handler: handlers.setdefault((method, path), handler)
-    server = types.SimpleNamespace(routes=types.SimpleNamespace(get=register("GET"), post=register("POST")), client_id="page",
-                                   send_sync=lambda *message: sent.append(message), prompt_queue=types.SimpleNamespace(get_tasks_remaining=lambda: 0))
+
+    server = types.SimpleNamespace(
+        routes=types.SimpleNamespace(get=register("GET"), post=register("POST")),
+        client_id="page",
+        send_sync=lambda *message: sent.append(message),
+        prompt_queue=types.SimpleNamespace(get_tasks_remaining=lambda: 0),
+    )
     monkeypatch.setattr(status, "running_server", lambda: server)
     status.add_routes()
     return types.SimpleNamespace(status=status, handlers=handlers, server=server, sent=sent)
@@ -150,6 +189,7 @@ def routes(comfy, monkeypatch):
 def ask(routes, method, path, **match):
     async def work():
         return await routes.handlers[method, path](types.SimpleNamespace(match_info=match))
+
     answer = asyncio.run(work())
     return answer.status, json.loads(answer.body)
 
@@ -157,12 +197,19 @@ def ask(routes, method, path, **match):
 def test_a_sampling_is_told_to_the_page_that_queued_it(routes):
     chosen = Selection("auto")
     token = routes.status.follow(chosen)
-    assert ask(routes, "GET", routes.status.STATUS_ROUTE, token=token) == (200, {"token": token, "state": "waiting", "text": "", "report": ""})
+    assert ask(routes, "GET", routes.status.STATUS_ROUTE, token=token) == (
+        200,
+        {"token": token, "state": "waiting", "text": "", "report": ""},
+    )
     sampled(chosen)
-    assert routes.sent == [("flux2_attention_status", {"token": token, "state": state, "text": f"auto → sdpa · {end}"}, "page")
-                           for state, end in (("running", "running"), ("ran", "6 calls"))]
+    assert routes.sent == [
+        ("flux2_attention_status", {"token": token, "state": state, "text": f"auto → sdpa · {end}"}, "page")
+        for state, end in (("running", "running"), ("ran", "6 calls"))
+    ]
     code, answer = ask(routes, "GET", routes.status.STATUS_ROUTE, token=token)
-    assert code == 200 and answer["text"] == "auto → sdpa · 6 calls" and answer["report"] == chosen.log.current.as_text()
+    assert (
+        code == 200 and answer["text"] == "auto → sdpa · 6 calls" and answer["report"] == chosen.log.current.as_text()
+    )
 
 
 def test_without_a_page_nothing_is_sent(routes):
@@ -197,6 +244,7 @@ def test_slow_libraries_do_not_block_the_server(routes, monkeypatch):
             await asyncio.sleep(0.02)
             ticks += 1
         return ticks
+
     assert asyncio.run(work()) > 2 and seen == [False]
 
 
@@ -208,4 +256,9 @@ def test_no_test_call_while_a_job_runs(routes):
 
 def test_the_list_over_http(routes):
     code, answer = ask(routes, "GET", routes.status.BACKENDS_ROUTE)
-    assert code == 200 and len(answer["backends"]) == len(registry.ROWS) and "PyTorch" in answer["machine"] and "sdpa-math" in answer["text"]
+    assert (
+        code == 200
+        and len(answer["backends"]) == len(registry.ROWS)
+        and "PyTorch" in answer["machine"]
+        and "sdpa-math" in answer["text"]
+    )

@@ -1,9 +1,13 @@
-"""Help: a page for every node that ComfyUI's page shows, words that find every node, and errors that lead to the section that explains them.
+"""Help: a page for every node that ComfyUI's page shows, words that find every node, and errors that lead to the
+section
+that explains them.
 
   bash scripts/test.sh tests/test_help.py
 
-The errors are provoked through the pack's own code. Not covered: whether a page is a good one, and links on the web, which need a published repository.
+The errors are provoked through the pack's own code. Not covered: whether a page is a good one, and links on the web,
+which need a published repository.
 """
+
 import ast
 import asyncio
 import contextlib
@@ -31,6 +35,7 @@ NO_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 def nodes(comfy):
     """{node id: node class}, as ComfyUI gets them."""
     from flux2_pack import nodes
+
     extension = asyncio.run(nodes.comfy_entrypoint())
     return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
 
@@ -43,14 +48,19 @@ def infos(nodes):
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
+
 def page_of(name):
     return (PAGES / f"{name}.md").read_text()
 
 
 def displayed_names(info):
     """What the page calls the inputs and outputs of a node."""
-    inputs = {name: options for kind in ("required", "optional") for name, options in info["input"].get(kind, {}).items()}
-    return [(options[1] if len(options) > 1 else {}).get("display_name") or name for name, options in inputs.items()] + list(info["output_name"])
+    inputs = {
+        name: options for kind in ("required", "optional") for name, options in info["input"].get(kind, {}).items()
+    }
+    return [
+        (options[1] if len(options) > 1 else {}).get("display_name") or name for name, options in inputs.items()
+    ] + list(info["output_name"])
 
 
 def test_every_node_has_a_page_and_every_page_a_node(nodes):
@@ -58,7 +68,10 @@ def test_every_node_has_a_page_and_every_page_a_node(nodes):
 
 
 def test_pages_name_every_input_and_output(infos):
-    lacking = {name: [shown for shown in displayed_names(info) if f"`{shown}`" not in page_of(name)] for name, info in infos.items()}
+    lacking = {
+        name: [shown for shown in displayed_names(info) if f"`{shown}`" not in page_of(name)]
+        for name, info in infos.items()
+    }
     assert not any(lacking.values()), lacking
 
 
@@ -112,11 +125,16 @@ def test_the_page_shows_them(shared_page, infos):
         shared_page.js(OPEN_HELP, name)
         shared_page.wait_for("!!document.querySelector('[data-testid=info-button]')")
         shared_page.js("document.querySelector('[data-testid=info-button]').click()")
-        shared_page.wait_for("document.querySelector('.node-help-content h1')?.innerText === args[0]", arguments=[info["display_name"]])
+        shared_page.wait_for(
+            "document.querySelector('.node-help-content h1')?.innerText === args[0]", arguments=[info["display_name"]]
+        )
         shown = shared_page.js("return document.querySelector('.node-help-content').innerText")
         assert "Limits" in shown and all(name in shown for name in displayed_names(info)), name
         pictures = len(NO_PICTURE.findall(page_of(name)))
-        loaded = "[...document.querySelectorAll('.node-help-content img')].filter(image => image.complete && image.naturalWidth > 100).length"
+        loaded = (
+            "[...document.querySelectorAll('.node-help-content img')].filter(image => image.complete && "
+            "image.naturalWidth > 100).length"
+        )
         shared_page.wait_for(f"{loaded} === args[0]", arguments=[pictures])
 
 
@@ -133,17 +151,26 @@ def test_model_info_shows_its_text_on_the_node(shared_page, model_files):
     shared_page.js(RUN_INFO, f"vae/{model_files['vae'][0].name}")
     shared_page.run()
     shared_page.fit()
-    shared_page.wait_for("[...document.querySelectorAll('textarea')].some(box => box.value.includes('Goes into: Load FLUX.2 VAE'))")
+    shared_page.wait_for(
+        "[...document.querySelectorAll('textarea')].some(box => box.value.includes('Goes into: Load FLUX.2 VAE'))"
+    )
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
 
-TYPED = [("flash attention", "Flux2SelectAttention"), ("aiter", "Flux2SelectAttention"), ("rocm", "Flux2SelectAttention"),
-         ("sage attention", "Flux2SelectAttention"), ("sage", "Flux2SelectAttention"), ("multi gpu", "Flux2SequenceParallel")]
+TYPED = [
+    ("flash attention", "Flux2SelectAttention"),
+    ("aiter", "Flux2SelectAttention"),
+    ("rocm", "Flux2SelectAttention"),
+    ("sage attention", "Flux2SelectAttention"),
+    ("sage", "Flux2SelectAttention"),
+    ("multi gpu", "Flux2SequenceParallel"),
+]
 ADD_BOX = "document.activeElement?.getAttribute('role') === 'combobox'"
 RESULTS = "[...document.querySelectorAll('[data-testid=result-item]')].map(item => item.innerText)"
 INDEX = """
-const found = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef').nodeSearchService;
+const page = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
+const found = page.$pinia._s.get('nodeDef').nodeSearchService;
 return Object.fromEntries(args[0].map(text => [text, found.searchNode(text, [], {limit: 64}).map(({name}) => name)]));
 """
 
@@ -151,6 +178,7 @@ return Object.fromEntries(args[0].map(text => [text, found.searchNode(text, [], 
 def type_into_search(page, text):
     """Double-click the empty canvas and type; leaves the dialog open."""
     from selenium.webdriver.common.action_chains import ActionChains
+
     for _ in range(5):  # a dialog that is still closing swallows a click
         mouse = ActionChains(page.driver)
         mouse.w3c_actions.pointer_action.move_to_location(400, 900)
@@ -164,6 +192,7 @@ def type_into_search(page, text):
 
 def close_search(page):
     from selenium.webdriver.common.keys import Keys
+
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.wait_for(f"!({ADD_BOX})")
 
@@ -186,6 +215,7 @@ def test_every_alias_finds_its_node(shared_page, infos):
 
 # --- errors: the table and the page ----------------------------------------------------------------------------------
 
+
 def anchor(heading):
     """The anchor that GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -202,11 +232,14 @@ def test_every_section_belongs_to_errors_and_every_error_to_a_section():
 
 def test_links_on_the_page_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", TROUBLES):
-        assert target[1:] in SECTIONS if target.startswith("#") else (ROOT / "docs" / target.split("#")[0]).is_file(), target
+        assert target[1:] in SECTIONS if target.startswith("#") else (ROOT / "docs" / target.split("#")[0]).is_file(), (
+            target
+        )
 
 
 KINDS = ("ValueError", "CheckpointError", "RuntimeError")
-INTERNAL = ("flux2/prompts/cache.py", "flux2/fused/kernels/", "attention/adapter.py", "attention/parallel/")  # caught, or shown inside other sentences
+# caught, or shown inside other sentences
+INTERNAL = ("flux2/prompts/cache.py", "flux2/fused/kernels/", "attention/adapter.py", "attention/parallel/")
 
 
 def sentence(node):
@@ -226,23 +259,38 @@ def raised():
         for file in sorted((ROOT / folder).rglob("*.py")):
             place = str(file.relative_to(ROOT))
             for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in KINDS and node.args and not place.startswith(INTERNAL):
+                if (
+                    isinstance(node, ast.Call)
+                    and getattr(node.func, "id", "") in KINDS
+                    and node.args
+                    and not place.startswith(INTERNAL)
+                ):
                     yield f"{place}:{node.lineno}", node.func.id, sentence(node.args[0])
 
 
 def test_every_sentence_that_is_raised_has_a_section():
-    """A new one needs a row in flux2/error_links.py and a section in docs/troubleshooting.md, or fits into one that is there."""
-    assert [(place, text) for place, kind, text in raised() if len(text) > 20 and error_links.section_of(f"{kind}: {text}") is None] == []
+    """A new one needs a row in flux2/error_links.py and a section in docs/troubleshooting.md, or fits into one that is
+    there.
+    """
+    assert [
+        (place, text)
+        for place, kind, text in raised()
+        if len(text) > 20 and error_links.section_of(f"{kind}: {text}") is None
+    ] == []
 
 
 # --- errors: each section is reached by one that really happens -------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def tools(comfy, nodes, small_models, tmp_path_factory):
     """What the errors below are made with."""
     from flux2_pack.flux2.loading import load
+
     folder = tmp_path_factory.mktemp("troubles")
-    return SimpleNamespace(nodes=nodes, files=small_models, folder=folder, load=load, model=load.load_model(small_models["model"]))
+    return SimpleNamespace(
+        nodes=nodes, files=small_models, folder=folder, load=load, model=load.load_model(small_models["model"])
+    )
 
 
 def write(tools, name, tensors, metadata=None):
@@ -257,6 +305,7 @@ def number_format_that_no_kernel_takes(tools):
     """As in a sampling: the model calls the selection, inside the sampler's wrapper."""
     from flux2_pack.attention import dispatch
     from flux2_pack.flux2 import attention_slot
+
     chosen, q = dispatch.Selection("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
     attention_slot.during_sampling(chosen)(lambda *args: chosen.attend(q, q, q), None, None, None, [1, 0])
 
@@ -266,12 +315,14 @@ def out_of_memory(tools):
     from flux2_pack.flux2 import attention_slot
 
     def sample(*args):
-        return torch.empty(2 ** 50)
+        return torch.empty(2**50)
+
     attention_slot.during_sampling(dispatch.Selection("sdpa"))(sample, None, None, None, [1, 0])
 
 
 def encoder_without_the_argument(tools):
     from flux2_pack.flux2.loading import encoder_attention
+
     with error_links.links():
         encoder_attention.install(SimpleNamespace(cond_stage_model=torch.nn.Linear(1, 1)), None)
 
@@ -285,8 +336,11 @@ def encoder_without_tokenizer(tools):
 
 def prompt_of_another_encoder(tools):
     import comfy.sample
+
     positive = [[torch.zeros(1, 8, 7680), {}]]
-    comfy.sample.sample(tools.model, torch.zeros(1, 128, 4, 4), 1, 1.0, "euler", "simple", positive, positive, torch.zeros(1, 128, 4, 4))
+    comfy.sample.sample(
+        tools.model, torch.zeros(1, 128, 4, 4), 1, 1.0, "euler", "simple", positive, positive, torch.zeros(1, 128, 4, 4)
+    )
 
 
 def improve_with_the_small_file(tools):
@@ -298,6 +352,7 @@ def in_links(work):
     def wrapped(tools):
         with error_links.links():
             work(tools)
+
     return wrapped
 
 
@@ -308,6 +363,7 @@ def quantised_by_bitsandbytes(tools):
 
 def unknown_to_comfyui(tools):
     import comfy.sd
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda *args: None)
         tools.load.load_model(tools.files["model"])
@@ -325,6 +381,7 @@ def benchmark_of_no_size(tools):
 
 def too_many_references(tools):
     from flux2_pack.flux2.upsampling.vision_inputs import pictures
+
     pictures([torch.zeros(5, 32, 32, 3)], 4)
 
 
@@ -336,27 +393,42 @@ def fast_blocks_on_a_cpu(tools):
 
 def compiling_another_model(tools):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
+
     other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
     compiled_blocks.install(SimpleNamespace(model=other), compiled_blocks.Plan())
 
 
 def more_gpus_than_there_are(tools):
     from flux2_pack.nodes.parallel import parallel
+
     parallel(tools.model, gpus=64)
 
 
 HAPPENS = {
-    "backend-unavailable": backend("flash3"), "aiter-on-rocm": backend("aiter"), "quantised-backends": backend("sage2"), "unknown-backend": backend("sageattn"),
-    "refused-call": number_format_that_no_kernel_takes, "out-of-memory": out_of_memory,
-    "first-and-last-steps-and-blocks": lambda tools: tools.nodes["Flux2SelectAttention"].execute(tools.model, "sdpa", edge_backend="sdpa", first_steps=-1),
-    "attention-of-the-text-encoder": encoder_without_the_argument, "tokenizer": encoder_without_tokenizer,
-    "prompt-of-another-text-encoder": prompt_of_another_encoder, "improving-prompts": improve_with_the_small_file,
+    "backend-unavailable": backend("flash3"),
+    "aiter-on-rocm": backend("aiter"),
+    "quantised-backends": backend("sage2"),
+    "unknown-backend": backend("sageattn"),
+    "refused-call": number_format_that_no_kernel_takes,
+    "out-of-memory": out_of_memory,
+    "first-and-last-steps-and-blocks": lambda tools: tools.nodes["Flux2SelectAttention"].execute(
+        tools.model, "sdpa", edge_backend="sdpa", first_steps=-1
+    ),
+    "attention-of-the-text-encoder": encoder_without_the_argument,
+    "tokenizer": encoder_without_tokenizer,
+    "prompt-of-another-text-encoder": prompt_of_another_encoder,
+    "improving-prompts": improve_with_the_small_file,
     "wrong-kind-of-file": in_links(lambda tools: tools.load.load_model(tools.files["vae"])),
     "missing-file": lambda tools: tools.nodes["Flux2LoadVAE"].execute("no-such-file.safetensors", "auto"),
-    "quantised-file": in_links(quantised_by_bitsandbytes), "update-comfyui": in_links(unknown_to_comfyui), "damaged-file": in_links(truncated_file),
-    "prompts": lambda tools: tools.nodes["Flux2EncodePrompts"].execute(None, ""), "reference-images": in_links(too_many_references),
-    "compare-and-benchmark": benchmark_of_no_size, "fast-blocks": fast_blocks_on_a_cpu,
-    "compiling": in_links(compiling_another_model), "several-gpus": in_links(more_gpus_than_there_are),
+    "quantised-file": in_links(quantised_by_bitsandbytes),
+    "update-comfyui": in_links(unknown_to_comfyui),
+    "damaged-file": in_links(truncated_file),
+    "prompts": lambda tools: tools.nodes["Flux2EncodePrompts"].execute(None, ""),
+    "reference-images": in_links(too_many_references),
+    "compare-and-benchmark": benchmark_of_no_size,
+    "fast-blocks": fast_blocks_on_a_cpu,
+    "compiling": in_links(compiling_another_model),
+    "several-gpus": in_links(more_gpus_than_there_are),
 }
 
 
@@ -375,15 +447,21 @@ def test_an_error_leads_to_its_section(tools, section):
 
 # --- errors: what happens to them -------------------------------------------------------------------------------------
 
+
 def test_an_error_keeps_its_type_and_its_first_lines():
     error = error_links.link(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
-    assert type(error) is torch.OutOfMemoryError and str(error).startswith("CUDA out of memory. Tried to allocate 2 GiB.\nMore: ")
+    assert type(error) is torch.OutOfMemoryError and str(error).startswith(
+        "CUDA out of memory. Tried to allocate 2 GiB.\nMore: "
+    )
     once = str(error)
     assert str(error_links.link(error)) == once, "the address is added once"
     assert error_links.bare(once) == "CUDA out of memory. Tried to allocate 2 GiB."
 
 
-@pytest.mark.parametrize("error", [ValueError("something else"), ValueError(), KeyError("out of memory"), OSError(2, "No such file"), ValueError(3)])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("something else"), ValueError(), KeyError("out of memory"), OSError(2, "No such file"), ValueError(3)],
+)
 def test_errors_of_others_are_left_alone(error):
     before = str(error)
     assert error_links.link(error) is error and (str(error) == before or error_links.section_of(before))
@@ -395,8 +473,12 @@ def test_the_address_is_that_of_the_published_repository(tmp_path, monkeypatch):
         monkeypatch.setattr(error_links, "ROOT", tmp_path)
         error_links.repository.cache_clear()
         return error_links.address("prompts")
+
     try:
-        assert address('[project.urls]\nRepository = "https://github.com/a/b.git"\n') == "https://github.com/a/b/blob/main/docs/troubleshooting.md#prompts"
+        assert (
+            address('[project.urls]\nRepository = "https://github.com/a/b.git"\n')
+            == "https://github.com/a/b/blob/main/docs/troubleshooting.md#prompts"
+        )
         assert address("[project.urls]\n") == "docs/troubleshooting.md#prompts in the folder of this pack"
     finally:
         error_links.repository.cache_clear()
@@ -404,23 +486,30 @@ def test_the_address_is_that_of_the_published_repository(tmp_path, monkeypatch):
 
 def test_nodes_stay_what_they_are(nodes):
     from flux2_pack.nodes.attention import Flux2SelectAttention as plain
+
     linked = nodes["Flux2SelectAttention"]
     assert linked.__name__ == plain.__name__ and linked.__module__ == plain.__module__ and issubclass(linked, plain)
     import inspect
-    assert inspect.getfullargspec(linked.validate_inputs).args == inspect.getfullargspec(plain.validate_inputs).args, "ComfyUI reads the arguments"
+
+    assert inspect.getfullargspec(linked.validate_inputs).args == inspect.getfullargspec(plain.validate_inputs).args, (
+        "ComfyUI reads the arguments"
+    )
     from comfy_api.internal import first_real_override
+
     assert first_real_override(nodes["Flux2AttentionReport"], "validate_inputs") is None
 
 
 def test_an_async_node_is_linked_too():
     async def work(cls):
         raise ValueError("There is no attention backend 'x'.")
+
     with pytest.raises(ValueError, match="More: .*#unknown-backend"):
         asyncio.run(error_links.linking(work)(None))
 
 
 def test_a_comparison_shows_reasons_without_addresses(tools):
     from flux2_pack.nodes import compare
+
     candidate = compare.backend_candidate("flash3")
     found = compare.runs.record(candidate, tools.model, SimpleNamespace(steps=1), None)
     assert "cannot run here" in found.error and "More:" not in found.error
@@ -428,11 +517,22 @@ def test_a_comparison_shows_reasons_without_addresses(tools):
 
 def test_the_server_says_it(server, model_files):
     """What the user reads: in the answer to a prompt that is refused, and in the error of a node that fails."""
+
     def prompt(**loader):
-        return {"1": {"class_type": "Flux2LoadModel", "inputs": {"model_name": model_files["diffusion_models"][0].name, "weight_dtype": "as stored", **loader}},
-                "2": {"class_type": "Flux2SelectAttention", "inputs": {"model": ["1", 0], "backend": "flash3"}},
-                "3": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-                "4": {"class_type": "Flux2AttentionReport", "inputs": {"model": ["2", 0], "latent": ["3", 0]}}}
+        return {
+            "1": {
+                "class_type": "Flux2LoadModel",
+                "inputs": {
+                    "model_name": model_files["diffusion_models"][0].name,
+                    "weight_dtype": "as stored",
+                    **loader,
+                },
+            },
+            "2": {"class_type": "Flux2SelectAttention", "inputs": {"model": ["1", 0], "backend": "flash3"}},
+            "3": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+            "4": {"class_type": "Flux2AttentionReport", "inputs": {"model": ["2", 0], "latent": ["3", 0]}},
+        }
+
     with pytest.raises(Exception, match="More: .*#backend-unavailable"):
         run(server, prompt())
     with pytest.raises(Exception, match="More: .*#missing-file"):

@@ -1,4 +1,5 @@
 """What importing the pack needs and does, in fresh processes."""
+
 import json
 import os
 import subprocess
@@ -11,9 +12,13 @@ from pack import ROOT
 
 TORCH_ALONE = f"""
 import sys, types
+REFUSED = {{
+    "comfy", "comfy_api", "folder_paths", "triton", "aiter", "flash_attn", "sageattention", "xformers", "transformers",
+    "diffusers", "PIL",
+}}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"comfy", "comfy_api", "folder_paths", "triton", "aiter", "flash_attn", "sageattention", "xformers", "transformers", "diffusers", "PIL"}}:
+        if name.split(".")[0] in REFUSED:
             raise ImportError("refused: " + name)
 import torch
 sys.meta_path.insert(0, Refuse())
@@ -34,20 +39,31 @@ from comfy.cli_args import args
 args.cpu = True
 import torch, comfy.ldm.modules.attention as attention, comfy.ldm.flux.math as math, comfy.sd, nodes
 def state():
-    functions = [attention.optimized_attention, math.attention, comfy.sd.load_diffusion_model, torch.nn.functional.scaled_dot_product_attention, torch.nn.Linear.forward]
-    return [id(f) for f in functions], list(sys.path), sorted(attention.REGISTERED_ATTENTION_FUNCTIONS), len(sys.meta_path), torch.backends.cuda.flash_sdp_enabled()
+    functions = [attention.optimized_attention, math.attention, comfy.sd.load_diffusion_model, \
+torch.nn.functional.scaled_dot_product_attention, torch.nn.Linear.forward]
+    return [id(f) for f in functions], list(sys.path), sorted(attention.REGISTERED_ATTENTION_FUNCTIONS), \
+len(sys.meta_path), torch.backends.cuda.flash_sdp_enabled()
 before, known = state(), set(nodes.NODE_CLASS_MAPPINGS)
 modules = set(sys.modules)
 ok = asyncio.run(nodes.load_custom_node(sys.argv[1]))
 new = sorted(set(nodes.NODE_CLASS_MAPPINGS) - known)
 titles = {n: nodes.NODE_DISPLAY_NAME_MAPPINGS.get(n) for n in new}
-kernels = sorted(m for m in set(sys.modules) - modules if m.split(".")[0] in {"aiter", "flash_attn", "sageattention", "xformers", "diffusers", "flash_attn_interface"})
-print(json.dumps({"ok": ok, "new": titles, "unchanged": before == state(), "kernels": kernels, "backends": [m for m in sys.modules if ".attention.backends." in m]}))
+kernels = sorted(m for m in set(sys.modules) - modules if m.split(".")[0] in {"aiter", "flash_attn", "sageattention", \
+"xformers", "diffusers", "flash_attn_interface"})
+print(json.dumps({"ok": ok, "new": titles, "unchanged": before == state(), "kernels": kernels, "backends": [m for m in \
+sys.modules if ".attention.backends." in m]}))
 """
 
 
 def run(code, *args, cwd=None, **env):
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **env},
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
@@ -62,6 +78,14 @@ def test_comfyuis_own_loader_takes_the_pack_and_nothing_else_changes(name, tmp_p
     link.symlink_to(ROOT)
     answer = json.loads(run(LOADED_BY_COMFYUI, str(link), cwd=comfyui_path(), PYTHONPATH=comfyui_path()))
     assert answer["ok"] and answer["unchanged"]
-    assert {"Flux2LoadModel", "Flux2LoadTextEncoder", "Flux2LoadVAE", "Flux2SelectAttention", "Flux2AttentionReport"} <= answer["new"].keys()
+    assert {
+        "Flux2LoadModel",
+        "Flux2LoadTextEncoder",
+        "Flux2LoadVAE",
+        "Flux2SelectAttention",
+        "Flux2AttentionReport",
+    } <= answer["new"].keys()
     assert all(answer["new"].values()), "every node has a display name"
-    assert answer["kernels"] == [] and answer["backends"] == [], "no kernel library and no backend file is imported before one is chosen"
+    assert answer["kernels"] == [] and answer["backends"] == [], (
+        "no kernel library and no backend file is imported before one is chosen"
+    )

@@ -1,4 +1,8 @@
-"""The loader nodes as ComfyUI sees them: schema, choices from the model folders, values in and out, and sentences for what is wrong."""
+"""The loader nodes as ComfyUI sees them: schema, choices from the model folders, values in and out, and sentences for
+what
+is wrong.
+"""
+
 import shutil
 
 import pytest
@@ -16,6 +20,7 @@ INPUTS = {  # node id -> inputs, in the order that saved workflows rely on; appe
 @pytest.fixture(scope="module")
 def nodes(comfy):
     from flux2_pack.nodes import loaders
+
     return {node.define_schema().node_id: node for node in loaders.NODES}
 
 
@@ -23,6 +28,7 @@ def nodes(comfy):
 def models(comfy, small_models, tmp_path, monkeypatch):
     """ComfyUI's model folders in a folder of their own, with the small models linked into them."""
     import folder_paths
+
     for folder in ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras", "diffusers"):
         (tmp_path / folder).mkdir()
         extensions = folder_paths.folder_names_and_paths[folder][1]
@@ -52,10 +58,15 @@ def test_everything_is_explained(nodes):
 def test_nodes_give_plain_comfyui_types(nodes, models):
     import comfy.model_patcher
     import comfy.sd
+
     model = nodes["Flux2LoadModel"].execute("flux2-small.safetensors", "as stored").args[0]
     clip = nodes["Flux2LoadTextEncoder"].execute("mistral3-flux2-small.safetensors", "default").args[0]
     vae = nodes["Flux2LoadVAE"].execute("flux2-vae-small.safetensors", "auto").args[0]
-    assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(clip) is comfy.sd.CLIP and type(vae) is comfy.sd.VAE
+    assert (
+        isinstance(model, comfy.model_patcher.ModelPatcher)
+        and type(clip) is comfy.sd.CLIP
+        and type(vae) is comfy.sd.VAE
+    )
 
 
 def test_choices_are_files_and_model_folders(nodes, models):
@@ -66,13 +77,24 @@ def test_choices_are_files_and_model_folders(nodes, models):
     part.mkdir(parents=True)
     (part / "config.json").write_text("{}")
     (part.parent / "model_index.json").write_text("{}")
-    assert options(nodes["Flux2LoadModel"], "model_name") == ["dev", "flux2-small.safetensors", "FLUX.2-dev/transformer"]
+    assert options(nodes["Flux2LoadModel"], "model_name") == [
+        "dev",
+        "flux2-small.safetensors",
+        "FLUX.2-dev/transformer",
+    ]
     assert nodes["Flux2LoadModel"].validate_inputs("FLUX.2-dev/transformer") is True
     assert options(nodes["Flux2LoadVAE"], "vae_name") == ["flux2-vae-small.safetensors"]
 
 
-@pytest.mark.parametrize("node, name", [("Flux2LoadModel", "gone.safetensors"), ("Flux2LoadTextEncoder", "../x"), ("Flux2LoadVAE", "/etc/passwd"),
-                                        ("Flux2ModelInfo", "vae/gone.safetensors")])
+@pytest.mark.parametrize(
+    "node, name",
+    [
+        ("Flux2LoadModel", "gone.safetensors"),
+        ("Flux2LoadTextEncoder", "../x"),
+        ("Flux2LoadVAE", "/etc/passwd"),
+        ("Flux2ModelInfo", "vae/gone.safetensors"),
+    ],
+)
 def test_a_missing_file_is_said_before_anything_runs(nodes, models, node, name):
     text = nodes[node].validate_inputs(name)
     assert text.startswith("There is no ") and "in the model folder" in text and "small.safetensors" in text
@@ -88,7 +110,13 @@ def test_info_describes_right_and_wrong_files_without_loading_them(nodes, models
     shutil.copy(models / "vae" / "flux2-vae-small.safetensors", models / "loras" / "misplaced.safetensors")
     (models / "checkpoints" / "notes.safetensors").write_text("these are notes, not a model")
     expected = {
-        "diffusion_models/flux2-small.safetensors": ["FLUX.2 (custom size)", "2 double + 4 single blocks", "bf16", "On this device", "computed in"],
+        "diffusion_models/flux2-small.safetensors": [
+            "FLUX.2 (custom size)",
+            "2 double + 4 single blocks",
+            "bf16",
+            "On this device",
+            "computed in",
+        ],
         "text_encoders/mistral3-flux2-small.safetensors": ["Mistral 3 (30 layers, 64 wide)", "Loaded: 30 of 30 layers"],
         "loras/misplaced.safetensors": ["FLUX.2 VAE with a small decoder", "Goes into: Load FLUX.2 VAE (folder vae)"],
         "checkpoints/notes.safetensors": ["notes.safetensors is not a safetensors file"],

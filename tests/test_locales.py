@@ -1,9 +1,12 @@
-"""Locales: every text of every node in seven languages, none left over, nothing broken on the way, and ComfyUI's page shows them.
+"""Locales: every text of every node in seven languages, none left over, nothing broken on the way, and ComfyUI's page
+shows them.
 
   bash scripts/test.sh tests/test_locales.py
 
-What a translation says is not judged; that it keeps the numbers, the values of combos and the backends of the English text is.
+What a translation says is not judged; that it keeps the numbers, the values of combos and the backends of the English
+text is.
 """
+
 import copy
 import json
 import re
@@ -34,18 +37,27 @@ def texts():
 
 # --- completeness ----------------------------------------------------------------------------------------------------
 
+
 def test_nothing_is_missing_stale_or_outdated(info):
     problems = make_locales.update(info, write=False)
     assert not problems, json.dumps(problems, indent=1, ensure_ascii=False)
 
 
 def test_every_node_input_and_output_has_a_name_and_a_tooltip(info, texts):
-    pack = {name: entry for name, entry in info.items() if entry["python_module"] == info["Flux2SelectAttention"]["python_module"]}
+    pack = {
+        name: entry
+        for name, entry in info.items()
+        if entry["python_module"] == info["Flux2SelectAttention"]["python_module"]
+    }
     assert len(pack) >= 11 and set(read(FOLDER / ENGLISH / NODES)) == set(pack)
     for name, entry in pack.items():
         inputs = [input_name for kind in ("required", "optional") for input_name in entry["input"].get(kind, {})]
-        wanted = {f"{name}.display_name", f"{name}.description", *(f"{name}.inputs.{i}.{part}" for i in inputs for part in ("name", "tooltip")),
-                  *(f"{name}.outputs.{number}.tooltip" for number in range(len(entry["output"])))}
+        wanted = {
+            f"{name}.display_name",
+            f"{name}.description",
+            *(f"{name}.inputs.{i}.{part}" for i in inputs for part in ("name", "tooltip")),
+            *(f"{name}.outputs.{number}.tooltip" for number in range(len(entry["output"]))),
+        }
         for language, known in texts.items():
             assert wanted <= set(known), (language, wanted - set(known))
             assert all(known[key].strip() for key in wanted), language
@@ -72,6 +84,7 @@ def test_tooltips_are_written_in_the_languages_script(texts, language):
 
 # --- nothing is broken on the way ------------------------------------------------------------------------------------
 
+
 def test_no_text_has_what_the_page_takes_for_syntax():
     for language in (ENGLISH, *LANGUAGES):
         for name in (NODES, *OTHERS):
@@ -82,8 +95,14 @@ def test_no_text_has_what_the_page_takes_for_syntax():
 def options(info):
     """Every value of every combo of this pack."""
     pack = make_locales.english(info)
-    return {value for name in pack for kind in ("required", "optional") for spec in info[name]["input"].get(kind, {}).values() if spec[0] == "COMBO"
-            for value in spec[1]["options"]}
+    return {
+        value
+        for name in pack
+        for kind in ("required", "optional")
+        for spec in info[name]["input"].get(kind, {}).values()
+        if spec[0] == "COMBO"
+        for value in spec[1]["options"]
+    }
 
 
 def test_values_of_combos_stay_as_they_are_stored(info, texts):
@@ -118,18 +137,32 @@ def test_files_are_those_that_comfyui_reads():
 
 # --- the script ------------------------------------------------------------------------------------------------------
 
+
 def small_info(tooltip="Fast: sdpa, aiter.", backends=("sdpa", "aiter")):
     """One node as in /object_info."""
-    return {"Flux2SelectAttention": {
-        "display_name": "Select", "description": "Chooses.", "python_module": "custom_nodes.this", "output": ["MODEL", "STRING"], "output_name": ["MODEL", "report"],
-        "output_tooltips": ["The model.", "The report."], "input": {"required": {"backend": ["COMBO", {"options": list(backends), "tooltip": tooltip}]}}},
-        "KSampler": {"python_module": "nodes"}}
+    return {
+        "Flux2SelectAttention": {
+            "display_name": "Select",
+            "description": "Chooses.",
+            "python_module": "custom_nodes.this",
+            "output": ["MODEL", "STRING"],
+            "output_name": ["MODEL", "report"],
+            "output_tooltips": ["The model.", "The report."],
+            "input": {"required": {"backend": ["COMBO", {"options": list(backends), "tooltip": tooltip}]}},
+        },
+        "KSampler": {"python_module": "nodes"},
+    }
 
 
 def small_tree():
-    return {"Flux2SelectAttention": {
-        "display_name": "Wahl", "description": "Waehlt.", "inputs": {"backend": {"name": "Kern", "tooltip": "Schnell: sdpa, aiter."}},
-        "outputs": {"0": {"tooltip": "Das Modell."}, "1": {"name": "Bericht", "tooltip": "Der Bericht."}}}}
+    return {
+        "Flux2SelectAttention": {
+            "display_name": "Wahl",
+            "description": "Waehlt.",
+            "inputs": {"backend": {"name": "Kern", "tooltip": "Schnell: sdpa, aiter."}},
+            "outputs": {"0": {"tooltip": "Das Modell."}, "1": {"name": "Bericht", "tooltip": "Der Bericht."}},
+        }
+    }
 
 
 @pytest.fixture
@@ -143,7 +176,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_an_unchanged_folder_is_left_as_it_is(folder):
     before = {path: path.read_bytes() for path in folder.rglob("*.json")}
-    assert make_locales.update(small_info(), folder) == {} and {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+    assert (
+        make_locales.update(small_info(), folder) == {}
+        and {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+    )
 
 
 def test_an_output_named_like_its_type_is_left_to_comfyui(folder):
@@ -154,13 +190,18 @@ def test_a_new_backend_reaches_every_language_by_itself(folder):
     changed = small_info("Fast: sdpa, flash4, aiter.", ("sdpa", "flash4", "aiter"))
     assert make_locales.update(changed, folder, write=False) != {}, "and the check sees it before"
     assert make_locales.update(changed, folder) == {}
-    assert read(folder / "zh" / NODES)["Flux2SelectAttention"]["inputs"]["backend"]["tooltip"] == "Schnell: sdpa, flash4, aiter."
+    assert (
+        read(folder / "zh" / NODES)["Flux2SelectAttention"]["inputs"]["backend"]["tooltip"]
+        == "Schnell: sdpa, flash4, aiter."
+    )
 
 
 def test_a_changed_english_text_is_reported_until_its_translation_changes(folder):
     changed = small_info("Faster than ever: sdpa, aiter.")
     for _ in range(2):
-        assert make_locales.update(changed, folder) == {"zh": ["outdated: Flux2SelectAttention.inputs.backend.tooltip: Faster than ever: sdpa, aiter."]}
+        assert make_locales.update(changed, folder) == {
+            "zh": ["outdated: Flux2SelectAttention.inputs.backend.tooltip: Faster than ever: sdpa, aiter."]
+        }
     edited = small_tree()
     edited["Flux2SelectAttention"]["inputs"]["backend"]["tooltip"] = "Schneller denn je: sdpa, aiter."
     make_locales.save(folder / "zh" / NODES, edited)
@@ -192,11 +233,14 @@ def test_the_check_writes_nothing(folder):
 
 # --- in ComfyUI ------------------------------------------------------------------------------------------------------
 
+
 def test_comfyui_serves_them(server, texts):
     with urllib.request.urlopen(f"{server.url}/i18n", timeout=30) as answer:
         served = json.load(answer)
     for language in (ENGLISH, *LANGUAGES):
-        assert {key: served[language]["nodeDefs"][key] for key in read(FOLDER / language / NODES)} == read(FOLDER / language / NODES)
+        assert {key: served[language]["nodeDefs"][key] for key in read(FOLDER / language / NODES)} == read(
+            FOLDER / language / NODES
+        )
         assert flat(read(FOLDER / language / "settings.json")).items() <= flat(served[language]["settings"]).items()
 
 
@@ -227,8 +271,10 @@ const node = LiteGraph.createNode(args[0]);
 node.pos = [500, 300];
 app.graph.add(node);
 await new Promise(requestAnimationFrame);
-return {title: node.title, description: node.constructor.nodeData.description, labels: Object.fromEntries(node.widgets.map(({name, label}) => [name, label])),
-  outputs: node.outputs.map(output => output.localized_name), values: node.serialize().widgets_values, type: node.serialize().type,
+return {title: node.title, description: node.constructor.nodeData.description, labels: \
+Object.fromEntries(node.widgets.map(({name, label}) => [name, label])),
+  outputs: node.outputs.map(output => output.localized_name), values: node.serialize().widgets_values, type: \
+node.serialize().type,
   inputs: (await app.graphToPrompt()).output[node.id].inputs};
 """
 
@@ -241,7 +287,9 @@ def test_a_page_in_another_language(shared_page, texts):
             reload(shared_page, language)
             seen[language] = shown = shared_page.js(ADD_NODE, node)
             known = texts[language]
-            assert shown["title"] == known[f"{node}.display_name"] and shown["description"] == known[f"{node}.description"]
+            assert (
+                shown["title"] == known[f"{node}.display_name"] and shown["description"] == known[f"{node}.description"]
+            )
             names = {name: label for name, label in shown["labels"].items() if f"{node}.inputs.{name}.name" in known}
             assert len(names) >= 8 and names == {name: known[f"{node}.inputs.{name}.name"] for name in names}
             shared_page.fit()

@@ -1,4 +1,8 @@
-"""Errors, verdicts and times on tensors alone: what they are for known inputs, and that the probe sees each fault in one attention call."""
+"""Errors, verdicts and times on tensors alone: what they are for known inputs, and that the probe sees each fault in
+one
+attention call.
+"""
+
 import math
 
 import pytest
@@ -9,7 +13,19 @@ from fault_backends import FAITHFUL, FAULTS, GROSS, one_key_of_padding, scale_of
 from flux2_pack.attention.measuring import statistics
 from flux2_pack.attention import reference
 from flux2_pack.attention.measuring.results import Benchmark, Measured, table
-from flux2_pack.attention.measuring.statistics import DIFFERENT, NO_VERDICT, NOISE, SLIGHT, Call, Control, Evidence, Thresholds, Timing, difference, judge
+from flux2_pack.attention.measuring.statistics import (
+    DIFFERENT,
+    NO_VERDICT,
+    NOISE,
+    SLIGHT,
+    Call,
+    Control,
+    Evidence,
+    Thresholds,
+    Timing,
+    difference,
+    judge,
+)
 from flux2_pack.attention.measuring.accuracy_probe import AttentionProbe, call_error, sample_rows
 
 EPS = torch.finfo(torch.float32).eps
@@ -27,6 +43,7 @@ def qkv(dtype=torch.float32, heads=4, length=700, seed=0):
 
 # --- differences -----------------------------------------------------------------------------------------------------
 
+
 def test_a_tensor_and_itself_differ_by_exactly_nothing():
     found = difference(latent(), latent())
     assert found == statistics.Difference(0.0, 1.0, 0.0) and found.identical
@@ -37,14 +54,18 @@ def test_known_differences():
     base = latent()
     found = difference(base * 1.1, base)
     assert found.relative == pytest.approx(0.1) and found.cosine == pytest.approx(1)
-    assert difference(latent(1), base).change == pytest.approx(2**0.5, rel=0.15), "unrelated pictures are 1.41 apart whatever their mean"
+    assert difference(latent(1), base).change == pytest.approx(2**0.5, rel=0.15), (
+        "unrelated pictures are 1.41 apart whatever their mean"
+    )
     assert statistics.psnr(torch.full((1, 4, 4, 3), 0.5), torch.full((1, 4, 4, 3), 0.6)) == pytest.approx(20)
 
 
 def test_psnr_is_scikit_images():
     metrics = pytest.importorskip("skimage.metrics")
     a, b = (torch.rand(9, 8, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
-    assert statistics.psnr(a, b) == pytest.approx(metrics.peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0), rel=1e-5)
+    assert statistics.psnr(a, b) == pytest.approx(
+        metrics.peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -57,6 +78,7 @@ def test_values_that_are_not_finite_are_counted(value):
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
+
 def evidence(scale, attention=1e-7, steps=3, worst_head=None):
     """Evidence whose latents are `scale` apart from latent(), and one call."""
     gaps = tuple(difference(latent() + scale * (latent(1) - 3), latent()) for _ in range(steps))
@@ -67,10 +89,19 @@ NOISY = evidence(1e-6)
 CONTROL = Control("control", NOISY.latents, (NOISY.calls,))
 
 
-@pytest.mark.parametrize("seen, word", [
-    (evidence(0, 1e-7), NOISE), (evidence(1e-6), NOISE), (evidence(2.9e-6, 1.9e-7), NOISE),
-    (evidence(4e-6), SLIGHT), (evidence(1e-6, 2.1e-7), SLIGHT), (evidence(0.1, 1e-2), SLIGHT),
-    (evidence(0.5, 1e-2), DIFFERENT), (evidence(1e-6, 1e-2, worst_head=0.6), DIFFERENT)])
+@pytest.mark.parametrize(
+    "seen, word",
+    [
+        (evidence(0, 1e-7), NOISE),
+        (evidence(1e-6), NOISE),
+        (evidence(2.9e-6, 1.9e-7), NOISE),
+        (evidence(4e-6), SLIGHT),
+        (evidence(1e-6, 2.1e-7), SLIGHT),
+        (evidence(0.1, 1e-2), SLIGHT),
+        (evidence(0.5, 1e-2), DIFFERENT),
+        (evidence(1e-6, 1e-2, worst_head=0.6), DIFFERENT),
+    ],
+)
 def test_verdicts_at_their_thresholds(seen, word):
     verdict = judge(seen, CONTROL)
     assert verdict.word == word and verdict.why
@@ -90,7 +121,11 @@ def test_without_a_control_only_what_needs_none_is_said():
 
 def test_a_run_whose_calls_were_not_seen_is_judged_by_its_latents_and_says_so():
     verdict = judge(Evidence(evidence(1e-6).latents, {}), CONTROL)
-    assert verdict.word == NOISE and verdict.attention_ratio is None and "no attention call could be checked" in verdict.why
+    assert (
+        verdict.word == NOISE
+        and verdict.attention_ratio is None
+        and "no attention call could be checked" in verdict.why
+    )
 
 
 def test_a_head_error_below_the_gross_threshold_is_not_hidden_by_an_identical_picture():
@@ -105,6 +140,7 @@ def test_thresholds_are_stated_in_words_with_their_numbers():
 
 # --- one attention call ----------------------------------------------------------------------------------------------
 
+
 def error_of(function, dtype, seed=0, heads=4):
     q, k, v = qkv(dtype, heads, seed=seed)
     out = function(*(t.transpose(1, 2) for t in (q, k, v)), 64**-0.5).transpose(1, 2)
@@ -114,7 +150,10 @@ def error_of(function, dtype, seed=0, heads=4):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", FAITHFUL)
 def test_exact_kernels_are_plausible_and_near_each_other(function, dtype):
-    theirs, torchs = error_of(function, dtype), error_of(lambda q, k, v, s: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=s), dtype)
+    theirs, torchs = (
+        error_of(function, dtype),
+        error_of(lambda q, k, v, s: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=s), dtype),
+    )
     assert theirs.plausible and torchs.plausible
     assert theirs.worst_head < Thresholds().attention_ratio * max(torchs.worst_head, torchs.floor)
 
@@ -128,7 +167,10 @@ def test_each_fault_is_implausible_in_one_call(function, dtype):
 
 @pytest.mark.parametrize("function", [scale_off_by_a_percent, one_key_of_padding])
 def test_small_faults_exceed_what_exact_kernels_do(function):
-    """In float32 by far. In bfloat16 a percent of scale is still above the threshold; one key of padding in 700 is below the format's own rounding."""
+    """In float32 by far. In bfloat16 a percent of scale is still above the threshold; one key of padding in 700 is
+    below
+    the format's own rounding.
+    """
     assert error_of(function, torch.float32).worst_head > 1000 * EPS
     if function is scale_off_by_a_percent:
         noise = max(error_of(f, torch.bfloat16).total for f in FAITHFUL)
@@ -140,6 +182,7 @@ def test_one_dropped_head_of_many_is_seen_by_its_own_error():
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).clone()
         out[:, 37] = 0
         return out
+
     found = error_of(dropped, torch.float32, heads=48)
     assert found.total < 0.2 and found.worst_head == pytest.approx(1, abs=0.2)
 
@@ -152,9 +195,20 @@ def probe_on(function, mask=None, grouped=False, **options):
     def override(func, q, k, v, heads, **kwargs):
         out = function(q, k, v, kwargs["mask"])
         return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+
     probe = AttentionProbe(override, {0})
-    probe(None, q, k, v, 4, mask=mask, skip_reshape=True, transformer_options={"block_type": "double", "block_index": 2}, **options)
-    (key, found), = probe.calls.items()
+    probe(
+        None,
+        q,
+        k,
+        v,
+        4,
+        mask=mask,
+        skip_reshape=True,
+        transformer_options={"block_type": "double", "block_index": 2},
+        **options,
+    )
+    ((key, found),) = probe.calls.items()
     assert key == (0, "double 2") and probe.seen == 1
     return found
 
@@ -187,6 +241,7 @@ def test_only_the_chosen_steps_are_looked_at_and_gpus_that_exchange_are_not():
 
     def parallel(func, *rest, **options):
         return reference_bhsd(q, k, v).transpose(1, 2).flatten(2)
+
     parallel.alone = False
     together = AttentionProbe(parallel, {0})
     together(None, q, k, v, 4, skip_reshape=True)
@@ -195,11 +250,14 @@ def test_only_the_chosen_steps_are_looked_at_and_gpus_that_exchange_are_not():
 
 def test_the_sampled_rows_move_and_always_hold_both_ends():
     seen = [sample_rows(4608, offset, "cpu") for offset in (0, 17, 34)]
-    assert all(rows[0] == 0 and rows[-1] == 4607 and len(rows) <= 48 for rows in seen) and not torch.equal(seen[0], seen[1])
+    assert all(rows[0] == 0 and rows[-1] == 4607 and len(rows) <= 48 for rows in seen) and not torch.equal(
+        seen[0], seen[1]
+    )
     assert torch.equal(sample_rows(20, 5, "cpu"), torch.arange(20))
 
 
 # --- time and tables -------------------------------------------------------------------------------------------------
+
 
 def test_timing_counts_runs_and_lets_a_tick_stop_it():
     runs = []
@@ -208,6 +266,7 @@ def test_timing_counts_runs_and_lets_a_tick_stop_it():
 
     def stop():
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         statistics.timed(lambda: None, "cpu", repeat=5, tick=stop)
 
@@ -220,20 +279,30 @@ def test_short_work_is_queued_several_times_per_run():
 
 def test_the_machines_stamp_has_versions_and_no_names():
     stamp = statistics.machine("cpu")
-    assert stamp["torch"] == torch.__version__ and stamp["platform"] == "cpu" and not {"host", "user", "path"} & set(stamp)
+    assert (
+        stamp["torch"] == torch.__version__ and stamp["platform"] == "cpu" and not {"host", "user", "path"} & set(stamp)
+    )
 
 
 def test_plain_data_is_json_for_browsers():
     import json
+
     text = json.dumps(statistics.plain({"a": (1.0, math.inf, math.nan), ("b",): Timing(1, 1, 1, 1)}), allow_nan=False)
     assert json.loads(text)["a"] == [1.0, "inf", "nan"]
 
 
 def test_a_benchmark_puts_the_fastest_first_and_reasons_last():
-    rows = [Measured("1x1", "slow", "c", Timing(3, 3, 3, 1)), Measured("1x1", "no", "c", reason="because"), Measured("1x1", "fast", "c", Timing(1, 1, 1, 1)),
-            Measured("1x1", "fast", "step", Timing(9, 9, 9, 1))]
+    rows = [
+        Measured("1x1", "slow", "c", Timing(3, 3, 3, 1)),
+        Measured("1x1", "no", "c", reason="because"),
+        Measured("1x1", "fast", "c", Timing(1, 1, 1, 1)),
+        Measured("1x1", "fast", "step", Timing(9, 9, 9, 1)),
+    ]
     found = Benchmark(rows, {"gone": ["It is not here."]}, statistics.machine("cpu"), {})
-    assert [r.backend for r in found.groups()["1x1", "c"]] == ["fast", "slow", "no"] and list(found.groups())[-1] == ("1x1", "step")
+    assert [r.backend for r in found.groups()["1x1", "c"]] == ["fast", "slow", "no"] and list(found.groups())[-1] == (
+        "1x1",
+        "step",
+    )
     text = found.as_text()
     assert "no: because" in text and "gone: It is not here." in text and text.index("fast") < text.index("slow")
     assert table(["a", "b"], [["x", "10"]]) == ["a   b", "x  10"]

@@ -1,8 +1,12 @@
-"""Memory modes by ComfyUI's own accounting: what load_models_gpu, free_memory and the samplers do to a component in each mode.
+"""Memory modes by ComfyUI's own accounting: what load_models_gpu, free_memory and the samplers do to a component in
+each
+mode.
 
-With a GPU, on it; else on a pretended one, the device cpu:0, whose free memory is a budget less what ComfyUI counts as loaded. Also the peak of
-host memory while a diffusers folder is loaded. Not covered: speed, and ComfyUI's dynamic patchers (they need an NVIDIA GPU).
+With a GPU, on it; else on a pretended one, the device cpu:0, whose free memory is a budget less what ComfyUI counts as
+loaded. Also the peak of host memory while a diffusers folder is loaded. Not covered: speed, and ComfyUI's dynamic
+patchers (they need an NVIDIA GPU).
 """
+
 import json
 from pathlib import Path
 import subprocess
@@ -13,7 +17,7 @@ import torch
 
 import small_models as maker
 
-BUDGET = 3 * 2 ** 30  # bytes; ComfyUI keeps 1.2 GiB of them free for the calculation
+BUDGET = 3 * 2**30  # bytes; ComfyUI keeps 1.2 GiB of them free for the calculation
 PROMPT = "Add a cool hat to the cat"
 LOADERS = {"model": "load_model", "text_encoder": "load_text_encoder", "vae": "load_vae"}
 
@@ -21,6 +25,7 @@ LOADERS = {"model": "load_model", "text_encoder": "load_text_encoder", "vae": "l
 @pytest.fixture(scope="module")
 def load(comfy):
     from flux2_pack.flux2.loading import load
+
     return load
 
 
@@ -45,16 +50,24 @@ class Card:
 
     def free(self):
         import comfy.model_management as management
-        return self.budget - sum(loaded.model.loaded_size() for loaded in management.current_loaded_models if loaded.model is not None)
+
+        return self.budget - sum(
+            loaded.model.loaded_size() for loaded in management.current_loaded_models if loaded.model is not None
+        )
 
 
 @pytest.fixture
 def card(load, monkeypatch):
     import comfy.model_management as management
+
     real = torch.cuda.is_available()
     card = Card(torch.device("cuda", torch.cuda.current_device()) if real else torch.device("cpu", 0))
     monkeypatch.setattr(management, "current_loaded_models", [])
-    monkeypatch.setattr(management, "get_free_memory", lambda device=None, torch_free_too=False: (card.free(), 0) if torch_free_too else card.free())
+    monkeypatch.setattr(
+        management,
+        "get_free_memory",
+        lambda device=None, torch_free_too=False: (card.free(), 0) if torch_free_too else card.free(),
+    )
     if not real:
         monkeypatch.setattr(management, "get_torch_device", lambda: card.device)
         monkeypatch.setattr(management, "is_device_cpu", lambda device: device.type == "cpu" and device.index is None)
@@ -74,6 +87,7 @@ def made(load, files, kind, memory, **arguments):
 def use(component, kind):
     """Draw, encode or decode once; returns the result."""
     import comfy.sample
+
     if kind == "text_encoder":
         return component.encode_from_tokens(component.tokenize(PROMPT))
     latent = torch.zeros(1, 128, 4, 4)
@@ -81,20 +95,23 @@ def use(component, kind):
         return component.decode(latent)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
     prompt = [[torch.zeros(1, 8, 192), {}]]
-    return comfy.sample.sample(component, noise, 1, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True, seed=1)
+    return comfy.sample.sample(
+        component, noise, 1, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True, seed=1
+    )
 
 
 def on_card(patcher, card):
     """Bytes that ComfyUI counts on the card for a model, checked against where the weights are if the card is real."""
     if card.device.type == "cuda":
         there = sum(p.numel() * p.element_size() for p in patcher.model.parameters() if p.device == card.device)
-        assert abs(there - patcher.loaded_size()) < 2 ** 20
+        assert abs(there - patcher.loaded_size()) < 2**20
     return patcher.loaded_size() if patcher.current_loaded_device() == card.device else 0
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_auto_is_comfyui_as_it_is(load, card, files, kind):
     import comfy.model_management as management
+
     component, patcher = made(load, files, kind, "auto")
     use(component, kind)
     assert on_card(patcher, card) >= 0.99 * patcher.model_size()
@@ -105,19 +122,24 @@ def test_auto_is_comfyui_as_it_is(load, card, files, kind):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_cpu_when_idle_leaves_the_card_after_each_use(load, card, files, kind):
     import comfy.model_management as management
+
     plain = use(made(load, files, kind, "auto")[0], kind)
     component, patcher = made(load, files, kind, "CPU when idle")
     during = watch(patcher, card)
     for _ in range(2):
         assert torch.equal(use(component, kind), plain)
-        assert on_card(patcher, card) == 0 and all(loaded.model is not patcher for loaded in management.current_loaded_models)
+        assert on_card(patcher, card) == 0 and all(
+            loaded.model is not patcher for loaded in management.current_loaded_models
+        )
     assert max(during) >= 0.99 * patcher.model_size()
 
 
 def watch(patcher, card):
     """A list that receives the bytes on the card at the start of every forward pass of a part of the model."""
     seen = []
-    part = next(module for name, module in patcher.model.named_modules() if name.endswith(("img_in", "layers.0", "decoder")))
+    part = next(
+        module for name, module in patcher.model.named_modules() if name.endswith(("img_in", "layers.0", "decoder"))
+    )
     part.register_forward_pre_hook(lambda *_: seen.append(on_card(patcher, card)))
     return seen
 
@@ -125,6 +147,7 @@ def watch(patcher, card):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_keep_on_gpu_stays_whoever_needs_the_room(load, card, files, kind):
     import comfy.model_management as management
+
     plain = use(made(load, files, kind, "auto")[0], kind)
     component, patcher = made(load, files, kind, "keep on GPU")
     assert torch.equal(use(component, kind), plain)
@@ -147,6 +170,7 @@ def test_layer_by_layer_never_counts_the_layers_as_loaded(load, card, files):
 def test_room_for_a_kept_model_is_what_fits(load, card, files):
     """Too small a card: ComfyUI loads a part, and giving way does not move the rest to the card."""
     import comfy.model_management as management
+
     whole = made(load, files, "model", "auto")[1].model_size()
     card.budget = int(management.minimum_inference_memory() + 0.6 * whole)
     model, patcher = made(load, files, "model", "keep on GPU")
@@ -160,13 +184,18 @@ def test_room_for_a_kept_model_is_what_fits(load, card, files):
 @pytest.mark.parametrize("memory", ["keep on GPU", "CPU when idle", "layer by layer"])
 def test_modes_survive_clones_and_loras(load, card, files, memory):
     import comfy.sd
+
     _, patcher = made(load, files, "model", memory)
-    lora = {"diffusion_model.single_blocks.0.linear1.lora_A.weight": torch.ones(1, 256), "diffusion_model.single_blocks.0.linear1.lora_B.weight": torch.ones(2304, 1)}
+    lora = {
+        "diffusion_model.single_blocks.0.linear1.lora_A.weight": torch.ones(1, 256),
+        "diffusion_model.single_blocks.0.linear1.lora_B.weight": torch.ones(2304, 1),
+    }
     changed = comfy.sd.load_lora_for_models(patcher.clone(disable_dynamic=True), None, lora, 0.5, 0)[0].clone()
     core = comfy.sd.load_lora_for_models(load.load_model(files["model"]), None, lora, 0.5, 0)[0]
     before, after = use(patcher, "model"), use(changed, "model")
     assert type(changed) is type(patcher) and changed.callbacks == patcher.callbacks
-    # ComfyUI adds a LoRA to layers that it fetches while they are computed: in bf16 the rounding differs by a tenth of this LoRA's effect.
+    # ComfyUI adds a LoRA to layers that it fetches while they are computed: in bf16 the rounding differs by a tenth of
+    # this LoRA's effect.
     expected = use(core, "model")
     assert (after - expected).norm() < 0.25 * (expected - before).norm()
     share = {"keep on GPU": 1, "CPU when idle": 0, "layer by layer": 0}[memory]
@@ -174,7 +203,9 @@ def test_modes_survive_clones_and_loras(load, card, files, memory):
     assert torch.equal(use(patcher, "model"), before)  # without the LoRA again
 
 
-@pytest.mark.parametrize("kind, memory", [("model", "layer by layer"), ("text_encoder", "keep on GPU"), ("vae", "CPU when idle")])
+@pytest.mark.parametrize(
+    "kind, memory", [("model", "layer by layer"), ("text_encoder", "keep on GPU"), ("vae", "CPU when idle")]
+)
 def test_modes_survive_reloading_for_another_device(load, card, files, kind, memory):
     _, patcher = made(load, files, kind, memory)
     again = patcher.deepclone_multigpu(card.device)
@@ -185,10 +216,12 @@ def test_modes_survive_reloading_for_another_device(load, card, files, kind, mem
 
 def test_a_cancelled_sampling_leaves_the_card_too(load, card, files):
     import comfy.model_management as management
+
     model, patcher = made(load, files, "model", "CPU when idle")
 
     def cancel(*_):
         raise management.InterruptProcessingException()
+
     handle = patcher.model.diffusion_model.final_layer.register_forward_pre_hook(cancel)
     with pytest.raises(management.InterruptProcessingException):
         use(model, "model")
@@ -218,14 +251,21 @@ def test_without_a_gpu_nothing_changes(load, files, memory, caplog):
 def test_a_large_idle_encoder_does_not_start_on_the_card(load, card, files, monkeypatch):
     """ComfyUI puts an encoder of a GiB and more on the card when it is made, if there is room."""
     import comfy.model_management as management
-    monkeypatch.setattr(management, "text_encoder_initial_device", lambda load_device, offload_device, model_size=0: load_device)
-    sizes = {memory: on_card(made(load, files, "text_encoder", memory)[1], card) for memory in ("auto", "keep on GPU", "CPU when idle")}
+
+    monkeypatch.setattr(
+        management, "text_encoder_initial_device", lambda load_device, offload_device, model_size=0: load_device
+    )
+    sizes = {
+        memory: on_card(made(load, files, "text_encoder", memory)[1], card)
+        for memory in ("auto", "keep on GPU", "CPU when idle")
+    }
     assert min(sizes["auto"], sizes["keep on GPU"]) > 0 == sizes["CPU when idle"]
 
 
 def test_an_ordinary_vae_device_node_copies_an_idle_vae(load, card, files):
     """Core's Select VAE Device makes a shallow copy with a cloned patcher."""
     import copy
+
     vae, _ = made(load, files, "vae", "CPU when idle")
     other = copy.copy(vae)
     other.patcher = vae.patcher.clone()
@@ -234,9 +274,11 @@ def test_an_ordinary_vae_device_node_copies_an_idle_vae(load, card, files):
 
 # --- host memory -----------------------------------------------------------------------------------------------------
 
+
 def folder_in_diffusers_keys(folder, hidden, double, single):
     """A transformer/ folder with zeros in it; returns its bytes of weights."""
     from flux2_pack.flux2.checkpoints import keys, variants
+
     variant, _ = variants.find(hidden, double, single, 192, True)
     weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in keys.diffusers_shapes(variant).items()}
     maker.write(folder / "diffusion_pytorch_model.safetensors", weights)
@@ -248,7 +290,12 @@ def folder_in_diffusers_keys(folder, hidden, double, single):
 def test_a_diffusers_folder_takes_its_own_size_of_host_memory(comfy, tmp_path):
     """The joined weights are a quarter of this one: made beside the model's own, they would show."""
     size = folder_in_diffusers_keys(tmp_path / "transformer", hidden=1024, double=5, single=0)
-    done = subprocess.run([sys.executable, Path(__file__).with_name("peak_of_loading.py"), tmp_path / "transformer"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("peak_of_loading.py"), tmp_path / "transformer"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0.9 * size < found["peak"] < 1.1 * size, (found, size)
@@ -258,11 +305,13 @@ def test_a_diffusers_folder_takes_its_own_size_of_host_memory(comfy, tmp_path):
 def test_a_dynamic_patcher_gets_the_joined_weights_themselves(load, dev_folder, monkeypatch):
     """ComfyUI's dynamic patchers hold the mapped tensors; pretend one, as the real needs an NVIDIA GPU."""
     import comfy.model_patcher
+
     plain = load.load_model(dev_folder).model.state_dict()
 
     class Dynamic(comfy.model_patcher.ModelPatcher):
         def is_dynamic(self):
             return True
+
     monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
     patcher = load.load_model(dev_folder)
     dynamic = patcher.model.state_dict()
@@ -274,6 +323,7 @@ def test_a_dynamic_patcher_gets_the_joined_weights_themselves(load, dev_folder, 
 def dev_folder(comfy, tmp_path_factory):
     """A diffusers folder with random weights."""
     from flux2_pack.flux2.checkpoints import keys, variants
+
     folder = tmp_path_factory.mktemp("dev") / "transformer"
     variant, _ = variants.find(256, 1, 1, 192, True)
     w = maker.Weights("folder", torch.bfloat16)

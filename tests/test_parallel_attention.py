@@ -1,4 +1,7 @@
-"""Attention over several ranks equals attention on one, and faults do not pass: 2, 3 and 4 gloo ranks, started once (attention_ranks.py)."""
+"""Attention over several ranks equals attention on one, and faults do not pass: 2, 3 and 4 gloo ranks, started once
+(attention_ranks.py).
+"""
+
 import ast
 import importlib.util
 import sys
@@ -74,7 +77,7 @@ def bytes_sent(size, ulysses):
     ring, group = size // ulysses, lengths[:ulysses]
     leaving = 3 * lengths[0] * row * (ulysses - 1) // ulysses + (sum(group) - lengths[0]) * row // ulysses
     # rank 0 passes on its group's keys, then those that it got, except the last
-    groups = [sum(lengths[r * ulysses:(r + 1) * ulysses]) for r in range(ring)]
+    groups = [sum(lengths[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
     passed = sum(2 * groups[-step % ring] * row // ulysses for step in range(ring - 1))
     return leaving + passed + lengths[0] * row * (size - 1)
 
@@ -115,6 +118,7 @@ def test_alone_is_the_kernel_itself(found):
     def local(q, k, v, *, mask, scale, need_lse):
         calls.append((q.shape, scale, need_lse))
         return q, None
+
     q = torch.randn(1, 5, 3, 8)
     assert Mesh().attend(local, q, q, q, (5,), scale=0.5) is q and calls == [(q.shape, 0.5, False)]
     assert Mesh().gather(q.flatten(2), (5,)).shape == (1, 5, 24)
@@ -122,8 +126,21 @@ def test_alone_is_the_kernel_itself(found):
 
 # --- degrees ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("gpus, heads, expected", [(1, 48, (1, 1)), (2, 48, (2, 1)), (8, 48, (8, 1)), (8, 24, (8, 1)), (8, 32, (8, 1)),
-                                                   (6, 32, (2, 3)), (3, 32, (1, 3)), (7, 48, (1, 7)), (16, 24, (8, 2))])
+
+@pytest.mark.parametrize(
+    "gpus, heads, expected",
+    [
+        (1, 48, (1, 1)),
+        (2, 48, (2, 1)),
+        (8, 48, (8, 1)),
+        (8, 24, (8, 1)),
+        (8, 32, (8, 1)),
+        (6, 32, (2, 3)),
+        (3, 32, (1, 3)),
+        (7, 48, (1, 7)),
+        (16, 24, (8, 2)),
+    ],
+)
 def test_auto_takes_the_largest_ulysses_degree(gpus, heads, expected):
     chosen = degrees(gpus, heads)
     assert (chosen.ulysses, chosen.ring) == expected and chosen.size == gpus and chosen.why.endswith(".")
@@ -135,12 +152,17 @@ def test_what_is_asked_for_is_what_is_taken(asked, expected):
     assert (chosen.ulysses, chosen.ring) == expected and "asked for" in chosen.why
 
 
-@pytest.mark.parametrize("gpus, heads, ulysses, ring, why", [
-    (4, 48, 2, 1, "makes 2 GPUs, and 4 are used"), (4, 48, 3, 0, "Ulysses degree 3 does not divide 4 GPUs"),
-    (4, 48, 0, 8, "Ring degree 8 does not divide 4 GPUs"),
-    (4, 6, 4, 1, "Ulysses degree 4 does not divide the 6 attention heads"),
-    (4, 6, 0, 1, "Ulysses degree 4 does not divide the 6 attention heads"),
-    (4, 48, -1, 0, "Degrees are 0 (chosen automatically) or positive")])
+@pytest.mark.parametrize(
+    "gpus, heads, ulysses, ring, why",
+    [
+        (4, 48, 2, 1, "makes 2 GPUs, and 4 are used"),
+        (4, 48, 3, 0, "Ulysses degree 3 does not divide 4 GPUs"),
+        (4, 48, 0, 8, "Ring degree 8 does not divide 4 GPUs"),
+        (4, 6, 4, 1, "Ulysses degree 4 does not divide the 6 attention heads"),
+        (4, 6, 0, 1, "Ulysses degree 4 does not divide the 6 attention heads"),
+        (4, 48, -1, 0, "Degrees are 0 (chosen automatically) or positive"),
+    ],
+)
 def test_degrees_that_do_not_work_are_refused_with_those_that_do(gpus, heads, ulysses, ring, why):
     with pytest.raises(ValueError) as said:
         degrees(gpus, heads, ulysses, ring)
@@ -148,6 +170,7 @@ def test_degrees_that_do_not_work_are_refused_with_those_that_do(gpus, heads, ul
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
+
 
 def merged(parts):
     """The attention of several parts joined one by one, as ring does."""
@@ -161,7 +184,9 @@ def merged(parts):
 def wanted(parts):
     """The same in float64, all at once: the weighted mean, zero weight for a part without keys."""
     lses = torch.stack([lse.double() for _, lse in parts])
-    outs = torch.stack([torch.where(lse.transpose(1, 2).unsqueeze(-1) == float("-inf"), 0, out.double()) for out, lse in parts])
+    outs = torch.stack(
+        [torch.where(lse.transpose(1, 2).unsqueeze(-1) == float("-inf"), 0, out.double()) for out, lse in parts]
+    )
     total = torch.logsumexp(lses, 0)
     weights = torch.exp(lses - total).nan_to_num(0.0)
     return (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(0), total
@@ -186,10 +211,10 @@ def test_merge_keeps_rows_that_one_side_saw_no_key_for():
     """Kernels leave zeros or NaN in a row without keys, and -inf as its lse."""
     given = parts(3, 2.0)
     nothing = float("-inf")
-    given[0][0][:, 0], given[0][1][..., 0] = float("nan"), nothing          # the first part has no keys for row 0
-    given[1][0][:, 1], given[1][1][..., 1] = float("nan"), nothing          # the second none for row 1
+    given[0][0][:, 0], given[0][1][..., 0] = float("nan"), nothing  # the first part has no keys for row 0
+    given[1][0][:, 1], given[1][1][..., 1] = float("nan"), nothing  # the second none for row 1
     for out, lse in given[1:]:
-        out[:, 2], lse[..., 2] = float("nan"), nothing                      # only the first has some for row 2
+        out[:, 2], lse[..., 2] = float("nan"), nothing  # only the first has some for row 2
     out, lse = merged(given)
     expected, total = wanted(given)
     assert out.isfinite().all() and reference.relative_error(out, expected) < 5e-7
@@ -220,7 +245,9 @@ def test_merge_of_the_parts_of_a_real_attention():
     torch.testing.assert_close(lse.double(), total, rtol=1e-6, atol=1e-6)
 
 
-# --- the cost model of benchmarks/parallel_model.py --------------------------------------------------------------------
+# --- the cost model of benchmarks/parallel_model.py
+# --------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -255,14 +282,21 @@ def test_the_cost_model_adds_up(model):
 
 def test_the_cost_model_takes_the_fixed_part_from_measurements(model):
     links, true = model.Links(), model.Work(400.0, 52.0, fixed_ms=6.0)
-    measured = [(layout, model.predict(true, layout, links)["ms"]) for layout in (model.Layout(1, 1), model.Layout(2, 1), model.Layout(4, 1))]
+    measured = [
+        (layout, model.predict(true, layout, links)["ms"])
+        for layout in (model.Layout(1, 1), model.Layout(2, 1), model.Layout(4, 1))
+    ]
     assert model.fitted(model.Work(400.0, 52.0), links, measured).fixed_ms == pytest.approx(6.0)
     assert [str(layout) for layout in model.layouts(model.Work(1, 1, heads=6))] == [
-        "1 GPU, 1 host, Ulysses 1 x ring 1", "2 GPUs, 1 host, Ulysses 2 x ring 1", "8 GPUs, 1 host, Ulysses 1 x ring 8",
-        "16 GPUs, 2 hosts, Ulysses 1 x ring 16"]
+        "1 GPU, 1 host, Ulysses 1 x ring 1",
+        "2 GPUs, 1 host, Ulysses 2 x ring 1",
+        "8 GPUs, 1 host, Ulysses 1 x ring 8",
+        "16 GPUs, 2 hosts, Ulysses 1 x ring 16",
+    ]
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
+
 
 def test_times_add_up_and_begin_again():
     stats = Stats("cpu")
@@ -272,7 +306,11 @@ def test_times_add_up_and_begin_again():
         with stats.exchange(None):
             pass
     times = stats.read()
-    assert (times.forwards, times.exchanges, times.sent) == (1, 1, 12) and 0 < times.exchange_seconds < times.forward_seconds
+    assert (times.forwards, times.exchanges, times.sent) == (
+        1,
+        1,
+        12,
+    ) and 0 < times.exchange_seconds < times.forward_seconds
     assert times.as_data()["compute_seconds"] == pytest.approx(times.forward_seconds - times.exchange_seconds)
     stats.reset()
     assert stats.read().forwards == 0
@@ -280,13 +318,18 @@ def test_times_add_up_and_begin_again():
 
 def test_the_package_knows_torch_alone_and_no_backend():
     from flux2_pack.attention import registry
+
     for file in (ROOT / "attention" / "parallel").glob("*.py"):
         tree = ast.parse(file.read_text())
         named = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         named |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0}
         assert {name.split(".")[0] for name in named} <= {"torch", *sys.stdlib_module_names}, file.name
-        assert all(node.level == 1 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level), file.name
-        words = {value for node in ast.walk(tree) if isinstance(node, ast.Constant) for value in str(node.value).split()}
+        assert all(node.level == 1 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level), (
+            file.name
+        )
+        words = {
+            value for node in ast.walk(tree) if isinstance(node, ast.Constant) for value in str(node.value).split()
+        }
         assert not words & set(registry.ROWS), file.name
 
 
@@ -295,5 +338,7 @@ def test_the_reference_itself_sees_the_cases():
     for name in ("key mask", "full mask, one per head", "a scale"):
         case = CASES[name]
         q, k, v, mask, _, _ = attention_ranks.whole(case, 4)
-        with_it, without = (reference.attend(q, k, v, **options)[0] for options in ({"mask": mask, "scale": case.scale}, {}))
+        with_it, without = (
+            reference.attend(q, k, v, **options)[0] for options in ({"mask": mask, "scale": case.scale}, {})
+        )
         assert reference.relative_error(with_it, without) > 0.05, name

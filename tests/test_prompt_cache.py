@@ -1,4 +1,8 @@
-"""The folder of encoded prompts and the words in a prompt, without ComfyUI: what is kept, what is believed, what goes, and two processes at once."""
+"""The folder of encoded prompts and the words in a prompt, without ComfyUI: what is kept, what is believed, what goes,
+and
+two processes at once.
+"""
+
 import os
 from pathlib import Path
 import subprocess
@@ -26,7 +30,12 @@ def conditioning(seed=0, tokens=9):
 
 def same(first, second):
     (a, b), (c, d) = first[0], second[0]
-    return torch.equal(a, c) and b.keys() == d.keys() and torch.equal(b["attention_mask"], d["attention_mask"]) and b["pooled_output"] is d["pooled_output"]
+    return (
+        torch.equal(a, c)
+        and b.keys() == d.keys()
+        and torch.equal(b["attention_mask"], d["attention_mask"])
+        and b["pooled_output"] is d["pooled_output"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,18 +49,29 @@ def test_what_was_written_is_read_bit_for_bit(cache, dtype):
 
 def test_every_part_of_a_key_counts(cache):
     cache.write(KEY, conditioning())
-    assert cache.read({**KEY, "prompt": "a cat "}) is None and cache.read({**KEY, "limit": None}) is None and cache.read({**KEY}) is not None
+    assert (
+        cache.read({**KEY, "prompt": "a cat "}) is None
+        and cache.read({**KEY, "limit": None}) is None
+        and cache.read({**KEY}) is not None
+    )
 
 
 def flip(data):
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-DAMAGE = {"cut off": lambda data: data[:len(data) // 2], "empty": lambda data: b"", "text": lambda data: b"not a tensor file " * 9, "one bit": flip,
-          "no header": lambda data: data[8:], "another entry": lambda data: packed(name_of("other"), conditioning(), []),
-          "one bit of a name": lambda data: data.replace(b"pooled_output", b"pooled_nutput"),
-          "foreign metadata": lambda data: packed(name_of(KEY), conditioning(), []).replace(b'"format":"1"', b'"format":"2"'),
-          "pickle": lambda data: b"\x80\x04." * 9, "huge header": lambda data: b"\xff" * 8 + data[8:]}
+DAMAGE = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a tensor file " * 9,
+    "one bit": flip,
+    "no header": lambda data: data[8:],
+    "another entry": lambda data: packed(name_of("other"), conditioning(), []),
+    "one bit of a name": lambda data: data.replace(b"pooled_output", b"pooled_nutput"),
+    "foreign metadata": lambda data: packed(name_of(KEY), conditioning(), []).replace(b'"format":"1"', b'"format":"2"'),
+    "pickle": lambda data: b"\x80\x04." * 9,
+    "huge header": lambda data: b"\xff" * 8 + data[8:],
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -131,27 +151,54 @@ print("done")
 def test_two_processes_share_a_folder(tmp_path):
     """Both read, write and push out the same entries; whoever reads sees a whole entry or none."""
     tests = str(Path(__file__).parent)
-    running = [subprocess.Popen([sys.executable, "-c", HAMMER, tests, str(tmp_path), str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for number in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", HAMMER, tests, str(tmp_path), str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
     for process in running:
         out, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and out == "done\n", errors[-2000:]
     assert PromptCache(tmp_path, 1).size()[1] <= 60_000 and not list(tmp_path.glob("*.part"))
 
 
-# --- words in a prompt ---------------------------------------------------------------------------------------------------
+# --- words in a prompt
+# ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, said", [
-    ("", "The prompt is empty"), (" \n", "The prompt is empty"), ("a (red:1.2) cat", "no prompt weights: '(red:1.2)'"),
-    ("a (very red cat : 0.5), b", "no prompt weights"), ("embedding:style a cat", "without embeddings: 'embedding:style'"),
-    ("a cat, embedding:style:1.1", "without embeddings"),
-    ("my embedding: none", "without embeddings: 'embedding: none'"), ("a cat <lora:hat:0.8>", "loads no LoRA: '<lora:hat:0.8>'")])
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "The prompt is empty"),
+        (" \n", "The prompt is empty"),
+        ("a (red:1.2) cat", "no prompt weights: '(red:1.2)'"),
+        ("a (very red cat : 0.5), b", "no prompt weights"),
+        ("embedding:style a cat", "without embeddings: 'embedding:style'"),
+        ("a cat, embedding:style:1.1", "without embeddings"),
+        ("my embedding: none", "without embeddings: 'embedding: none'"),
+        ("a cat <lora:hat:0.8>", "loads no LoRA: '<lora:hat:0.8>'"),
+    ],
+)
 def test_what_flux2_does_not_support_is_said(text, said):
     kept, notes = prompt_text.clean(text)
     assert kept == text and len(notes) == 1 and said in notes[0]
 
 
-@pytest.mark.parametrize("text", ["a cat", "at 12:30 (noon)", "ratio (16:9 frame)", "fields: {\"a\": 1}", "my_embedding:none", "\U0001f408\u200d\U0001f3a9 tabs\t\nlines"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a cat",
+        "at 12:30 (noon)",
+        "ratio (16:9 frame)",
+        'fields: {"a": 1}',
+        "my_embedding:none",
+        "\U0001f408\u200d\U0001f3a9 tabs\t\nlines",
+    ],
+)
 def test_ordinary_prompts_get_no_remark(text):
     assert prompt_text.clean(text) == (text, [])
 
@@ -168,10 +215,15 @@ def test_a_prompt_that_is_no_text_is_refused():
 
 def test_prompts_are_lines_or_paragraphs():
     text = "one\r\ntwo\n\n  \nthree\n"
-    assert prompt_text.split(text, "each line") == ["one", "two", "three"] and prompt_text.split(text, "blank lines") == ["one\ntwo", "three"]
+    assert prompt_text.split(text, "each line") == ["one", "two", "three"] and prompt_text.split(
+        text, "blank lines"
+    ) == ["one\ntwo", "three"]
 
 
-@pytest.mark.parametrize("data, said", [(b"\xff\xfe\x00", "not UTF-8 text .byte 0"), (None, "cannot be read: No such file"), (b"x" * 200, "larger than")])
+@pytest.mark.parametrize(
+    "data, said",
+    [(b"\xff\xfe\x00", "not UTF-8 text .byte 0"), (None, "cannot be read: No such file"), (b"x" * 200, "larger than")],
+)
 def test_a_bad_prompt_file_is_said(tmp_path, data, said):
     path = tmp_path / "prompts.txt"
     if data is not None:

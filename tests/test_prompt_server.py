@@ -1,4 +1,8 @@
-"""The prompt nodes in a running ComfyUI: pictures as with CLIP Text Encode, hits across runs, the clear button's address, and the page's widgets."""
+"""The prompt nodes in a running ComfyUI: pictures as with CLIP Text Encode, hits across runs, the clear button's
+address,
+and the page's widgets.
+"""
+
 import json
 import urllib.request
 
@@ -16,9 +20,13 @@ from test_server import NODE, SIZE, latents, names, node, with_latents  # noqa: 
 @pytest.fixture
 def clear(server):
     """A function that presses the clear button's address; called before and after each test."""
+
     def press():
-        with urllib.request.urlopen(urllib.request.Request(f"{server.url}/flux2_attention/prompt_cache/clear", method="POST"), timeout=30) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{server.url}/flux2_attention/prompt_cache/clear", method="POST"), timeout=30
+        ) as answer:
             return json.load(answer)
+
     press()
     yield press
     press()
@@ -30,20 +38,26 @@ def reports(result):
 
 
 def encoding(names, number):
-    """A workflow of loader, prompt and preview. Each number gives another size of the cache, or ComfyUI would take the outputs of the last run."""
-    return {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default", load="when needed"),
-            "encode": node("Flux2EncodePrompt", clip=["load", 0], text="A red fox", cache_gib=1.0 + number / 4),
-            "show": node("PreviewAny", source=["encode", 1])}
+    """A workflow of loader, prompt and preview. Each number gives another size of the cache, or ComfyUI would take the
+    outputs of the last run.
+    """
+    return {
+        "load": node(
+            "Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default", load="when needed"
+        ),
+        "encode": node("Flux2EncodePrompt", clip=["load", 0], text="A red fox", cache_gib=1.0 + number / 4),
+        "show": node("PreviewAny", source=["encode", 1]),
+    }
 
 
 def test_latents_equal_those_of_clip_text_encode(server, names, clear):
     plain = fill(PictureSettings("A red fox", models=names, **SIZE))
-    expected, = latents(server, run(server, with_latents(plain, (NODE["sampler"], 0))))
+    (expected,) = latents(server, run(server, with_latents(plain, (NODE["sampler"], 0))))
     for size in (1.0, 1.5):  # a miss, then a hit
         ours = fill(PictureSettings("A red fox", models=names, **SIZE))
-        entry, = nodes_of(ours, "CLIPTextEncode")
+        (entry,) = nodes_of(ours, "CLIPTextEncode")
         entry["class_type"], entry["inputs"]["cache_gib"] = "Flux2EncodePrompt", size
-        result, = latents(server, run(server, with_latents(ours, (NODE["sampler"], 0))))
+        (result,) = latents(server, run(server, with_latents(ours, (NODE["sampler"], 0))))
         assert torch.equal(result, expected)
 
 
@@ -57,9 +71,12 @@ def test_a_second_run_hits_and_clearing_makes_it_miss(server, names, clear):
 
 
 def test_a_list_makes_as_many_outputs(server, names, clear):
-    workflow = {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
-                "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="a cat\na dog\n\na tree"), "show-1": node("PreviewAny", source=["list", 1]),
-                "show-2": node("PreviewAny", source=["list", 2])}
+    workflow = {
+        "load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
+        "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="a cat\na dog\n\na tree"),
+        "show-1": node("PreviewAny", source=["list", 1]),
+        "show-2": node("PreviewAny", source=["list", 2]),
+    }
     shown = reports(run(server, workflow))
     assert shown[:3] == ["a cat", "a dog", "a tree"] and shown[3].startswith("3 prompts: 0 from disk, 3 encoded.")
 
@@ -67,8 +84,11 @@ def test_a_list_makes_as_many_outputs(server, names, clear):
 def test_an_edited_prompt_file_is_read_by_the_next_run(server, names, clear):
     """The workflow stays the same, and ComfyUI would show the outputs of the first run."""
     file = server.base / "input" / "prompts-of-a-test.txt"
-    workflow = {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
-                "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="", file=file.name), "show": node("PreviewAny", source=["list", 1])}
+    workflow = {
+        "load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
+        "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="", file=file.name),
+        "show": node("PreviewAny", source=["list", 1]),
+    }
     try:
         shown = [(file.write_text(text), reports(run(server, workflow)))[1] for text in ("a cat\n", "a dog\na fox\n")]
     finally:
@@ -76,25 +96,44 @@ def test_an_edited_prompt_file_is_read_by_the_next_run(server, names, clear):
     assert shown == [["a cat"], ["a dog", "a fox"]]
 
 
-@pytest.mark.parametrize("inputs, said", [({"prompts": " ", "file": ""}, "There is no prompt to encode"), ({"prompts": "", "file": "none.txt"}, "There is no 'none.txt'")])
+@pytest.mark.parametrize(
+    "inputs, said",
+    [
+        ({"prompts": " ", "file": ""}, "There is no prompt to encode"),
+        ({"prompts": "", "file": "none.txt"}, "There is no 'none.txt'"),
+    ],
+)
 def test_bad_lists_are_said(server, names, inputs, said):
-    workflow = {"load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
-                "list": node("Flux2EncodePrompts", clip=["load", 0], **inputs), "show": node("PreviewAny", source=["list", 2])}
+    workflow = {
+        "load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
+        "list": node("Flux2EncodePrompts", clip=["load", 0], **inputs),
+        "show": node("PreviewAny", source=["list", 2]),
+    }
     with pytest.raises((ExecutionFailed, PromptRefused), match=said):
         run(server, workflow)
 
 
 def writing(name, **inputs):
-    return {"load": node("Flux2LoadTextEncoder", text_encoder_name=name, device="default", load="when needed"),
-            "write": node("Flux2UpsamplePrompt", clip=["load", 0], **{"text": "a cat", "seed": 1, "temperature": 0.5, "max_tokens": 8, **inputs}),
-            "show-1": node("PreviewAny", source=["write", 0]), "show-2": node("PreviewAny", source=["write", 1])}
+    return {
+        "load": node("Flux2LoadTextEncoder", text_encoder_name=name, device="default", load="when needed"),
+        "write": node(
+            "Flux2UpsamplePrompt",
+            clip=["load", 0],
+            **{"text": "a cat", "seed": 1, "temperature": 0.5, "max_tokens": 8, **inputs},
+        ),
+        "show-1": node("PreviewAny", source=["write", 0]),
+        "show-2": node("PreviewAny", source=["write", 1]),
+    }
 
 
 def test_a_prompt_is_improved_with_a_picture(server, clear):
     file = server.base / "models" / "text_encoders" / "writes.safetensors"
     prompt_models.single_file(file, prompt_models.mistral3(prompt_models.PUBLISHED))
     try:
-        workflow = {"image": node("EmptyImage", width=64, height=48, batch_size=1, color=255), **writing("writes.safetensors", image_2=["image", 0])}
+        workflow = {
+            "image": node("EmptyImage", width=64, height=48, batch_size=1, color=255),
+            **writing("writes.safetensors", image_2=["image", 0]),
+        }
         written, report = reports(run(server, workflow))
     finally:
         file.unlink()
@@ -122,5 +161,8 @@ def test_the_page_has_a_button_and_the_report(server, names, clear):
             const node = app.graph.nodes.find(({type}) => type === 'Flux2EncodePrompt');
             node.widgets.find(({type}) => type === 'button').callback();
             node.onExecuted({text: ['Hit: this is a report']});""")
-        report = "app.graph.nodes.find(({type}) => type === 'Flux2EncodePrompt').widgets.find(({name}) => name === 'report').value"
+        report = (
+            "app.graph.nodes.find(({type}) => type === 'Flux2EncodePrompt').widgets.find(({name}) => name === "
+            "'report').value"
+        )
         page.wait_for(f"{report}.startsWith('Cleared: 1 prompts')")

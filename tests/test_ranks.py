@@ -1,11 +1,14 @@
 """Several ranks as processes on the CPU: same latents as one process, and what a user sees when something goes wrong.
 
-  bash scripts/test.sh tests/test_ranks.py             FLUX2_ROUNDS=50 for the long version of the kills and cancels (3 otherwise)
+  bash scripts/test.sh tests/test_ranks.py             FLUX2_ROUNDS=50 for the long version of the kills and cancels (3
+                                                       otherwise)
 
-Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from flux2/parallel/workers/worker.py and talk gloo. One group of two ranks
-serves most tests. The mathematics of more ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun
-on this one here, a network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
+Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from
+flux2/parallel/workers/worker.py and talk gloo. One group of two ranks serves most tests. The mathematics of more ranks
+is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun on this one here, a
+network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
+
 import contextlib
 import ctypes
 import gc
@@ -45,8 +48,20 @@ def tools(comfy):
     import comfy_extras.nodes_flux
     import comfy.utils
     from flux2_pack.flux2.loading import load
-    from flux2_pack.flux2.parallel.workers import patch_transfer, pool as crew, versions, session as group, launch, devices, channel as protocol, replica, report, install
+    from flux2_pack.flux2.parallel.workers import (
+        patch_transfer,
+        pool as crew,
+        versions,
+        session as group,
+        launch,
+        devices,
+        channel as protocol,
+        replica,
+        report,
+        install,
+    )
     from flux2_pack.nodes import attention, parallel
+
     return SimpleNamespace(**locals(), management=sys.modules["comfy.model_management"], core=sys.modules["comfy"])
 
 
@@ -96,12 +111,27 @@ def alive(pid):
         return False
 
 
-def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=(), method=None, cfg=1.0, sampler="euler", text=40, negative=None,
-           callback=None):
+def sample(
+    tools,
+    model,
+    *,
+    steps=2,
+    seed=1,
+    size=(6, 8),
+    batch=1,
+    references=(),
+    method=None,
+    cfg=1.0,
+    sampler="euler",
+    text=40,
+    negative=None,
+    callback=None,
+):
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
         return torch.randn(shape, generator=generator)
+
     extra = {"guidance": 4.0}
     if references:
         extra["reference_latents"] = [noise(1, 128, *one) for one in references]
@@ -109,8 +139,19 @@ def sample(tools, model, *, steps=2, seed=1, size=(6, 8), batch=1, references=()
         extra["reference_latents_method"] = method
     start, conds = noise(batch, 128, *size), [[[noise(1, tokens, 192), extra]] for tokens in (text, negative or text)]
     with torch.inference_mode():
-        return tools.core.sample.sample(model, start, steps, cfg, sampler, "simple", *conds, torch.zeros_like(start), disable_pbar=True, seed=seed,
-                                        callback=callback)
+        return tools.core.sample.sample(
+            model,
+            start,
+            steps,
+            cfg,
+            sampler,
+            "simple",
+            *conds,
+            torch.zeros_like(start),
+            disable_pbar=True,
+            seed=seed,
+            callback=callback,
+        )
 
 
 def difference(ours, expected):
@@ -121,10 +162,16 @@ def lora(tools, model, strength, rank=4, seed=5):
     """The model with a LoRA on qkv of a double block and on a fused layer of a single block, as Load LoRA does it."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, weight in ((name, getattr(model.model, "diffusion_model").get_parameter(f"{name}.weight")) for name in
-                         ("double_blocks.0.img_attn.qkv", "single_blocks.3.linear1", "final_layer.linear")):
-        state[f"diffusion_model.{name}.lora_up.weight"] = torch.randn((weight.shape[0], rank), generator=generator) * 0.05
-        state[f"diffusion_model.{name}.lora_down.weight"] = torch.randn((rank, weight.shape[1]), generator=generator) * 0.05
+    for name, weight in (
+        (name, getattr(model.model, "diffusion_model").get_parameter(f"{name}.weight"))
+        for name in ("double_blocks.0.img_attn.qkv", "single_blocks.3.linear1", "final_layer.linear")
+    ):
+        state[f"diffusion_model.{name}.lora_up.weight"] = (
+            torch.randn((weight.shape[0], rank), generator=generator) * 0.05
+        )
+        state[f"diffusion_model.{name}.lora_down.weight"] = (
+            torch.randn((rank, weight.shape[1]), generator=generator) * 0.05
+        )
     patched = tools.core.sd.load_lora_for_models(model, None, LORAS.setdefault((seed, rank), state), strength, 0)[0]
     assert len(patched.patches) == 3
     return patched
@@ -133,7 +180,8 @@ def lora(tools, model, strength, rank=4, seed=5):
 LORAS = {}  # the node keeps the file's tensors: a change of strength has the same ones
 
 
-# --- same latents --------------------------------------------------------------------------------------------------------
+# --- same latents
+# --------------------------------------------------------------------------------------------------------
 
 CASES = {
     "text to image": {},
@@ -160,6 +208,7 @@ def kv_cached_beside_an_option_that_changes(tools, model):
     def numbered(apply_model, given):
         options = {**given["c"]["transformer_options"], "somebodys_number": next(numbers)}
         return apply_model(given["input"], given["timestep"], **{**given["c"], "transformer_options": options})
+
     cached.set_model_unet_function_wrapper(numbered)
     return cached
 
@@ -174,12 +223,31 @@ def selected(tools, model, **options):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the node", "behind the node"])
-@pytest.mark.parametrize("patch, case, effect", [
-    (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3), (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4),
-    (kv_cached, {"references": [(4, 5)], "steps": 3, "cfg": 3.0, "negative": 600}, 1e-4),
-    (kv_cached_beside_an_option_that_changes, {"references": [(4, 5)], "steps": 3}, 1e-4), (easy_cached, {"steps": 6}, 1e-3), (selected, {}, 0),
-    (lambda tools, model: selected(tools, model, edge_backend="sdpa-flash", first_steps=1, last_blocks=2), {"steps": 3}, 0)],
-    ids=["LoRA", "Flux KV Cache", "Flux KV Cache, prompts one by one", "Flux KV Cache, a changing option", "EasyCache", "Select Attention", "a precision schedule"])
+@pytest.mark.parametrize(
+    "patch, case, effect",
+    [
+        (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3),
+        (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4),
+        (kv_cached, {"references": [(4, 5)], "steps": 3, "cfg": 3.0, "negative": 600}, 1e-4),
+        (kv_cached_beside_an_option_that_changes, {"references": [(4, 5)], "steps": 3}, 1e-4),
+        (easy_cached, {"steps": 6}, 1e-3),
+        (selected, {}, 0),
+        (
+            lambda tools, model: selected(tools, model, edge_backend="sdpa-flash", first_steps=1, last_blocks=2),
+            {"steps": 3},
+            0,
+        ),
+    ],
+    ids=[
+        "LoRA",
+        "Flux KV Cache",
+        "Flux KV Cache, prompts one by one",
+        "Flux KV Cache, a changing option",
+        "EasyCache",
+        "Select Attention",
+        "a precision schedule",
+    ],
+)
 def test_what_is_on_the_model_works_with_two_ranks(tools, model, two, patch, case, effect, before):
     """effect: how far it moves the latents on one rank, so that a rank without it would show."""
     expected = sample(tools, patch(tools, model), **case)
@@ -194,16 +262,27 @@ def test_our_other_nodes_are_carried_too(tools, model):
     """Their kernels need a GPU or a compiler; what a rank is told, and what it makes of that, does not."""
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
     from flux2_pack.flux2.fused import blocks as fused_blocks
+
     there = model.clone()
     fused_blocks.install(there)
     compiled_blocks.install(there, compiled_blocks.Plan("max-autotune-no-cudagraphs", compiled_blocks.EAGER))
-    options = {**there.model_options["transformer_options"], "wrappers": there.wrappers, "rope_options": {"scale_x": 1.5}}
+    options = {
+        **there.model_options["transformer_options"],
+        "wrappers": there.wrappers,
+        "rope_options": {"scale_x": 1.5},
+    }
     specs = json.loads(json.dumps(tools.patch_transfer.carried(there, options)))
     assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX.2)"]
     replica = tools.patch_transfer.applied(model, specs, None)
-    assert len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6 and "patches_replace" not in model.model_options["transformer_options"]
+    assert (
+        len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6
+        and "patches_replace" not in model.model_options["transformer_options"]
+    )
     plan = compiled_blocks.plan_of(replica)
-    assert (plan.mode, plan.on_failure) == ("max-autotune-no-cudagraphs", compiled_blocks.EAGER) and replica.model_options["transformer_options"]["rope_options"] == {"scale_x": 1.5}
+    assert (plan.mode, plan.on_failure) == (
+        "max-autotune-no-cudagraphs",
+        compiled_blocks.EAGER,
+    ) and replica.model_options["transformer_options"]["rope_options"] == {"scale_x": 1.5}
 
 
 def test_the_report_says_what_every_rank_did(tools, two):
@@ -211,15 +290,21 @@ def test_the_report_says_what_every_rank_did(tools, two):
     sample(tools, chosen, steps=3)
     text, data = tools.report.report(chosen)
     assert tools.report.report(chosen.parent.parent) == (None, None)
-    assert [(one["rank"], one["tokens"], one["forwards"]) for one in data["ranks"]] == [(0, 280, 3), (1, 280, 3)], "48 of the picture and 512 of the text"
-    assert all(one["exchange_seconds"] > 0 and one["compute_seconds"] > 0 and one["sent_bytes"] > 0 for one in data["ranks"])
+    assert [(one["rank"], one["tokens"], one["forwards"]) for one in data["ranks"]] == [(0, 280, 3), (1, 280, 3)], (
+        "48 of the picture and 512 of the text"
+    )
+    assert all(
+        one["exchange_seconds"] > 0 and one["compute_seconds"] > 0 and one["sent_bytes"] > 0 for one in data["ranks"]
+    )
     assert data["ranks"][1]["attention"] == {"sdpa-math": 18} and data["seconds_to_start"]["ready"] > 0
     assert "Ulysses 2 x ring 1" in text and "rank 1 on this machine's CPU" in text and "560" not in text
     full = tools.attention.Flux2AttentionReport.execute(chosen, {"samples": sample(tools, chosen)})
     assert "Sequence parallel: 2 ranks" in full.args[1] and full.ui["flux2_attention"][0]["parallel"]["ulysses"] == 2
 
 
-# --- what changes nothing, and what is not sent again ----------------------------------------------------------------------
+# --- what changes nothing, and what is not sent again
+# ----------------------------------------------------------------------
+
 
 def test_one_gpu_changes_nothing(tools, model, monkeypatch):
     monkeypatch.delenv("FLUX2_CPU_RANKS", raising=False)
@@ -238,11 +323,19 @@ def test_the_model_without_the_node_stays_on_one_rank(tools, model, two, group):
 def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, group, monkeypatch):
     sample(tools, lora(tools, two, 0.7))
     asked, ask = [], group.crew.ask
-    monkeypatch.setattr(group.crew, "ask", lambda what, tensors=(), **rest: asked.append((what, len(tensors))) or ask(what, tensors, **rest))
+    monkeypatch.setattr(
+        group.crew,
+        "ask",
+        lambda what, tensors=(), **rest: asked.append((what, len(tensors))) or ask(what, tensors, **rest),
+    )
     sample(tools, lora(tools, two, 0.3), steps=1)
     sample(tools, two, steps=1)
     sample(tools, selected(tools, two), steps=1)
-    assert [entry for entry in asked if entry[0] not in ("forward", "finish")] == [("weights", 0), ("weights", 0), ("options", 0)]
+    assert [entry for entry in asked if entry[0] not in ("forward", "finish")] == [
+        ("weights", 0),
+        ("weights", 0),
+        ("options", 0),
+    ]
 
 
 def damaged(crew, what, **content):
@@ -253,32 +346,51 @@ def damaged(crew, what, **content):
 
 def test_what_one_rank_could_not_take_over_is_sent_again(tools, model, two, group, monkeypatch):
     """Others may have taken it over, so it is not known what any of them has."""
-    expected, ours = (sample(tools, lora(tools, model, 0.7)), sample(tools, selected(tools, model))), lora(tools, two, 0.7)
+    expected, ours = (
+        (sample(tools, lora(tools, model, 0.7)), sample(tools, selected(tools, model))),
+        lora(tools, two, 0.7),
+    )
     sample(tools, ours)
     pids = [member.pid for member in group.crew.members]
-    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"),
+    ):
         patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
         sample(tools, lora(tools, two, 0.7, seed=6))
     assert difference(sample(tools, ours), expected[0]) < SAME
-    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"),
+    ):
         patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
         sample(tools, lora(tools, two, 0.7, seed=6))
     assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME, "no LoRA has to be said too"
-    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="could not take over the model's options: This worker does not know 'x'"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            tools.crew.RanksFailed, match="could not take over the model's options: This worker does not know 'x'"
+        ),
+    ):
         patch.setattr(group.crew, "ask", damaged(group.crew, "options", specs=[["x", {}]]))
         sample(tools, two)
     asked, ask = [], group.crew.ask
-    monkeypatch.setattr(group.crew, "ask", lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content))
+    monkeypatch.setattr(
+        group.crew, "ask", lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content)
+    )
     assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME and "options" in asked
     assert [member.pid for member in group.crew.members] == pids
 
 
 def test_host_memory_holds_no_copy_of_a_mapped_file(tools, tmp_path):
     import small_models as files
+
     made = {name: tensor.float() for name, tensor in files.diffusion_model(hidden=512).items()}
     path = files.write(tmp_path / "float32.safetensors", made)
     size = path.stat().st_size
-    source = tools.replica.source_of(SimpleNamespace(cached_patcher_init=(tools.load.load_model, (str(path), "as stored", "auto"))))
+    source = tools.replica.source_of(
+        SimpleNamespace(cached_patcher_init=(tools.load.load_model, (str(path), "as stored", "auto")))
+    )
     before, patcher = anonymous(), tools.core.model_patcher.CoreModelPatcher
     try:
         replica = tools.replica.Replica(source, "cpu")
@@ -289,37 +401,66 @@ def test_host_memory_holds_no_copy_of_a_mapped_file(tools, tmp_path):
     change = torch.ones_like(replica.originals[name])
     first = None
     for factor in (1.0, 0.5, 0.25):
-        data, tensors = tools.replica.weights_of(SimpleNamespace(patches={name: [(factor, ("diff", (change,)), 1.0, None, None)]}))
+        data, tensors = tools.replica.weights_of(
+            SimpleNamespace(patches={name: [(factor, ("diff", (change,)), 1.0, None, None)]})
+        )
         assert replica.set_weights(data, tensors) == 1
-        assert torch.allclose(tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"] + factor)
+        assert torch.allclose(
+            tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"] + factor
+        )
         first = anonymous() if first is None else first
-    assert replica.set_weights({}, []) == 0 and torch.equal(tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"])
+    assert replica.set_weights({}, []) == 0 and torch.equal(
+        tools.core.utils.get_attr(replica.model.model, name), made["single_blocks.0.linear1.weight"]
+    )
     assert anonymous() - first < 0.3 * size
 
 
-@pytest.mark.parametrize("loader, arguments", [("ours", ("as stored", "CPU when idle")), ("ours", ("bf16",)), ("ours", ("fp8",)), ("core's", ({},)), ("core's", ({"dtype": torch.bfloat16},))])
+@pytest.mark.parametrize(
+    "loader, arguments",
+    [
+        ("ours", ("as stored", "CPU when idle")),
+        ("ours", ("bf16",)),
+        ("ours", ("fp8",)),
+        ("core's", ({},)),
+        ("core's", ({"dtype": torch.bfloat16},)),
+    ],
+)
 def test_a_replica_has_the_weights_of_rank_0_in_its_number_format(tools, small_models, loader, arguments, monkeypatch):
     monkeypatch.setattr(tools.core.model_patcher, "CoreModelPatcher", tools.core.model_patcher.CoreModelPatcher)
-    patcher = (tools.load.load_model if loader == "ours" else tools.core.sd.load_diffusion_model)(str(small_models["model"]), *arguments)
+    patcher = (tools.load.load_model if loader == "ours" else tools.core.sd.load_diffusion_model)(
+        str(small_models["model"]), *arguments
+    )
     ours = tools.replica.Replica(json.loads(json.dumps(tools.replica.source_of(patcher))), "cpu").model.model
     expected, found = (dict(one.named_parameters()) for one in (patcher.model, ours))
-    assert expected.keys() == found.keys() and all(value.dtype == found[name].dtype and torch.equal(value.float(), found[name].float()) for name, value in expected.items())
+    assert expected.keys() == found.keys() and all(
+        value.dtype == found[name].dtype and torch.equal(value.float(), found[name].float())
+        for name, value in expected.items()
+    )
     assert ours.manual_cast_dtype == patcher.model.manual_cast_dtype
 
 
 def test_weights_that_could_not_all_be_replaced_leave_no_old_patch_behind(tools, small_models, monkeypatch):
-    """Memory may run out half-way. What was patched before has to be known then, or it stays for every prompt that follows."""
+    """Memory may run out half-way. What was patched before has to be known then, or it stays for every prompt that
+    follows.
+    """
     monkeypatch.setattr(tools.core.model_patcher, "CoreModelPatcher", tools.core.model_patcher.CoreModelPatcher)
     source = tools.replica.source_of(tools.load.load_model(str(small_models["model"])))
     replica = tools.replica.Replica(source, "cpu")
-    first, last = (f"diffusion_model.{name}" for name in ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"))
+    first, last = (
+        f"diffusion_model.{name}" for name in ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")
+    )
     plain = {name: tools.core.utils.get_attr(replica.model.model, name).clone() for name in (first, last)}
 
     def patched(name):
-        return tools.replica.weights_of(SimpleNamespace(patches={name: [(1.0, ("diff", (torch.ones_like(plain[name]),)), 1.0, None, None)]}))
+        return tools.replica.weights_of(
+            SimpleNamespace(patches={name: [(1.0, ("diff", (torch.ones_like(plain[name]),)), 1.0, None, None)]})
+        )
+
     replica.set_weights(*patched(last))
     with monkeypatch.context() as short, pytest.raises(MemoryError):
-        short.setattr(replica.model, "patch_weight_to_device", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+        short.setattr(
+            replica.model, "patch_weight_to_device", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError())
+        )
         replica.set_weights(*patched(first))
     assert replica.set_weights({}, []) == 0
     assert all(torch.equal(tools.core.utils.get_attr(replica.model.model, name), plain[name]) for name in plain)
@@ -333,7 +474,9 @@ def anonymous():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------
+# --- refusals
+# --------------------------------------------------------------------------------------------------------------
+
 
 def somebodys_override(func, *args, **kwargs):
     return func(*args, **kwargs)
@@ -375,11 +518,20 @@ def with_compile(tools, model):
     model.add_wrapper_with_key("apply_model", "torch.compile", somebodys_patch)
 
 
-@pytest.mark.parametrize("change, words", [
-    (with_override, ["test_ranks.somebodys_override", "Select Attention"]), (with_attn1, ["attn1_patch", "somebodys_patch"]),
-    (with_block, ["('dit', ('double_block', 1))", "somebodys_patch"]), (with_object, ["diffusion_model.final_layer", "Identity"]),
-    (with_merge, ["weight patches", "save the merged model"]), (with_weight_wrapper, ["weight wrappers"]), (with_callback, ["'somebody'", "on_pre_run"]),
-    (with_compile, ["Torch Compile Model", "Compile Blocks"])], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (with_override, ["test_ranks.somebodys_override", "Select Attention"]),
+        (with_attn1, ["attn1_patch", "somebodys_patch"]),
+        (with_block, ["('dit', ('double_block', 1))", "somebodys_patch"]),
+        (with_object, ["diffusion_model.final_layer", "Identity"]),
+        (with_merge, ["weight patches", "save the merged model"]),
+        (with_weight_wrapper, ["weight wrappers"]),
+        (with_callback, ["'somebody'", "on_pre_run"]),
+        (with_compile, ["Torch Compile Model", "Compile Blocks"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two, group, change, words):
     sample(tools, two, steps=1)
     pids, changed = [member.pid for member in group.crew.members], two.clone()
@@ -387,7 +539,11 @@ def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two
     with pytest.raises(ValueError) as caught:
         sample(tools, changed)
     assert all(word in str(caught.value) for word in ["Sequence parallel", *words]), str(caught.value)
-    assert all(map(alive, pids)) and torch.isfinite(sample(tools, two, steps=1)).all() and [member.pid for member in group.crew.members] == pids
+    assert (
+        all(map(alive, pids))
+        and torch.isfinite(sample(tools, two, steps=1)).all()
+        and [member.pid for member in group.crew.members] == pids
+    )
 
 
 def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, model, two, group, expected):
@@ -396,11 +552,18 @@ def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, mod
 
     def somebodys_forward(*args, **kwargs):
         return original(*args, **kwargs)
+
     sample(tools, two)
     pids, original = [member.pid for member in group.crew.members], network.forward_orig
     network.forward_orig = somebodys_forward
     try:
-        with pytest.raises(ValueError, match="Sequence parallel cannot carry the object patch 'diffusion_model.forward_orig' of test_ranks.*somebodys_forward"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                "Sequence parallel cannot carry the object patch 'diffusion_model.forward_orig' of "
+                "test_ranks.*somebodys_forward"
+            ),
+        ):
             sample(tools, two)
     finally:
         del network.forward_orig
@@ -423,7 +586,13 @@ def test_a_model_that_cannot_be_loaded_twice_is_refused_at_the_node(tools, model
 
 def test_degrees_and_devices_that_do_not_work_are_refused_with_those_that_do(tools, model, monkeypatch):
     monkeypatch.delenv("FLUX2_CPU_RANKS", raising=False)
-    with pytest.raises(ValueError, match="4 GPUs were asked for, and there is no GPU that several ranks can use: the model runs on cpu.*FLUX2_CPU_RANKS=2"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "4 GPUs were asked for, and there is no GPU that several ranks can use: the model runs on "
+            "cpu.*FLUX2_CPU_RANKS=2"
+        ),
+    ):
         tools.parallel.parallel(model, 4)
     monkeypatch.setenv("FLUX2_CPU_RANKS", "4")
     with pytest.raises(ValueError, match="5 GPUs were asked for, and there is 4 ranks on the CPU.*Set gpus to 4"):
@@ -434,7 +603,9 @@ def test_degrees_and_devices_that_do_not_work_are_refused_with_those_that_do(too
         tools.parallel.parallel(model, 4, ulysses=2, ring=1)
 
 
-# --- who may join ----------------------------------------------------------------------------------------------------------
+# --- who may join
+# ----------------------------------------------------------------------------------------------------------
+
 
 def crew_waiting_for_one(tools, monkeypatch, port=0):
     """A Crew that listens for one rank from elsewhere, at a free port of this machine."""
@@ -468,7 +639,9 @@ def test_a_process_without_the_secret_cannot_join_and_disturbs_nobody(tools, mon
             introduce(tools, port, "another secret of some length").receive()
         assert crew.members == []
         channel = introduce(tools, port)
-        assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000, "a host that is gone is noticed while data is on its way"
+        assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000, (
+            "a host that is gone is noticed while data is on its way"
+        )
         assert channel.receive()[0]["do"] == "configure" and [member.where for member in crew.members] == ["far GPU 0"]
         silent.close(), http.close()
     finally:
@@ -479,7 +652,9 @@ def test_the_secret_never_travels(tools, two, group, monkeypatch):
     """Between hosts everything can be read on the way, and the keys of torch's store are sent as they are."""
     sample(tools, two, steps=1)
     asked, ask = [], group.crew.ask
-    monkeypatch.setattr(group.crew, "ask", lambda what, *rest, **content: asked.append(content) or ask(what, *rest, **content))
+    monkeypatch.setattr(
+        group.crew, "ask", lambda what, *rest, **content: asked.append(content) or ask(what, *rest, **content)
+    )
     group.end_mesh()
     sample(tools, two, steps=1)
     assert any("prefix" in content for content in asked) and group.crew.secret not in str(asked)
@@ -490,10 +665,19 @@ def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
     try:
         channel = introduce(tools, port, host="oldhost")
         asked = channel.receive()[0]
-        channel.send({"done": "configure", "number": asked["number"], "versions": {**tools.versions.versions(), "PyTorch": "2.6.0"}, "name": "Some GPU"})
+        channel.send(
+            {
+                "done": "configure",
+                "number": asked["number"],
+                "versions": {**tools.versions.versions(), "PyTorch": "2.6.0"},
+                "name": "Some GPU",
+            }
+        )
         with pytest.raises(tools.crew.RanksFailed) as caught:
             crew.done("configure", 1, 10)
-        assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(caught.value) and "2.6.0 there" in str(caught.value)
+        assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(
+            caught.value
+        ) and "2.6.0 there" in str(caught.value)
     finally:
         crew.stop()
 
@@ -504,7 +688,12 @@ def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_
     shutil.copytree(ROOT / "flux2", tmp_path / "flux2")
     seen = {tools.versions.DIGEST, tools.versions.pack_digest(tmp_path)}
     assert len(seen) == 1
-    for name in ("attention/backends/sdpa.py", "attention/dispatch.py", "flux2/fused/blocks.py", "flux2/parallel/workers/step.py"):
+    for name in (
+        "attention/backends/sdpa.py",
+        "attention/dispatch.py",
+        "flux2/fused/blocks.py",
+        "flux2/parallel/workers/step.py",
+    ):
         with open(tmp_path / name, "a") as file:
             file.write("\n")
         seen.add(tools.versions.pack_digest(tmp_path))
@@ -513,7 +702,9 @@ def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_
 
 def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{taken.getsockname()[1]}.*Another program has that port"):
+        with pytest.raises(
+            OSError, match=f"cannot listen at 127.0.0.1:{taken.getsockname()[1]}.*Another program has that port"
+        ):
             crew_waiting_for_one(tools, monkeypatch, taken.getsockname()[1])
     monkeypatch.setenv("FLUX2_RANKS_SECRET", "short")
     with pytest.raises(ValueError, match="FLUX2_RANKS_SECRET is missing or shorter"):
@@ -537,8 +728,24 @@ def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
     monkeypatch.setenv("FLUX2_RANKS_SECRET", secret)
     monkeypatch.setenv("FLUX2_CPU_RANKS", "1")
     fresh = tools.load.load_model(model.cached_patcher_init[1][0])
-    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / "flux2/ranks/worker.py"), "--join",
-                                 f"127.0.0.1:{port}", "--comfyui", comfy], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    torchrun = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "1",
+            str(ROOT / "flux2/ranks/worker.py"),
+            "--join",
+            f"127.0.0.1:{port}",
+            "--comfyui",
+            comfy,
+        ],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         ours = tools.parallel.parallel(fresh, 2)
         assert difference(sample(tools, ours), sample(tools, model)) < SAME
@@ -559,6 +766,7 @@ def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
 def test_a_rank_that_starts_afresh_keeps_its_gpu(tools, monkeypatch):
     """By exec, so it finds the environment that it made for itself: one GPU, which is not to be counted from again."""
     from flux2_pack.flux2.parallel.workers import worker
+
     monkeypatch.delenv("FLUX2_RANKS_GPU", raising=False)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
@@ -569,7 +777,9 @@ def test_a_rank_that_starts_afresh_keeps_its_gpu(tools, monkeypatch):
     os.environ.pop("FLUX2_RANKS_GPU", None)
 
 
-# --- cancels, kills, memory ------------------------------------------------------------------------------------------------
+# --- cancels, kills, memory
+# ------------------------------------------------------------------------------------------------
+
 
 def in_a_step(group, action, delay=0.15):
     """Run action() in the middle of the next step; returns (thread, [the moment])."""
@@ -581,6 +791,7 @@ def in_a_step(group, action, delay=0.15):
         time.sleep(delay)
         moment.append(time.perf_counter())
         action()
+
     thread = threading.Thread(target=work)
     thread.start()
     return thread, moment
@@ -605,10 +816,14 @@ def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, gro
     def once(delay):
         sample(tools, two)
         before = [member.pid for member in group.crew.members], group._generation
-        error, seconds = interrupted(tools, two, group, lambda: tools.management.interrupt_current_processing(True), delay)
+        error, seconds = interrupted(
+            tools, two, group, lambda: tools.management.interrupt_current_processing(True), delay
+        )
         assert isinstance(error, tools.management.InterruptProcessingException)
         assert difference(sample(tools, two), expected) < SAME
-        return seconds < 2 and ([member.pid for member in group.crew.members], group._generation) == before  # no process and no connection was made anew
+        # no process and no connection was made anew
+        return seconds < 2 and ([member.pid for member in group.crew.members], group._generation) == before
+
     for delay in (0.02, 0.3):
         assert kept(once, delay)
 
@@ -619,13 +834,16 @@ def resume(pid):
 
 
 def kept(promise, *args):
-    """Whether a promise in seconds is kept in one of four tries: a machine that is busy with other things may miss it."""
+    """Whether a promise in seconds is kept in one of four tries: a machine that is busy with other things may miss
+    it.
+    """
     return any(promise(*args) for _ in range(4))
 
 
 def test_a_cancel_is_heard_by_a_rank_that_has_not_begun_the_pass(tools):
     """Its two threads: the message to stop may be read before the pass has begun that was asked for just before it."""
     from flux2_pack.flux2.parallel.workers import worker
+
     one = worker.Worker(None)
     one.interrupt({"number": 7})
     with one.interruptible(6):
@@ -642,6 +860,7 @@ def test_a_cancel_between_two_steps_begins_no_pass(tools, two, group, expected):
     def cancel(step, *_):
         asked.append(group.crew._number)
         tools.management.interrupt_current_processing(True)
+
     with pytest.raises(tools.management.InterruptProcessingException):
         sample(tools, two, steps=3, callback=cancel)
     assert len(asked) == 1 and group.crew._number == asked[0] + 1, "the end of the sampling is all that is asked for"
@@ -656,14 +875,19 @@ def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, gr
         def hang(step, *_):
             if step == 1:
                 os.kill(pid, signal.SIGSTOP)
-                threading.Timer(0.5, lambda: moment.append(time.perf_counter()) or tools.management.interrupt_current_processing(True)).start()
+                threading.Timer(
+                    0.5,
+                    lambda: moment.append(time.perf_counter()) or tools.management.interrupt_current_processing(True),
+                ).start()
                 threading.Timer(20, resume, (pid,)).start()  # whatever comes, the tests go on
+
         with pytest.raises(tools.management.InterruptProcessingException):
             sample(tools, two, callback=hang)
         seconds = time.perf_counter() - moment[0]
         os.kill(pid, signal.SIGCONT)
         assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid
         return seconds < 2
+
     assert kept(once)
 
 
@@ -671,7 +895,9 @@ def test_what_no_rank_can_do_is_said_by_rank_0_and_the_ranks_stay(tools, two, gr
     sample(tools, two)
     pids = [member.pid for member in group.crew.members]
     for _ in range(3):
-        with pytest.raises(ValueError, match="^2 GPUs cannot share 1 tokens of the picture: use fewer GPUs or a larger picture"):
+        with pytest.raises(
+            ValueError, match="^2 GPUs cannot share 1 tokens of the picture: use fewer GPUs or a larger picture"
+        ):
             sample(tools, two, size=(1, 1))
     assert difference(sample(tools, two), expected) < SAME and [member.pid for member in group.crew.members] == pids
 
@@ -686,10 +912,15 @@ def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, group, expecte
             time.sleep(0.5)
             moment.append(time.perf_counter())
             tools.management.interrupt_current_processing(True)
+
         error, _ = interrupted(tools, two, group, hang_and_cancel)
         seconds = time.perf_counter() - moment[0]
-        assert isinstance(error, tools.management.InterruptProcessingException) and difference(sample(tools, two), expected) < SAME
+        assert (
+            isinstance(error, tools.management.InterruptProcessingException)
+            and difference(sample(tools, two), expected) < SAME
+        )
         return seconds < 2.5
+
     assert kept(once)
 
 
@@ -698,17 +929,25 @@ def test_a_killed_rank_is_named_and_the_next_prompt_rebuilds(tools, two, group, 
     pid = group.crew.members[0].pid
     error, seconds = interrupted(tools, two, group, lambda: os.kill(pid, signal.SIGKILL))
     assert isinstance(error, tools.crew.RanksFailed) and seconds < 10
-    assert "Rank 1 (this machine's CPU" in str(error) and "SIGKILL" in str(error) and "the next one starts the rank again" in str(error)
+    assert (
+        "Rank 1 (this machine's CPU" in str(error)
+        and "SIGKILL" in str(error)
+        and "the next one starts the rank again" in str(error)
+    )
     assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid != pid
 
 
 def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, group, expected):
-    """Also where rank 0 would not notice by an exchange: what a GPU computed after the loss is worthless, so the sampling must not go on with new
-    ranks."""
+    """Also where rank 0 would not notice by an exchange: what a GPU computed after the loss is worthless, so the
+    sampling
+    must not go on with new ranks.
+    """
+
     def kill(step, *_):
         if step == 0:
             os.kill(group.crew.members[0].pid, signal.SIGKILL)
             wait_until(lambda: not group.crew.started, 30)
+
     with pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*SIGKILL"):
         sample(tools, two, steps=3, callback=kill)
     assert difference(sample(tools, two), expected) < SAME
@@ -717,11 +956,13 @@ def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, gr
 def test_a_rank_that_fails_before_the_exchanges_leaves_nobody_waiting_in_them(tools, two, group, expected, monkeypatch):
     """As one that cannot allocate the inputs: it takes part in nothing, and gloo's waits end only with the process."""
     from flux2_pack.flux2.parallel.workers import session as module
+
     sample(tools, two)
 
     def unknown_kind(inputs, original=module.described):
         data, kinds, tensors = original(inputs)
         return data, [["no_dtype", shape] for _, shape in kinds], tensors
+
     begun = time.monotonic()
     with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*no_dtype"):
         patch.setattr(module, "described", unknown_kind)
@@ -735,17 +976,23 @@ def test_a_rank_out_of_memory_is_named_and_the_next_prompt_works(tools, two, gro
     pid = group.crew.members[0].pid
     with open(f"/proc/{pid}/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (used + 2 ** 20, resource.RLIM_INFINITY))
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
     with pytest.raises(tools.crew.RanksFailed) as caught:
         sample(tools, two, size=(64, 64))
     if alive(pid):
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert "Rank 1 (this machine's CPU" in str(caught.value) and "memory ran out" in str(caught.value) and "fp8 checkpoint" in str(caught.value)
+    assert (
+        "Rank 1 (this machine's CPU" in str(caught.value)
+        and "memory ran out" in str(caught.value)
+        and "fp8 checkpoint" in str(caught.value)
+    )
     assert difference(sample(tools, two), expected) < SAME
 
 
 def test_what_ends_the_ranks_is_heard_after_what_does_not(tools):
-    """Memory runs out on several ranks in the same step: the first takes part in what is left of it, the second cannot, and rank 0 would wait for it."""
+    """Memory runs out on several ranks in the same step: the first takes part in what is left of it, the second cannot,
+    and rank 0 would wait for it.
+    """
     ended = []
     crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3), on_failure=lambda: ended.append(True))
     crew._keeper = threading.current_thread()
@@ -753,7 +1000,11 @@ def test_what_ends_the_ranks_is_heard_after_what_does_not(tools):
     crew._note(first, {"failed": "forward", "number": 4, "cause": "memory", "broken": False, "text": "memory ran out"})
     assert crew.started and not ended
     crew._note(second, {"failed": "forward", "number": 4, "cause": "memory", "broken": True, "text": "memory ran out"})
-    assert ended == [True] and not crew.started and crew.failure.startswith("Rank 1 (somewhere) could not compute its part of a step: memory ran out.")
+    assert (
+        ended == [True]
+        and not crew.started
+        and crew.failure.startswith("Rank 1 (somewhere) could not compute its part of a step: memory ran out.")
+    )
 
 
 def test_a_rank_that_cannot_be_started_takes_those_before_it_along(tools, monkeypatch):
@@ -764,10 +1015,13 @@ def test_a_rank_that_cannot_be_started_takes_those_before_it_along(tools, monkey
             raise OSError(11, "Resource temporarily unavailable")
         started.append(start(*args))
         return started[0]
+
     monkeypatch.setattr(tools.launch, "start", no_more_than_one)
     crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3))
     crew.start()
-    with pytest.raises(tools.crew.RanksFailed, match="The other ranks could not be started: BlockingIOError: .*temporarily unavailable"):
+    with pytest.raises(
+        tools.crew.RanksFailed, match="The other ranks could not be started: BlockingIOError: .*temporarily unavailable"
+    ):
         crew.done("configure", 1, 20)
     assert started[0].poll() is not None
 
@@ -795,11 +1049,15 @@ def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, exp
         pids = [member.pid for member in group.crew.members]
         started.update(pids)
         kill = chance.random() < 0.34
-        action = (lambda: os.kill(pids[0], signal.SIGKILL)) if kill else (lambda: tools.management.interrupt_current_processing(True))
+        action = (
+            (lambda: os.kill(pids[0], signal.SIGKILL))
+            if kill
+            else (lambda: tools.management.interrupt_current_processing(True))
+        )
         try:
             thread, _ = in_a_step(group, action, chance.random() * 0.8)
             sample(tools, two, **LARGE)
-        except (tools.crew.RanksFailed if kill else tools.management.InterruptProcessingException):
+        except tools.crew.RanksFailed if kill else tools.management.InterruptProcessingException:
             pass
         thread.join()
         tools.management.interrupt_current_processing(False)
@@ -820,7 +1078,8 @@ def open_files():
 def test_unloading_frees_every_rank(tools, two, group, expected, monkeypatch):
     sample(tools, two)
     member, pid = group.crew.members[0], group.crew.members[0].pid
-    tools.management.unload_all_models()  # at once: nobody has looked whether the model is loaded since the sampling ended
+    # at once: nobody has looked whether the model is loaded since the sampling ended
+    tools.management.unload_all_models()
     wait_until(lambda: "drop" in member.done, 30)
     assert member.done["drop"][1]["freed"] and alive(pid), "the process may be needed again"
     assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid

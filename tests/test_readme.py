@@ -1,4 +1,5 @@
 """The README says what the code has: every backend, node and folder."""
+
 import asyncio
 import re
 
@@ -11,11 +12,15 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_backend_is_in_the_table_with_its_kind():
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (exact|quantised) \|$", README, re.M))
-    assert rows == {"auto": "exact", **{slug: "exact" if row.exact else "quantised" for slug, row in registry.ROWS.items()}}
+    assert rows == {
+        "auto": "exact",
+        **{slug: "exact" if row.exact else "quantised" for slug, row in registry.ROWS.items()},
+    }
 
 
 def test_every_node_is_in_the_table(comfy):
     from flux2_pack import nodes
+
     extension = asyncio.run(nodes.comfy_entrypoint())
     listed = asyncio.run(extension.get_node_list())
     assert {n.define_schema().node_id for n in listed} == set(re.findall(r"\(`(Flux2\w+)`\)", README))
@@ -23,5 +28,7 @@ def test_every_node_is_in_the_table(comfy):
 
 
 def test_every_file_it_names_exists():
-    for name in set(re.findall(r"`((?:scripts|benchmarks|attention|docs|example_workflows|tests)/[\w./-]*[\w/])`", README)) | set(re.findall(r"\((docs/[\w.-]+)\)", README)):
+    for name in set(
+        re.findall(r"`((?:scripts|benchmarks|attention|docs|example_workflows|tests)/[\w./-]*[\w/])`", README)
+    ) | set(re.findall(r"\((docs/[\w.-]+)\)", README)):
         assert (ROOT / name).exists(), name

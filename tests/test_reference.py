@@ -1,9 +1,13 @@
-"""The whole against the reference: our workflow on a running ComfyUI against diffusers' Flux2Pipeline, latents to float32 rounding.
+"""The whole against the reference: our workflow on a running ComfyUI against diffusers' Flux2Pipeline, latents to
+float32
+rounding.
 
-Both have the same files, noise, sigmas, prompt and reference picture; the prompt is encoded by transformers' Mistral 3 through diffusers' own
-function, so tokens, padding and the cut at 512 tokens are the reference's. Also: what a bad file leaves in the server's memory.
-Weights are random and small. Not covered: klein over the server (test_loaders compares its parts), the published weights.
+Both have the same files, noise, sigmas, prompt and reference picture; the prompt is encoded by transformers' Mistral 3
+through diffusers' own function, so tokens, padding and the cut at 512 tokens are the reference's. Also: what a bad file
+leaves in the server's memory. Weights are random and small. Not covered: klein over the server (test_loaders compares
+its parts), the published weights.
 """
+
 import time
 
 import pytest
@@ -20,7 +24,11 @@ from test_server import NODE, alive, latents, with_latents
 
 SIDE, STEPS = 112, 4
 PROMPT, LONG = "Add a cool hat to the cat", "structured responses about a cat, " * 60
-NAMES = {"diffusion_models": "reference-transformer", "text_encoders": "reference-mistral.safetensors", "vae": "reference-vae"}
+NAMES = {
+    "diffusion_models": "reference-transformer",
+    "text_encoders": "reference-mistral.safetensors",
+    "vae": "reference-vae",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +43,7 @@ class Processor:
     def __init__(self, folder):
         from transformers import PreTrainedTokenizerFast
         from transformers.integrations.mistral import tokenizer as mistral
+
         (folder / "tekken.json").write_bytes(maker.tekken())
         converted = mistral.MistralConverter(str(folder / "tekken.json")).converted()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, pad_token="<pad>", padding_side="left")
@@ -48,8 +57,11 @@ class Processor:
 @pytest.fixture(scope="module")
 def reference(comfy, server, tmp_path_factory):
     """diffusers' Flux2Pipeline, with its files among the server's models."""
-    pytest.importorskip("transformers.integrations.mistral", reason="this transformers has no tekken converter that reads a file")
+    pytest.importorskip(
+        "transformers.integrations.mistral", reason="this transformers has no tekken converter that reads a file"
+    )
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+
     folder = tmp_path_factory.mktemp("reference")
     _, transformer, model = original_and_diffusers(folder, guidance=True)
     weights = mistral_40()
@@ -57,10 +69,19 @@ def reference(comfy, server, tmp_path_factory):
     torch.manual_seed(4)
     vae = AutoencoderKLFlux2(decoder_block_out_channels=(32, 64, 128, 128)).eval()
     vae.save_pretrained(folder / "vae")
-    for kind, place in (("diffusion_models", transformer), ("text_encoders", folder / NAMES["text_encoders"]), ("vae", folder / "vae")):
+    for kind, place in (
+        ("diffusion_models", transformer),
+        ("text_encoders", folder / NAMES["text_encoders"]),
+        ("vae", folder / "vae"),
+    ):
         link(server.base / "models" / kind / NAMES[kind], place)
-    pipeline = Flux2Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False), vae=vae, text_encoder=None,
-                             tokenizer=None, transformer=model)
+    pipeline = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=model,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, transformers_mistral(weights), Processor(folder)
 
@@ -73,32 +94,56 @@ def noise():
 def of_diffusers(reference, prompt, picture):
     """Final latents (1, S, 128)."""
     from comfy_extras.nodes_flux import get_schedule
+
     pipeline, encoder, processor = reference
     sigmas = get_schedule(STEPS, (SIDE // 16) ** 2)
     embeds = pipeline._get_mistral_3_small_prompt_embeds(encoder, processor, prompt)  # (1, 512, 192)
-    return pipeline(image=picture, prompt_embeds=embeds, latents=noise(), height=SIDE, width=SIDE, sigmas=sigmas[:-1].tolist(), num_inference_steps=STEPS,
-                    guidance_scale=4.0, output_type="latent").images
+    return pipeline(
+        image=picture,
+        prompt_embeds=embeds,
+        latents=noise(),
+        height=SIDE,
+        width=SIDE,
+        sigmas=sigmas[:-1].tolist(),
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        output_type="latent",
+    ).images
 
 
 def of_server(server, prompt, references, padding):
     """Final latents (1, S, 128) of the example workflow."""
-    settings = PictureSettings(prompt, width=SIDE, height=SIDE, steps=STEPS, backend="sdpa", references=references, models=NAMES, vae_precision="fp32",
-                               reference_megapixels=(SIDE / 1024) ** 2)
+    settings = PictureSettings(
+        prompt,
+        width=SIDE,
+        height=SIDE,
+        steps=STEPS,
+        backend="sdpa",
+        references=references,
+        models=NAMES,
+        vae_precision="fp32",
+        reference_megapixels=(SIDE / 1024) ** 2,
+    )
     workflow = fill(settings)
     nodes_of(workflow, LOADERS["text_encoders"][0])[0]["inputs"]["padding"] = padding
-    latent, = latents(server, run(server, with_latents(workflow, (NODE["report"], 0))))
+    (latent,) = latents(server, run(server, with_latents(workflow, (NODE["report"], 0))))
     return latent.flatten(2).transpose(1, 2)
 
 
 @pytest.fixture(scope="module")
 def picture(server):
-    image = Image.fromarray(torch.randint(0, 255, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)).numpy())
+    image = Image.fromarray(
+        torch.randint(0, 255, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)).numpy()
+    )
     image.save(server.base / "input" / "reference.png")
     return image
 
 
-# Measured: 1.5e-7. (Sigmas that are no thousandth of a float32 give more: the pipeline turns them into timesteps and back.)
-@pytest.mark.parametrize("prompt, references", [(PROMPT, ()), (PROMPT, ("reference.png",)), (LONG, ())], ids=["text", "edit", "long prompt"])
+# Measured: 1.5e-7. (Sigmas that are no thousandth of a float32 give more: the pipeline turns them into timesteps and
+# back.)
+@pytest.mark.parametrize(
+    "prompt, references", [(PROMPT, ()), (PROMPT, ("reference.png",)), (LONG, ())], ids=["text", "edit", "long prompt"]
+)
 def test_the_server_gives_the_latents_of_the_pipeline(server, reference, picture, prompt, references):
     expected = of_diffusers(reference, prompt, picture if references else None)
     assert relative_error(of_server(server, prompt, references, "reference"), expected) <= 1e-6
@@ -109,6 +154,7 @@ def test_the_server_gives_the_latents_of_the_pipeline(server, reference, picture
 
 # --- bad files -------------------------------------------------------------------------------------------------------
 
+
 def anonymous_memory(server):
     with open(f"/proc/{server.process.pid}/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
@@ -116,11 +162,16 @@ def anonymous_memory(server):
 
 @pytest.fixture(scope="module")
 def late_failures(server, tmp_path_factory):
-    """{folder: file} whose fault is found only when all of it has been mapped or, for the VAE, built (270 MB in float32)."""
+    """{folder: file} whose fault is found only when all of it has been mapped or, for the VAE, built (270 MB in
+    float32).
+    """
     folder = tmp_path_factory.mktemp("late")
     vae = {name: value for name, value in maker.vae().items() if name != "decoder.norm_out.weight"}
     encoder = maker.text_encoder() | {"tekken_model": torch.zeros(64, dtype=torch.uint8)}
-    made = {"vae": maker.write(folder / "late-vae.safetensors", vae), "text_encoders": maker.write(folder / "late-text.safetensors", encoder)}
+    made = {
+        "vae": maker.write(folder / "late-vae.safetensors", vae),
+        "text_encoders": maker.write(folder / "late-text.safetensors", encoder),
+    }
     for kind, file in made.items():
         link(server.base / "models" / kind / file.name, file)
     return {kind: file.name for kind, file in made.items()}
@@ -130,18 +181,23 @@ def test_memory_returns_after_thirty_bad_files(server, model_files, late_failure
     names = {folder: files[0].name for folder, files in model_files.items()}
 
     def fail(folder):
-        settings = PictureSettings("A red fox", width=64, height=64, steps=1, models=names | {folder: late_failures[folder]})
+        settings = PictureSettings(
+            "A red fox", width=64, height=64, steps=1, models=names | {folder: late_failures[folder]}
+        )
         with pytest.raises(ExecutionFailed, match="late-"):
             run(server, fill(settings))
+
     levels = []
     for _ in range(18):
         for folder in late_failures:
             fail(folder)
         levels.append(anonymous_memory(server))
     end = time.monotonic() + 60
-    while min(levels[12:]) - min(levels[:6]) >= 40 * 2 ** 20 and time.monotonic() < end:  # ComfyUI collects garbage within ten seconds once it is idle
+    # ComfyUI collects garbage within ten seconds once it is idle
+    while min(levels[12:]) - min(levels[:6]) >= 40 * 2**20 and time.monotonic() < end:
         time.sleep(2)
         levels.append(anonymous_memory(server))
-    # Python holds the last failure until the next or its next collection, so single readings jump by one VAE (140 MB); their floor does not.
-    assert min(levels[12:]) - min(levels[:6]) < 40 * 2 ** 20, levels
+    # Python holds the last failure until the next or its next collection, so single readings jump by one VAE (140 MB);
+    # their floor does not.
+    assert min(levels[12:]) - min(levels[:6]) < 40 * 2**20, levels
     assert alive(server)

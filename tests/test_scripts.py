@@ -2,9 +2,11 @@
 
   bash scripts/test.sh -k test_scripts
 
-generate.py runs as a child process against the session's server, and once with a server of its own; demo.sh runs end to end.
-Not covered: the installation itself (minutes and gigabytes; CI does it by running test.sh), real weights, Ctrl-C at a terminal.
+generate.py runs as a child process against the session's server, and once with a server of its own; demo.sh runs end to
+end. Not covered: the installation itself (minutes and gigabytes; CI does it by running test.sh), real weights, Ctrl-C
+at a terminal.
 """
+
 import asyncio
 import http.server
 import json
@@ -42,13 +44,17 @@ def photo(tmp_path):
 def generate(*arguments, **environment_variables):
     """Runs generate.py; returns the finished process."""
     command = [sys.executable, SCRIPTS / "generate.py", "--prompt", "A red fox", *SMALL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment_variables})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment_variables}
+    )
 
 
 def on_server(server, model_files, *arguments):
     """generate.py on the session's server, with the small models given as local paths."""
     names = [str(model_files[folder][0]) for folder in ("diffusion_models", "text_encoders", "vae")]
-    return generate("--server", server.url, "--model-path", names[0], "--text-encoder", names[1], "--vae", names[2], *arguments)
+    return generate(
+        "--server", server.url, "--model-path", names[0], "--text-encoder", names[1], "--vae", names[2], *arguments
+    )
 
 
 def sentence(process):
@@ -60,6 +66,7 @@ def sentence(process):
 
 
 # --- generate.py -----------------------------------------------------------------------------------------------------
+
 
 def test_generate_draws_on_a_running_server(server, model_files, tmp_path):
     target = tmp_path / "fox.png"
@@ -73,9 +80,11 @@ def test_generate_draws_on_a_running_server(server, model_files, tmp_path):
 
 
 def test_generate_edits_two_references_into_a_folder_of_pictures(server, model_files, tmp_path, photo):
-    done = on_server(server, model_files, "--image-path", photo, "--image-path", photo, "--output-path", tmp_path / "new")
+    done = on_server(
+        server, model_files, "--image-path", photo, "--image-path", photo, "--output-path", tmp_path / "new"
+    )
     assert done.returncode == 0, done.stderr
-    picture, = (tmp_path / "new").glob("*.png")
+    (picture,) = (tmp_path / "new").glob("*.png")
     assert json.loads(done.stdout.splitlines()[-1])["image"] == str(picture)
 
 
@@ -89,32 +98,54 @@ def inputs_of(*flags):
     """What these flags put into the loader nodes of the workflow: {folder: inputs}."""
     settings = settings_from(parse(["--prompt", "A red fox", *flags]))
     workflow = api_workflow.fill(settings)
-    return {folder: api_workflow.nodes_of(workflow, node)[0]["inputs"] for folder, (node, _) in api_workflow.LOADERS.items()}
+    return {
+        folder: api_workflow.nodes_of(workflow, node)[0]["inputs"] for folder, (node, _) in api_workflow.LOADERS.items()
+    }
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("", {}),
-    ("--dit-cpu-offload True --text-encoder-cpu-offload --vae-cpu-offload false",
-     {"diffusion_models": "CPU when idle", "text_encoders": "CPU when idle", "vae": "keep on GPU"}),
-    ("--dit-layerwise-offload True --dit-cpu-offload True", {"diffusion_models": "layer by layer"}),
-    ("--dit-layerwise-offload False", {}),
-    ("--dit-layerwise-offload False --dit-cpu-offload False", {"diffusion_models": "keep on GPU"}),
-    ("--image-encoder-cpu-offload True", {"vae": "CPU when idle"}),
-    ("--image-encoder-cpu-offload True --vae-cpu-offload False", {"vae": "keep on GPU"}),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {}),
+        (
+            "--dit-cpu-offload True --text-encoder-cpu-offload --vae-cpu-offload false",
+            {"diffusion_models": "CPU when idle", "text_encoders": "CPU when idle", "vae": "keep on GPU"},
+        ),
+        ("--dit-layerwise-offload True --dit-cpu-offload True", {"diffusion_models": "layer by layer"}),
+        ("--dit-layerwise-offload False", {}),
+        ("--dit-layerwise-offload False --dit-cpu-offload False", {"diffusion_models": "keep on GPU"}),
+        ("--image-encoder-cpu-offload True", {"vae": "CPU when idle"}),
+        ("--image-encoder-cpu-offload True --vae-cpu-offload False", {"vae": "keep on GPU"}),
+    ],
+)
 def test_offload_flags_set_the_memory_of_the_loaders(flags, expected):
-    assert {folder: inputs["memory"] for folder, inputs in inputs_of(*flags.split()).items() if "memory" in inputs} == expected
+    assert {
+        folder: inputs["memory"] for folder, inputs in inputs_of(*flags.split()).items() if "memory" in inputs
+    } == expected
 
 
 def test_vae_precision_and_a_wrong_truth():
-    assert inputs_of("--vae-precision", "bf16")["vae"]["precision"] == "bf16" and inputs_of()["vae"]["precision"] == "auto"
+    assert (
+        inputs_of("--vae-precision", "bf16")["vae"]["precision"] == "bf16" and inputs_of()["vae"]["precision"] == "auto"
+    )
     done = generate("--vae-cpu-offload", "maybe")
     assert done.returncode == 2 and "must be True or False, not 'maybe'" in done.stderr
 
 
 def test_generate_draws_in_every_memory_mode(server, model_files, tmp_path):
-    done = on_server(server, model_files, "--dit-layerwise-offload", "True", "--text-encoder-cpu-offload", "--vae-cpu-offload", "False", "--vae-precision", "fp32",
-                     "--output-path", tmp_path / "fox.png")
+    done = on_server(
+        server,
+        model_files,
+        "--dit-layerwise-offload",
+        "True",
+        "--text-encoder-cpu-offload",
+        "--vae-cpu-offload",
+        "False",
+        "--vae-precision",
+        "fp32",
+        "--output-path",
+        tmp_path / "fox.png",
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -134,6 +165,7 @@ def test_generate_says_that_no_server_answers():
 @pytest.fixture
 def other_server():
     """A web server that is no ComfyUI."""
+
     class Quiet(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -154,17 +186,20 @@ def test_generate_says_that_the_server_is_not_comfyui(other_server):
     assert "not like a ComfyUI server" in sentence(generate("--server", other_server))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--width", "1000"], "The width must be a multiple of 16 from 16 to 16384, not 1000; the nearest is 992"),
-    (["--height", "0"], "The height must be"),
-    (["--num-inference-steps", "0"], "The number of steps must lie between 1 and 4096, not 0"),
-    (["--seed", "-1"], "The seed must lie between 0"),
-    (["--guidance-scale", "nan"], "The guidance scale must lie between 0 and 100, not nan"),
-    (["--image-path", "nowhere.png"], "There is no reference image nowhere.png"),
-    (["--image-path", __file__], "cannot be read as a picture"),
-    (["--output-path", f"{__file__}/fox.png"], "cannot be written to"),
-    (["--model-path", "nowhere.safetensors"], "There is no model file nowhere.safetensors"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--width", "1000"], "The width must be a multiple of 16 from 16 to 16384, not 1000; the nearest is 992"),
+        (["--height", "0"], "The height must be"),
+        (["--num-inference-steps", "0"], "The number of steps must lie between 1 and 4096, not 0"),
+        (["--seed", "-1"], "The seed must lie between 0"),
+        (["--guidance-scale", "nan"], "The guidance scale must lie between 0 and 100, not nan"),
+        (["--image-path", "nowhere.png"], "There is no reference image nowhere.png"),
+        (["--image-path", __file__], "cannot be read as a picture"),
+        (["--output-path", f"{__file__}/fox.png"], "cannot be written to"),
+        (["--model-path", "nowhere.safetensors"], "There is no model file nowhere.safetensors"),
+    ],
+)
 def test_generate_refuses_before_it_starts_anything(arguments, words, tmp_path):
     begun = time.monotonic()
     said = sentence(generate("--output-path", tmp_path, *arguments))
@@ -185,7 +220,11 @@ def test_generate_lists_the_backends(server, model_files):
 def test_generate_passes_on_why_a_backend_refuses(server, model_files, tmp_path):
     done = on_server(server, model_files, "--attention-backend", "flash4", "--output-path", tmp_path)
     assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
-    assert "generate: " in done.stderr and "flash4" in done.stderr.split("generate: ")[1] and list(tmp_path.iterdir()) == []
+    assert (
+        "generate: " in done.stderr
+        and "flash4" in done.stderr.split("generate: ")[1]
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_names_are_matched_by_base_name_unless_ambiguous():
@@ -202,12 +241,21 @@ def test_local_models_are_paths_model_folders_or_names_in_comfyui(tmp_path):
     for file in ("models/clip/mistral.safetensors", "vae.safetensors"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    wanted = {"diffusion_models": tmp_path / "transformer", "text_encoders": "mistral.safetensors", "vae": tmp_path / "vae.safetensors"}
+    wanted = {
+        "diffusion_models": tmp_path / "transformer",
+        "text_encoders": "mistral.safetensors",
+        "vae": tmp_path / "vae.safetensors",
+    }
     found = local_models(tmp_path, {folder: str(name) for folder, name in wanted.items()})
-    assert [str(files[0].relative_to(tmp_path)) for files in found.values()] == ["transformer", "models/clip/mistral.safetensors", "vae.safetensors"]
+    assert [str(files[0].relative_to(tmp_path)) for files in found.values()] == [
+        "transformer",
+        "models/clip/mistral.safetensors",
+        "vae.safetensors",
+    ]
 
 
 # --- the workflow filler and the client ------------------------------------------------------------------------------
+
 
 def test_references_are_chained():
     workflow = api_workflow.fill(api_workflow.PictureSettings("x", references=("a.png", "b.png", "c.png")))
@@ -221,11 +269,17 @@ def test_references_are_chained():
 
 
 def test_a_refusal_names_title_input_and_problem():
-    problem = {"message": "Value not in list", "details": "backend: 'x' not in ['auto']", "extra_info": {"input_name": "backend"}}
+    problem = {
+        "message": "Value not in list",
+        "details": "backend: 'x' not in ['auto']",
+        "extra_info": {"input_name": "backend"},
+    }
     workflow = {"4": {"class_type": "Flux2SelectAttention", "_meta": {"title": "Select Attention"}}}
     text = refusal({"error": {"message": "failed"}, "node_errors": {"4": {"errors": [problem]}}}, workflow)
-    assert text == ("ComfyUI refused the workflow. \"Select Attention\" (Flux2SelectAttention), input backend: "
-                    "Value not in list: backend: 'x' not in ['auto']")
+    assert text == (
+        'ComfyUI refused the workflow. "Select Attention" (Flux2SelectAttention), input backend: '
+        "Value not in list: backend: 'x' not in ['auto']"
+    )
 
 
 def test_a_job_that_takes_too_long_is_cancelled(server, model_files):
@@ -248,6 +302,7 @@ def test_a_job_that_is_cancelled_while_the_server_takes_it_is_removed(monkeypatc
 
     async def cancel(self, prompt_id):
         removed.append(prompt_id)
+
     monkeypatch.setattr(ComfyClient, "queue", queue)
     monkeypatch.setattr(ComfyClient, "cancel", cancel)
     with pytest.raises(asyncio.TimeoutError):
@@ -256,6 +311,7 @@ def test_a_job_that_is_cancelled_while_the_server_takes_it_is_removed(monkeypatc
 
 
 # --- the server's start and end --------------------------------------------------------------------------------------
+
 
 def gone(pid, seconds=60):
     """Whether the process ends within that time. A zombie has ended."""
@@ -286,13 +342,17 @@ def test_a_server_that_is_not_ready_in_time_is_stopped(comfyui):
 
 def test_two_models_of_one_name_are_refused(comfyui, tmp_path):
     files = [tmp_path / part / "same.safetensors" for part in "ab"]
-    with pytest.raises(ServerFailed, match="both called same.safetensors"), ComfyServer(comfyui, models={"vae": files}, arguments=["--cpu"]):
+    with (
+        pytest.raises(ServerFailed, match="both called same.safetensors"),
+        ComfyServer(comfyui, models={"vae": files}, arguments=["--cpu"]),
+    ):
         pass
 
 
 CHILD = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all below it, starts with SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all below it, starts with \
+SIGINT ignored
 sys.path.insert(0, sys.argv[1])
 from comfy_server import ComfyServer
 with ComfyServer(sys.argv[2], arguments=["--cpu"], base=sys.argv[3]) as server:
@@ -303,7 +363,12 @@ with ComfyServer(sys.argv[2], arguments=["--cpu"], base=sys.argv[3]) as server:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_the_server_ends_with_the_program_that_started_it(comfyui, tmp_path, how):
-    child = subprocess.Popen([sys.executable, "-c", CHILD, SCRIPTS, comfyui, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, SCRIPTS, comfyui, tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     pid = int(child.stdout.readline())
     child.send_signal(how)
     child.wait(timeout=120)
@@ -313,17 +378,29 @@ def test_the_server_ends_with_the_program_that_started_it(comfyui, tmp_path, how
 
 def test_the_server_writes_nothing_into_comfyui(server, model_files, comfyui):
     """Bytecode apart, which goes into our own copy and never into a ComfyUI of the user."""
-    run(server, api_workflow.fill(api_workflow.PictureSettings("fox", 64, 64, steps=1, models={k: v[0].name for k, v in model_files.items()})))
+    run(
+        server,
+        api_workflow.fill(
+            api_workflow.PictureSettings("fox", 64, 64, steps=1, models={k: v[0].name for k, v in model_files.items()})
+        ),
+    )
     started = (server.base / "custom_nodes" / PACK).lstat().st_mtime
-    written = [file for file in comfyui.rglob("*") if file.is_file() and file.stat().st_mtime > started and "__pycache__" not in (file.name, *file.parts)]
+    written = [
+        file
+        for file in comfyui.rglob("*")
+        if file.is_file() and file.stat().st_mtime > started and "__pycache__" not in (file.name, *file.parts)
+    ]
     assert written == [] and (server.base / "user" / "comfyui.db").is_file()
 
 
 # --- demo.sh ---------------------------------------------------------------------------------------------------------
 
+
 def test_demo_runs_end_to_end(tmp_path, comfyui):
     command = ["bash", SCRIPTS / "demo.sh", "--output-path", tmp_path / "output", "--attention-backend", "sdpa"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "TMPDIR": str(tmp_path)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["backend"] == "sdpa" and summary["calls"] == 2 * 20 * 6 and summary["seconds"] > 0
@@ -334,16 +411,24 @@ def test_demo_runs_end_to_end(tmp_path, comfyui):
     drawn = np.asarray(Image.open(summary["images"][0]).convert("RGB")).astype(int)
     red, green, blue = (drawn[..., i] for i in range(3))
     star, circle = ((red > 150) & (green < 90) & (blue < 90)).nonzero(), ((blue > 150) & (red < 90)).nonzero()
-    assert 300 < len(star[0]) < len(circle[0]) and star[0].mean() < circle[0].mean(), "a small red star above a large blue circle"
+    assert 300 < len(star[0]) < len(circle[0]) and star[0].mean() < circle[0].mean(), (
+        "a small red star above a large blue circle"
+    )
     assert "attention backend sdpa, 120 calls" in done.stdout and list(tmp_path.glob("flux2-comfyui-*")) == []
 
 
 def test_demo_wants_all_three_real_files_or_none():
-    done = subprocess.run([sys.executable, SCRIPTS / "demo.py", "--model", "flux2.safetensors"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "demo.py", "--model", "flux2.safetensors"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and "go together" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- environment.py --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def venv(tmp_path):
@@ -420,5 +505,3 @@ def test_an_unusable_python_of_the_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "comfyui", lambda cache: tmp_path)
     with pytest.raises(SystemExit, match="is not a program that can be run"):
         environment.prepare()
-
-

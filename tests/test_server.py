@@ -1,11 +1,15 @@
-"""The nodes inside a running ComfyUI, over its API: pictures, latents equal to core's, independent clones, and refusals in words.
+"""The nodes inside a running ComfyUI, over its API: pictures, latents equal to core's, independent clones, and
+refusals in
+words.
 
   bash scripts/test.sh -k test_server
 
-The server is the session's one from server_fixture.py: CPU, float32, small models. Core's own text encoder loader builds the 24B Mistral
-only, so the core side of a comparison shares our text encoder; its model, sampling and attention are core's.
-Not covered: GPU backends (they refuse here, which is tested), the GUI page (its own test), quality of pictures (the weights are random).
+The server is the session's one from server_fixture.py: CPU, float32, small models. Core's own text encoder loader
+builds the 24B Mistral only, so the core side of a comparison shares our text encoder; its model, sampling and attention
+are core's. Not covered: GPU backends (they refuse here, which is tested), the GUI page (its own test), quality of
+pictures (the weights are random).
 """
+
 import io
 import json
 import urllib.request
@@ -23,10 +27,12 @@ from server_fixture import DANGLING, TEXT_FILE, TRUNCATED, run, wrong_slot
 CPU_BACKENDS = ("auto", "sdpa", "sdpa-flash", "sdpa-math")
 SIZE = {"width": 128, "height": 96, "steps": 3}
 CALLS = 3 * 6  # steps times blocks: the small model has two double and four single blocks
-# Another order of summation in attention moves these latents by 1.1e-7 of their largest value (measured, every backend against core's
+# Another order of summation in attention moves these latents by 1.1e-7 of their largest value (measured, every backend
+# against core's
 # sub-quadratic attention); a softmax scale that is off by a tenth moves them by 1.4e-3.
 SAME = 5e-6
-NODE = {"model": "1", "select": "4", "sampler": "12", "report": "13", "decode": "14", "save": "15"}  # ids in the workflow files
+# ids in the workflow files
+NODE = {"model": "1", "select": "4", "sampler": "12", "report": "13", "decode": "14", "save": "15"}
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +59,14 @@ def node(class_type, **inputs):
 
 
 def with_latents(workflow, *sources):
-    """The workflow that saves the latents of these (node, output) links instead of pictures; SaveLatent ids are save-0, save-1, ..."""
+    """The workflow that saves the latents of these (node, output) links instead of pictures; SaveLatent ids are save-0,
+    save-1, ...
+    """
     kept = {key: entry for key, entry in workflow.items() if key not in (NODE["decode"], NODE["save"])}
-    saves = {f"save-{i}": node("SaveLatent", samples=list(link), filename_prefix=f"latents/{i}") for i, link in enumerate(sources)}
+    saves = {
+        f"save-{i}": node("SaveLatent", samples=list(link), filename_prefix=f"latents/{i}")
+        for i, link in enumerate(sources)
+    }
     return {**kept, **saves}
 
 
@@ -92,19 +103,22 @@ def core_latent(server, names):
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
+
 def test_text_to_image_gives_a_picture_and_a_report(server, workflow):
     result = run(server, workflow)
-    picture, = result.images()
+    (picture,) = result.images()
     with Image.open(server.base / "output" / picture["subfolder"] / picture["filename"]) as image:
         assert image.size == (128, 96)
-    report, = result.collect("flux2_attention")
+    (report,) = result.collect("flux2_attention")
     assert report["calls"] == CALLS and report["steps"] == 3
     assert report["backend"] in "".join(result.collect("text"))
 
 
 @pytest.mark.parametrize("references", [1, 2])
 def test_edit_takes_references(server, names, photo, references):
-    settings = PictureSettings("Add a hat", models=names, references=(photo,) * references, reference_megapixels=0.01, **SIZE)
+    settings = PictureSettings(
+        "Add a hat", models=names, references=(photo,) * references, reference_megapixels=0.01, **SIZE
+    )
     result = run(server, fill(settings))
     assert len(result.images()) == 1
     assert result.collect("flux2_attention")[0]["calls"] == CALLS
@@ -112,33 +126,39 @@ def test_edit_takes_references(server, names, photo, references):
 
 def test_edit_without_a_size_takes_that_of_the_reference(server, names, photo):
     settings = PictureSettings("Add a hat", models=names, references=(photo,), reference_megapixels=0.02, steps=1)
-    picture, = run(server, fill(settings)).images()
+    (picture,) = run(server, fill(settings)).images()
     with Image.open(io.BytesIO((server.base / "output" / picture["filename"]).read_bytes())) as image:
         assert abs(image.width / image.height - 128 / 96) < 0.2 and image.width % 16 == image.height % 16 == 0
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_latents_equal_core(server, workflow, core_latent, backend):
     workflow[NODE["select"]]["inputs"]["backend"] = backend
     result = run(server, with_latents(workflow, (NODE["report"], 0)))
-    ours, = latents(server, result)
+    (ours,) = latents(server, result)
     assert ours.dtype == torch.float32 and difference(ours, core_latent) < SAME
-    report, = result.collect("flux2_attention")
+    (report,) = result.collect("flux2_attention")
     assert report["calls"] == CALLS and (backend == "auto" or report["backend"] == backend)
 
 
 def test_the_comparison_sees_another_seed(server, workflow, names, core_latent):
     nodes_of(workflow, "RandomNoise")[0]["inputs"]["noise_seed"] = 43
-    other, = latents(server, run(server, core(workflow, names)))
+    (other,) = latents(server, run(server, core(workflow, names)))
     assert difference(other, core_latent) > 0.1
 
 
 def second_branch(workflow, model):
     """Adds a second guider, sampler and latent to the graph; returns the link to its latent."""
-    workflow["guider-2"] = node("BasicGuider", model=model, conditioning=nodes_of(workflow, "BasicGuider")[0]["inputs"]["conditioning"])
-    workflow["sampler-2"] = {"class_type": "SamplerCustomAdvanced", "inputs": {**workflow[NODE["sampler"]]["inputs"], "guider": ["guider-2", 0]}}
+    workflow["guider-2"] = node(
+        "BasicGuider", model=model, conditioning=nodes_of(workflow, "BasicGuider")[0]["inputs"]["conditioning"]
+    )
+    workflow["sampler-2"] = {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {**workflow[NODE["sampler"]]["inputs"], "guider": ["guider-2", 0]},
+    }
     return ["sampler-2", 0]
 
 
@@ -150,12 +170,14 @@ def test_two_clones_with_different_backends_do_not_disturb_each_other(server, wo
     result = run(server, with_latents(workflow, (NODE["report"], 0), ("report-2", 0)))
     assert all(difference(ours, core_latent) < SAME for ours in latents(server, result))
     for key, backend in ((NODE["report"], "sdpa"), ("report-2", "sdpa-math")):
-        report, = result.outputs[key]["flux2_attention"]
+        (report,) = result.outputs[key]["flux2_attention"]
         assert (report["backend"], report["calls"]) == (backend, CALLS)
 
 
 def test_a_branch_without_the_selector_runs_core(server, workflow, core_latent):
-    """The selection lives on the clone: the model that went into the selector is untouched, and its calls are not counted."""
+    """The selection lives on the clone: the model that went into the selector is untouched, and its calls are not
+    counted.
+    """
     workflow[NODE["select"]]["inputs"]["backend"] = "sdpa-math"
     latent = second_branch(workflow, [NODE["model"], 0])
     result = run(server, with_latents(workflow, (NODE["report"], 0), latent))
@@ -169,11 +191,12 @@ def test_selecting_twice_replaces_the_first(server, workflow, core_latent):
     workflow[NODE["select"]]["inputs"].update(model=["select-1", 0], backend="sdpa-flash")
     result = run(server, with_latents(workflow, (NODE["report"], 0)))
     assert difference(latents(server, result)[0], core_latent) < SAME
-    report, = result.collect("flux2_attention")
+    (report,) = result.collect("flux2_attention")
     assert (report["backend"], report["calls"]) == ("sdpa-flash", CALLS)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
 
 def refused(server, workflow, kind=(ExecutionFailed, PromptRefused)):
     """The sentence of an error that the workflow must end in; the server goes on."""
@@ -186,7 +209,9 @@ def refused(server, workflow, kind=(ExecutionFailed, PromptRefused)):
 BAD_FILES = [(folder, file) for folder in LOADERS for file in (TEXT_FILE, TRUNCATED, DANGLING, wrong_slot(folder))]
 
 
-@pytest.mark.parametrize(("folder", "file"), BAD_FILES, ids=[f"{folder}-{file.split('.')[0]}" for folder, file in BAD_FILES])
+@pytest.mark.parametrize(
+    ("folder", "file"), BAD_FILES, ids=[f"{folder}-{file.split('.')[0]}" for folder, file in BAD_FILES]
+)
 def test_a_bad_file_is_refused_in_words(server, workflow, folder, file):
     loader, key = LOADERS[folder]
     nodes_of(workflow, loader)[0]["inputs"][key] = file
@@ -211,7 +236,10 @@ def test_an_unknown_backend_is_refused_when_queued(server, workflow):
     assert "flash9" in sentence and "sdpa-math" in sentence and "Select Attention" in sentence
 
 
-@pytest.mark.parametrize(("backend", "hint"), [("flash2", "flash-attn"), ("flash4", "flash-attn-4"), ("aiter", "aiter"), ("sdpa-cudnn", "cuDNN")])
+@pytest.mark.parametrize(
+    ("backend", "hint"),
+    [("flash2", "flash-attn"), ("flash4", "flash-attn-4"), ("aiter", "aiter"), ("sdpa-cudnn", "cuDNN")],
+)
 def test_a_backend_that_cannot_run_here_refuses_with_reasons(server, workflow, backend, hint):
     workflow[NODE["select"]]["inputs"]["backend"] = backend
     sentence = refused(server, workflow)
@@ -224,6 +252,7 @@ def test_after_all_refusals_a_picture_still_comes_out(server, workflow):
 
 
 # --- the workflow files ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", [api_workflow.TEXT_TO_IMAGE, api_workflow.IMAGE_EDIT])
 def test_workflow_files_name_what_the_server_has(server, name):

@@ -1,7 +1,10 @@
-"""The small FLUX.2 that draws (benchmarks/small): its training code computes what ComfyUI computes, its pictures, captions and judge are right.
+"""The small FLUX.2 that draws (benchmarks/small): its training code computes what ComfyUI computes, its pictures,
+captions
+and judge are right.
 
 Models here have random weights unless a test says "shipped".
 """
+
 import contextlib
 import subprocess
 import sys
@@ -12,7 +15,19 @@ import torch
 import pack
 
 sys.path.insert(0, str(pack.ROOT / "benchmarks"))
-from small import captions, encoder, files, judge, sampling, scenes, tokens, train_autoencoder, train_flow, train_text, transformer  # noqa: E402
+from small import (
+    captions,
+    encoder,
+    files,
+    judge,
+    sampling,
+    scenes,
+    tokens,
+    train_autoencoder,
+    train_flow,
+    train_text,
+    transformer,
+)  # noqa: E402
 from small.autoencoder import Autoencoder  # noqa: E402
 
 SIZES = transformer.Sizes(hidden=256, double=1, single=2)
@@ -42,7 +57,11 @@ def shaken(model, scale=0.02):
 def weights(tmp_path_factory):
     """(folder, {kind: model}) of small models with the same random weights in both."""
     torch.manual_seed(3)
-    models = {"transformer": transformer.Transformer(SIZES), "text_encoder": encoder.TextEncoder(encoder.Sizes(tokens.size())), "autoencoder": Autoencoder()}
+    models = {
+        "transformer": transformer.Transformer(SIZES),
+        "text_encoder": encoder.TextEncoder(encoder.Sizes(tokens.size())),
+        "autoencoder": Autoencoder(),
+    }
     models = {kind: shaken(model.eval()) for kind, model in models.items()}
     folder = tmp_path_factory.mktemp("weights")
     files.save(folder, models, {"recipe": "random"})
@@ -52,16 +71,21 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(comfy):
     from flux2_pack.flux2.loading import load
+
     return load
 
 
-# --- the training code against ComfyUI -----------------------------------------------------------------------------------
+# --- the training code against ComfyUI
+# -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("references", [0, 1])
 @torch.inference_mode()
 def test_transformer_computes_what_comfyui_computes(load, weights, references):
     folder, models = weights
-    theirs = load.load_model(folder / files.NAMES["transformer"]).model.diffusion_model.to(device="cpu", dtype=torch.float32)
+    theirs = load.load_model(folder / files.NAMES["transformer"]).model.diffusion_model.to(
+        device="cpu", dtype=torch.float32
+    )
     latent, reference = (torch.randn(2, 128, 6, 6, generator=generator(seed)) for seed in (1, 2))
     text = torch.randn(2, 512, 192, generator=generator(3))
     text[:, :480] = 0
@@ -81,10 +105,10 @@ def test_text_encoder_and_tokenizer_give_what_comfyui_gives(load, weights):
     ours = encoder.left_padded(models["text_encoder"](ids), lengths, 96)
     for row, phrase in enumerate(phrases.tolist()):
         found = clip.tokenize(captions.text(phrase))
-        assert [entry[0] for entry in found["mistral3_24b"][0]] == ids[row, :lengths[row]].tolist()
+        assert [entry[0] for entry in found["mistral3_24b"][0]] == ids[row, : lengths[row]].tolist()
         theirs = clip.encode_from_tokens(found)[0]
-        assert relative_error(ours[row, 96 - lengths[row]:], theirs) < 1e-5
-        assert not ours[row, :96 - lengths[row]].any()
+        assert relative_error(ours[row, 96 - lengths[row] :], theirs) < 1e-5
+        assert not ours[row, : 96 - lengths[row]].any()
 
 
 @torch.inference_mode()
@@ -102,8 +126,11 @@ def test_autoencoder_computes_what_comfyui_computes(load, weights):
 @torch.inference_mode()
 def test_noise_levels_of_sampling_are_those_of_comfyui(comfy):
     from comfy_extras.nodes_flux import get_schedule
+
     for steps, count in ((20, 256), (8, 1024)):
-        assert torch.allclose(sampling.noise_schedule(steps, count), torch.as_tensor(get_schedule(steps, count)), atol=1e-6)
+        assert torch.allclose(
+            sampling.noise_schedule(steps, count), torch.as_tensor(get_schedule(steps, count)), atol=1e-6
+        )
 
 
 @torch.inference_mode()
@@ -112,28 +139,55 @@ def test_sampling_draws_what_comfyui_draws(load, weights):
     import comfy.sample
     import comfy.samplers
     import node_helpers
+
     folder, models = weights
-    model, clip, vae = (getattr(load, f"load_{kind}")(folder / files.NAMES[name]) for kind, name in
-                        (("model", "transformer"), ("text_encoder", "text_encoder"), ("vae", "autoencoder")))
+    model, clip, vae = (
+        getattr(load, f"load_{kind}")(folder / files.NAMES[name])
+        for kind, name in (("model", "transformer"), ("text_encoder", "text_encoder"), ("vae", "autoencoder"))
+    )
     model.model.diffusion_model.to(torch.float32)
     table = scenes.sample(1, generator(), for_edits=True)
     edited, *how = scenes.edit(table, generator())
     phrases = captions.instruct(table, *how, generator())
-    reference, noise = models["autoencoder"].encode(scenes.draw(table, 64, 64)), torch.randn(1, 128, 4, 4, generator=generator())
-    ours = sampling.draw(models, captions.Ids("cpu")(phrases), transformer.tokens(reference), transformer.tokens(noise), steps=3)
+    reference, noise = (
+        models["autoencoder"].encode(scenes.draw(table, 64, 64)),
+        torch.randn(1, 128, 4, 4, generator=generator()),
+    )
+    ours = sampling.draw(
+        models, captions.Ids("cpu")(phrases), transformer.tokens(reference), transformer.tokens(noise), steps=3
+    )
     prompt = clip.encode_from_tokens_scheduled(clip.tokenize(captions.text(phrases[0].tolist())))
-    prompt = node_helpers.conditioning_set_values(prompt, {"guidance": sampling.GUIDANCE, "reference_latents": [reference]})
-    sampled = comfy.sample.sample_custom(model, noise, 1.0, comfy.samplers.sampler_object("euler"), sampling.noise_schedule(3, 16), prompt, prompt,
-                                         torch.zeros_like(noise), disable_pbar=True, seed=1)
-    assert relative_error((vae.decode(sampled) * 2 - 1).movedim(-1, 1), ours) < 0.02  # ComfyUI may compute in bf16 where ours is float32
+    prompt = node_helpers.conditioning_set_values(
+        prompt, {"guidance": sampling.GUIDANCE, "reference_latents": [reference]}
+    )
+    sampled = comfy.sample.sample_custom(
+        model,
+        noise,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        sampling.noise_schedule(3, 16),
+        prompt,
+        prompt,
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=1,
+    )
+    # ComfyUI may compute in bf16 where ours is float32
+    assert relative_error((vae.decode(sampled) * 2 - 1).movedim(-1, 1), ours) < 0.02
 
 
-# --- pictures and captions -----------------------------------------------------------------------------------------------
+# --- pictures and captions
+# -----------------------------------------------------------------------------------------------
+
 
 def test_the_same_seed_draws_the_same_scenes_and_held_out_ones_never_come():
     first, second = (scenes.sample(400, generator(5)) for _ in range(2))
-    assert torch.equal(first.kind, second.kind) and torch.equal(scenes.draw(first[:2], 64, 64), scenes.draw(second[:2], 64, 64))
-    assert not scenes.is_held_out(first).any() and scenes.is_held_out(scenes.sample(50, generator(), held_out=True)).all()
+    assert torch.equal(first.kind, second.kind) and torch.equal(
+        scenes.draw(first[:2], 64, 64), scenes.draw(second[:2], 64, 64)
+    )
+    assert (
+        not scenes.is_held_out(first).any() and scenes.is_held_out(scenes.sample(50, generator(), held_out=True)).all()
+    )
 
 
 def test_held_out_depends_on_the_set_of_objects_alone():
@@ -160,7 +214,10 @@ def test_relations_and_places_in_captions_hold():
     centre = scenes.centres(table)
     for row in range(300):
         text = captions.text(phrases[row].tolist())
-        assert all(f"{list(scenes.COLOURS)[table.colour[row, n]]} {scenes.KINDS[table.kind[row, n]]}" in text for n in range(table.count[row]))
+        assert all(
+            f"{list(scenes.COLOURS)[table.colour[row, n]]} {scenes.KINDS[table.kind[row, n]]}" in text
+            for n in range(table.count[row])
+        )
         if table.count[row] > 1:
             words = captions.RELATIONS[relation[row]]
             assert any(word in text for word in words)
@@ -173,8 +230,17 @@ def test_captions_of_training_say_everything_that_is_not_always_the_same():
     table = scenes.sample(3000, generator(), cats=False, counts=(6, 3, 1))
     table.style[:], table.ground[:], table.size[:] = scenes.GRADIENT, torch.tensor([1, 2]), 2 * (table.size > 0)
     table, phrases = captions.compose(table, generator())
-    looks, pictures = {}, [(*_shown(table, row), int(table.style[row]), *table.ground[row, :1 if table.style[row] == scenes.PLAIN else 2].tolist())
-                           for row in range(3000)]
+    looks, pictures = (
+        {},
+        [
+            (
+                *_shown(table, row),
+                int(table.style[row]),
+                *table.ground[row, : 1 if table.style[row] == scenes.PLAIN else 2].tolist(),
+            )
+            for row in range(3000)
+        ],
+    )
     for phrase, picture in zip(phrases.tolist(), pictures):
         assert looks.setdefault(captions.text(phrase).lstrip("aA").removesuffix("."), picture) == picture
     assert len(looks) < 2950  # many captions came twice
@@ -182,14 +248,14 @@ def test_captions_of_training_say_everything_that_is_not_always_the_same():
 
 def _shown(table, row):
     fields = torch.stack([table.kind, table.colour, table.size, table.cell], dim=-1)
-    return [tuple(values) for values in fields[row, :table.count[row]].tolist()]
+    return [tuple(values) for values in fields[row, : table.count[row]].tolist()]
 
 
 def test_relations_in_captions_of_training_hold_and_cells_are_never_shared():
     table, phrases = captions.compose(scenes.sample(1000, generator()), generator())
     centre = scenes.centres(table)
     for row, phrase in enumerate(phrases.tolist()):
-        cells = table.cell[row, :table.count[row]].tolist()
+        cells = table.cell[row, : table.count[row]].tolist()
         assert len(set(cells)) == len(cells)
         for relation, words in enumerate(captions.RELATIONS):
             if any(captions.NUMBER[word] in phrase for word in words):
@@ -205,36 +271,55 @@ def test_instructions_name_what_the_edit_does():
         text, new = captions.text(phrase), said["new"][row].item()
         assert scenes.KINDS[said["kind"][row].item()] in text and (new == train_text.UNSAID or f" {names[new]}" in text)
         if task[row] == scenes.HAT and new == train_text.UNSAID:
-            assert after.hat_colour[row] == scenes.usual_hat(before)[row] and not any(f" {name} hat" in text for name in names)
+            assert after.hat_colour[row] == scenes.usual_hat(before)[row] and not any(
+                f" {name} hat" in text for name in names
+            )
 
 
 def test_edits_can_be_made_of_some_tasks_and_numbers_of_shapes_alone():
     before, after, _, (task, *_) = train_text.edit_captions(200, generator(), counts=(0, 1, 3), tasks=(1, 4, 0))
     assert set(before.count.tolist()) == {2, 3} and set(task.tolist()) == {scenes.RECOLOUR, scenes.REMOVE}
-    assert (task == scenes.REMOVE).sum() > 2 * (task == scenes.RECOLOUR).sum() and (before.count == 3).sum() > (before.count == 2).sum()
+    assert (task == scenes.REMOVE).sum() > 2 * (task == scenes.RECOLOUR).sum() and (before.count == 3).sum() > (
+        before.count == 2
+    ).sum()
 
 
 def test_no_prompt_is_longer_than_the_rows_that_training_starts_with():
     ids = captions.Ids("cpu")
-    lengths = [ids(phrases)[1].max() for phrases in (
-        captions.describe(scenes.sample(4000, generator()), generator(), full=True)[0],
-        captions.describe(scenes.sample(4000, generator()), generator())[0], captions.compose(scenes.sample(4000, generator()), generator())[1])]
+    lengths = [
+        ids(phrases)[1].max()
+        for phrases in (
+            captions.describe(scenes.sample(4000, generator()), generator(), full=True)[0],
+            captions.describe(scenes.sample(4000, generator()), generator())[0],
+            captions.compose(scenes.sample(4000, generator()), generator())[1],
+        )
+    ]
     assert max(lengths) <= captions.LONGEST
 
 
 def test_any_text_can_be_tokenised_and_read_back():
     from flux2_pack.flux2.loading import tekken
+
     ready = tekken.build(tokens.tekken(), "the small tokenizer")
     text = "Naïve café: 42 zebras, \u732b & a red circle?!\n"
     assert ready.decode(ready.encode(text).ids) == text
     assert ready.get_vocab_size() == tokens.size()
 
 
-# --- the judge -----------------------------------------------------------------------------------------------------------
+# --- the judge
+# -----------------------------------------------------------------------------------------------------------
+
 
 def judged(table, relation, pixels):
-    return [judge.judge(picture, judge.wanted(table, row), int(relation[row]), int(table.cell[row, 0]) if table.count[row] == 1 else None)
-            for row, picture in enumerate(judge.as_pictures(pixels))]
+    return [
+        judge.judge(
+            picture,
+            judge.wanted(table, row),
+            int(relation[row]),
+            int(table.cell[row, 0]) if table.count[row] == 1 else None,
+        )
+        for row, picture in enumerate(judge.as_pictures(pixels))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +352,9 @@ def test_judge_refuses_other_colours_kinds_counts_and_places(clean):
     reshaped.kind = (table.kind + 1) % scenes.SHAPES
     moved.cell = 8 - table.cell
     for wrong in (recoloured, reshaped):
-        different = [row for row in range(len(table)) if sorted(judge.wanted(table, row)) != sorted(judge.wanted(wrong, row))]
+        different = [
+            row for row in range(len(table)) if sorted(judge.wanted(table, row)) != sorted(judge.wanted(wrong, row))
+        ]
         verdicts = judged(table, relation, scenes.draw(wrong))
         assert len(different) > 20 and not any(verdicts[row].shapes for row in different)
     verdicts = judged(table, relation, scenes.draw(moved))
@@ -299,7 +386,9 @@ def test_one_shape_missing_or_too_many_is_wrong(clean):
 
 def judged_edits(pixels, after):
     pairs = zip(judge.as_pictures(pixels), judge.as_pictures(scenes.draw(after)))
-    return [judge.judge_edit(picture, result, judge.cut_colours(after, row)) for row, (picture, result) in enumerate(pairs)]
+    return [
+        judge.judge_edit(picture, result, judge.cut_colours(after, row)) for row, (picture, result) in enumerate(pairs)
+    ]
 
 
 def test_judge_of_edits_accepts_the_drawn_result_and_nothing_else():
@@ -323,10 +412,16 @@ def test_an_edit_that_touches_another_shape_is_wrong(field):
 
 def test_intervals_are_wilsons():
     low, high = judge.wilson(180, 200)
-    assert (round(low, 3), round(high, 3)) == (0.851, 0.934) and judge.wilson(0, 0) == (0.0, 1.0) and judge.wilson(10, 10)[1] == 1.0
+    assert (
+        (round(low, 3), round(high, 3)) == (0.851, 0.934)
+        and judge.wilson(0, 0) == (0.0, 1.0)
+        and judge.wilson(10, 10)[1] == 1.0
+    )
 
 
-# --- training ------------------------------------------------------------------------------------------------------------
+# --- training
+# ------------------------------------------------------------------------------------------------------------
+
 
 def test_the_latent_has_the_dimensions_that_training_leaves_it():
     model, onto = Autoencoder(), train_autoencoder.projection(torch.device("cpu"))
@@ -374,9 +469,16 @@ def test_training_steps_lower_the_loss(monkeypatch):
 def test_guidance_moves_the_target_by_what_the_prompt_does(monkeypatch):
     flow = small_flow(monkeypatch)
     shaken(flow.average.models["transformer"])
-    noisy, text, empty, time = torch.randn(3, 16, 128), torch.randn(3, 512, 192), torch.zeros(1, 512, 192), torch.full((3,), 0.7)
+    noisy, text, empty, time = (
+        torch.randn(3, 16, 128),
+        torch.randn(3, 512, 192),
+        torch.zeros(1, 512, 192),
+        torch.full((3,), 0.7),
+    )
     moved = flow.effect(noisy, None, text, empty, time, torch.tensor([1.0, 3.0, 5.0]))
-    of = lambda states: train_flow.velocity(flow.average.models["transformer"], noisy, None, states, time, torch.ones(3))
+    of = lambda states: train_flow.velocity(
+        flow.average.models["transformer"], noisy, None, states, time, torch.ones(3)
+    )
     difference = of(text) - of(empty.expand_as(text))
     assert not moved[0].any() and relative_error(moved[1], 2 * train_flow.STRENGTH * difference[1]) < 1e-3
     assert relative_error(moved[2], 4 * train_flow.STRENGTH * difference[2]) < 1e-3
@@ -396,7 +498,9 @@ def test_the_weight_of_an_edit_does_not_tell_which_shape_it_changes():
 def test_guidance_is_trained_on_scenes_alone(monkeypatch):
     flow = small_flow(monkeypatch)
     guided = []
-    monkeypatch.setattr(flow, "effect", lambda noisy, reference, *_: (guided.append(reference is None), torch.zeros_like(noisy))[1])
+    monkeypatch.setattr(
+        flow, "effect", lambda noisy, reference, *_: (guided.append(reference is None), torch.zeros_like(noisy))[1]
+    )
     for _ in range(6):
         flow.step(1.0 - 0.2)
     assert flow.kinds == [4, 2] and guided == [True] * 4
@@ -409,10 +513,14 @@ def test_the_loss_forgives_what_the_decoder_does_not_read():
     assert round(seen.trace().item()) == 4 * train_autoencoder.RANK
     latent, unseen = torch.randn(1, 16, 128, generator=generator(2)), error - error @ seen
     with torch.no_grad():
-        drawn = [model.decode(transformer.picture(tokens, 4)) for tokens in (latent, latent + unseen, latent + error @ seen)]
+        drawn = [
+            model.decode(transformer.picture(tokens, 4)) for tokens in (latent, latent + unseen, latent + error @ seen)
+        ]
     assert relative_error(drawn[1], drawn[0]) < 1e-3 < relative_error(drawn[2], drawn[0])
     weight = torch.ones(1, 16)
-    assert torch.allclose(train_flow.weighted(unseen, weight, seen), train_flow.UNSEEN * unseen.square().mean(), rtol=1e-3)
+    assert torch.allclose(
+        train_flow.weighted(unseen, weight, seen), train_flow.UNSEEN * unseen.square().mean(), rtol=1e-3
+    )
     weight[0, :8] = 3
     half = torch.cat([error[:, :8], torch.zeros(1, 8, 128)], dim=1) @ seen
     assert torch.allclose(train_flow.weighted(half, weight, seen), 1.5 * half.square().mean(), rtol=1e-3)
@@ -442,13 +550,21 @@ def test_the_text_encoder_learns_what_captions_say(monkeypatch):
 def test_smoke_run_trains_resumes_and_exports_files_that_load(load, tmp_path):
     script = str(pack.ROOT / "benchmarks/train_small.py")
     first, second, shipped = (tmp_path / name for name in ("first", "second", "shipped"))
-    run = lambda *arguments: subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=300).stdout
+    run = lambda *arguments: (
+        subprocess.run(
+            [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=300
+        ).stdout
+    )
     out = run("--smoke", "--out", first)
     assert all(line in out for line in ("autoencoder done", "text done", "check at 1.000")) and "failed" not in out
     out = run("--smoke", "--out", second, "--resume", first, "--autoencoder", pack.ROOT / "tests/data/small_flux2")
     assert "autoencoder done" not in out and "text done" not in out and "check at 1.000" in out and "failed" not in out
     progress = files.read_progress(second)
-    assert progress["runs"] == 2 and progress["steps"] > files.read_progress(first)["steps"] > 0 and (second / "sheet.png").stat().st_size > 0
+    assert (
+        progress["runs"] == 2
+        and progress["steps"] > files.read_progress(first)["steps"] > 0
+        and (second / "sheet.png").stat().st_size > 0
+    )
     same = [(folder / files.NAMES["text_encoder"]).read_bytes()[4096:] for folder in (first, second)]
     assert same[0][-1000000:] == same[1][-1000000:]
     run("--export", shipped, "--resume", second)

@@ -1,8 +1,12 @@
-"""Compiled blocks and warming up, on real ComfyUI MODELs in process: core's own latents, few graphs, nothing left behind, and reasons in words.
+"""Compiled blocks and warming up, on real ComfyUI MODELs in process: core's own latents, few graphs, nothing left
+behind,
+and reasons in words.
 
-Float32 on the CPU, torch.compile with a backend that needs no compiler; one test compiles with inductor. What they gain is measured on a GPU by
-benchmarks/step.py. Graphs are kept from test to test on purpose: the same graph must serve other selections, LoRAs and lengths.
+Float32 on the CPU, torch.compile with a backend that needs no compiler; one test compiles with inductor. What they gain
+is measured on a GPU by benchmarks/step.py. Graphs are kept from test to test on purpose: the same graph must serve
+other selections, LoRAs and lengths.
 """
+
 import json
 import os
 import subprocess
@@ -21,7 +25,8 @@ import api_workflow
 from generate import FLAGS, parse, settings_from
 
 STEPS, BLOCKS = 2, 6
-BACKEND = "eager"  # traces as any other does; where the blocks write in place, aot_eager also makes the graph functional
+# traces as any other does; where the blocks write in place, aot_eager also makes the graph functional
+BACKEND = "eager"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,16 @@ def tools(comfy):
     from flux2_pack.flux2.measuring import warmup
     from flux2_pack.nodes import attention, speed
     import comfy
-    return types.SimpleNamespace(comfy=comfy, compile=compiled_blocks, compiler=toolchain, graph_ops=graph_ops, warmup=warmup, attention=attention, speed=speed)
+
+    return types.SimpleNamespace(
+        comfy=comfy,
+        compile=compiled_blocks,
+        compiler=toolchain,
+        graph_ops=graph_ops,
+        warmup=warmup,
+        attention=attention,
+        speed=speed,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +67,34 @@ def log_of(tools, model):
 
 def conditioning(batch=1, references=0, method=None):
     context = torch.randn(batch, 20, 192, generator=torch.Generator().manual_seed(2)) * 0.3
-    extra = {"reference_latents": [torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(10 + i)) for i in range(references)]} if references else {}
+    extra = (
+        {
+            "reference_latents": [
+                torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(10 + i)) for i in range(references)
+            ]
+        }
+        if references
+        else {}
+    )
     return [[context, {**extra, **({"reference_latents_method": method} if method else {})}]]
 
 
 def sample(tools, model, positive=None, shape=(1, 128, 8, 6), **options):
     noise, positive = torch.randn(shape, generator=torch.Generator().manual_seed(3)), positive or conditioning()
-    return tools.comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", positive, positive, torch.zeros(shape), disable_pbar=True, seed=5, **options)
+    return tools.comfy.sample.sample(
+        model,
+        noise,
+        STEPS,
+        1.0,
+        "euler",
+        "simple",
+        positive,
+        positive,
+        torch.zeros(shape),
+        disable_pbar=True,
+        seed=5,
+        **options,
+    )
 
 
 def relative(out, expected):
@@ -79,8 +114,13 @@ def touched(model):
 
 # --- compiled blocks -------------------------------------------------------------------------------------------------
 
-CASES = {"text to image": {}, "odd size": {"shape": (1, 128, 7, 5)}, "two references": {"references": 2}, "batch of two": {"batch": 2, "shape": (2, 128, 4, 6)},
-         "references at timestep zero": {"references": 2, "method": "index_timestep_zero", "backend": "aot_eager"}}
+CASES = {
+    "text to image": {},
+    "odd size": {"shape": (1, 128, 7, 5)},
+    "two references": {"references": 2},
+    "batch of two": {"batch": 2, "shape": (2, 128, 4, 6)},
+    "references at timestep zero": {"references": 2, "method": "index_timestep_zero", "backend": "aot_eager"},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +137,8 @@ def test_a_sampling_equals_cores(tools, flux2, case):
 def test_one_graph_for_each_kind_of_block_serves_every_size(tools, flux2):
     sample(tools, compiled(tools, flux2))
     before = tools.compile.graphs_so_far()
-    for shape, references in (((1, 128, 16, 16), 0), ((1, 128, 4, 4), 1), ((1, 128, 32, 16), 0), ((1, 128, 10, 2), 2)):  # 256 and 512 tokens: as many as channels and as the text
+    # 256 and 512 tokens: as many as channels and as the text
+    for shape, references in (((1, 128, 16, 16), 0), ((1, 128, 4, 4), 1), ((1, 128, 32, 16), 0), ((1, 128, 10, 2), 2)):
         sample(tools, compiled(tools, flux2), conditioning(references=references), shape)
     assert tools.compile.graphs_so_far() == before
 
@@ -117,7 +158,11 @@ def test_any_selection_runs_without_a_new_graph(tools, flux2, order):
     sample(tools, compiled(tools, flux2))
     before = tools.compile.graphs_so_far()
     for backend in ("sdpa-math", "sdpa-flash"):
-        model = compiled(tools, select(tools, flux2, backend)) if order == "select then compile" else select(tools, compiled(tools, flux2), backend)
+        model = (
+            compiled(tools, select(tools, flux2, backend))
+            if order == "select then compile"
+            else select(tools, compiled(tools, flux2), backend)
+        )
         out = sample(tools, model)
         text, data = report(tools, model, out)
         assert relative(out, expected) < 1e-5 and data["backend"] == backend and data["calls"] == STEPS * BLOCKS
@@ -134,6 +179,7 @@ def test_a_schedule_over_blocks_and_a_foreign_override_see_the_right_blocks(tool
     def override(func, *args, transformer_options, **kwargs):
         seen.append((transformer_options["block_type"], transformer_options["block_index"]))
         return func(*args, **kwargs)
+
     model.model_options["transformer_options"]["optimized_attention_override"] = override
     sample(tools, model)
     assert seen == STEPS * [("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2), ("single", 3)]
@@ -163,20 +209,27 @@ def test_a_lora_on_every_layer_and_its_strength_need_no_new_graph(tools, flux2):
 
 def at_call_time(monkeypatch, network):
     """Weights of some layers are changed when they are called, as those that do not fit on a GPU are, with a LoRA."""
-    for layer in (network.double_blocks[0].img_mlp[0], network.single_blocks[1].linear2, network.single_blocks[2].norm.key_norm):
+    for layer in (
+        network.double_blocks[0].img_mlp[0],
+        network.single_blocks[1].linear2,
+        network.single_blocks[2].norm.key_norm,
+    ):
         monkeypatch.setattr(layer, "weight_function", [lambda weight: weight * 1.5])
         monkeypatch.setattr(layer, "comfy_cast_weights", True)
 
 
 def test_layers_that_fetch_their_weights_are_called_from_outside_the_graph(tools, small_models, monkeypatch):
-    flux2 = tools.comfy.sd.load_diffusion_model(str(small_models["model"]), model_options={"dtype": torch.float32})  # its own: a layer keeps attributes, which are guarded
+    # its own: a layer keeps attributes, which are guarded
+    flux2 = tools.comfy.sd.load_diffusion_model(str(small_models["model"]), model_options={"dtype": torch.float32})
     plain = sample(tools, flux2)
     at_call_time(monkeypatch, flux2.model.diffusion_model)
     expected = sample(tools, flux2)
     model = compiled(tools, flux2)
     assert relative(plain, expected) > 1e-3 and relative(sample(tools, model), expected) < 1e-6
     assert_compiled(tools, model)
-    assert touched(flux2) == [] and any("called outside the graph" in graph["for"] for graph in log_of(tools, model).as_data()["graphs"])
+    assert touched(flux2) == [] and any(
+        "called outside the graph" in graph["for"] for graph in log_of(tools, model).as_data()["graphs"]
+    )
 
 
 def quantised(tools, monkeypatch, native):
@@ -187,8 +240,16 @@ def quantised(tools, monkeypatch, native):
     for layer in layers:
         weight = weights[f"{layer}.weight"].float()
         scale = weight.abs().max() / 448
-        weights |= {f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(0.02)}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})}
+        weights |= {
+            f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn),
+            f"{layer}.weight_scale": scale,
+            f"{layer}.input_scale": torch.tensor(0.02),
+        }
+    metadata = {
+        "_quantization_metadata": json.dumps(
+            {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
+        )
+    }
     return tools.comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata)
 
 
@@ -213,7 +274,9 @@ def test_a_model_unloaded_between_two_samplings(tools, flux2):
 def test_replaced_blocks_are_left_to_the_replacement_and_the_report_says_so(tools, flux2):
     model = compiled(tools, flux2)
     for index in range(2):
-        model.set_model_patch_replace(lambda args, extra: {"img": args["img"], "txt": args["txt"]}, "dit", "double_block", index)
+        model.set_model_patch_replace(
+            lambda args, extra: {"img": args["img"], "txt": args["txt"]}, "dit", "double_block", index
+        )
     model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "single_block", 0)
     sample(tools, model)
     assert_compiled(tools, model, STEPS * 4)
@@ -226,7 +289,11 @@ def test_patches_inside_the_blocks_run_eager_with_the_reason(tools, flux2):
     expected = sample(tools, model)
     model = compiled(tools, model)
     assert torch.equal(sample(tools, model), expected)
-    assert log_of(tools, model).as_data()["compiled"] == 0 and "run eager, 12 calls: another node patches the blocks from inside (attn1_patch)" in tools.compile.report(model)
+    assert log_of(tools, model).as_data()[
+        "compiled"
+    ] == 0 and "run eager, 12 calls: another node patches the blocks from inside (attn1_patch)" in tools.compile.report(
+        model
+    )
 
 
 def broken_compiler(graph, inputs):
@@ -236,7 +303,11 @@ def broken_compiler(graph, inputs):
 def test_a_compiler_that_fails_stops_the_run_in_words(tools, flux2):
     with pytest.raises(tools.compile.CompileRefused) as caught:
         sample(tools, compiled(tools, flux2, backend=broken_compiler))
-    assert "torch.compile failed on the double blocks" in str(caught.value) and "gcc: command not found" in str(caught.value) and "run eager and report" in str(caught.value)
+    assert (
+        "torch.compile failed on the double blocks" in str(caught.value)
+        and "gcc: command not found" in str(caught.value)
+        and "run eager and report" in str(caught.value)
+    )
     assert touched(flux2) == []
 
 
@@ -246,6 +317,7 @@ def test_a_compiler_that_fails_is_tried_once_for_each_kind_and_reported(tools, f
     def broken(graph, inputs):
         tries.append(graph)
         broken_compiler(graph, inputs)
+
     model = compiled(tools, flux2, backend=broken, on_failure=tools.compile.EAGER)
     assert torch.equal(sample(tools, model), sample(tools, flux2)) and len(tries) == 2
     assert "run eager, 8 calls: torch.compile failed on the single blocks" in tools.compile.report(model)
@@ -259,10 +331,12 @@ def test_a_cancel_inside_a_compiled_block_ends_the_sampling_and_leaves_nothing_b
         if transformer_options["block_type"] == "single":
             management.interrupt_current_processing()
         return func(*args, **kwargs)
+
     model.model_options["transformer_options"]["optimized_attention_override"] = cancelled
     with pytest.raises(management.InterruptProcessingException):
         sample(tools, model)
-    assert touched(flux2) == [] and log_of(tools, model).as_data()["compiled"] == 3  # two double blocks and one single block
+    # two double blocks and one single block
+    assert touched(flux2) == [] and log_of(tools, model).as_data()["compiled"] == 3
     management.interrupt_current_processing(False)
 
 
@@ -282,15 +356,23 @@ def test_installing_twice_replaces_and_other_kinds_of_model_are_refused(tools, f
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("device, missing, said", [
-    (CUDA, "triton", "Triton is not installed"), (CUDA, "support", "this Triton does not support the device cuda:0"), (CUDA, "gcc", "there is no C compiler"),
-    (torch.device("cpu"), "g++", "there is no C++ compiler that torch.compile can use"), (torch.device("cpu"), "headers", "Python's headers are not installed")])
+@pytest.mark.parametrize(
+    "device, missing, said",
+    [
+        (CUDA, "triton", "Triton is not installed"),
+        (CUDA, "support", "this Triton does not support the device cuda:0"),
+        (CUDA, "gcc", "there is no C compiler"),
+        (torch.device("cpu"), "g++", "there is no C++ compiler that torch.compile can use"),
+        (torch.device("cpu"), "headers", "Python's headers are not installed"),
+    ],
+)
 def test_what_a_machine_lacks_is_said_by_the_node(tools, flux2, monkeypatch, device, missing, said):
     import torch._inductor.cpp_builder as builder
     import torch.utils._triton as triton
 
     def no_compiler():
         raise RuntimeError("No working C++ compiler found\nin the list")
+
     monkeypatch.setattr(triton, "has_triton_package", lambda: missing != "triton")
     monkeypatch.setattr(triton, "has_triton", lambda: missing != "support")
     monkeypatch.setattr(builder, "get_cpp_compiler", no_compiler if missing == "g++" else lambda: "g++")
@@ -307,6 +389,7 @@ def test_what_a_machine_lacks_is_said_by_the_node(tools, flux2, monkeypatch, dev
 
 def test_compiled_code_goes_to_the_users_folder_unless_the_user_chose_another(tools, monkeypatch, tmp_path):
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     variable = tools.compiler.CACHE_VARIABLE
     for before, expected in ((None, tmp_path), (default_cache_dir(), tmp_path), ("/elsewhere", "/elsewhere")):
         monkeypatch.delenv(variable, raising=False)
@@ -320,24 +403,34 @@ def test_inductor_compiles_through_the_node_and_finds_its_code_on_disk(tools, co
     if reason:
         pytest.skip(reason)
     import folder_paths
+
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     monkeypatch.delenv(tools.compiler.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv(tools.compiler.CACHE_VARIABLE, "")
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes, and no search for vector instructions: they take a minute on two cores
+    # no pool of processes, and no search for vector instructions: they take a minute on two cores
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)
-    model = tools.comfy.sd.load_diffusion_model_state_dict(maker.diffusion_model(hidden=128, double=1, single=1, dtype=torch.float32), {"dtype": torch.float32})
+    model = tools.comfy.sd.load_diffusion_model_state_dict(
+        maker.diffusion_model(hidden=128, double=1, single=1, dtype=torch.float32), {"dtype": torch.float32}
+    )
     expected = sample(tools, model)
     for found in (0, 2):
         torch._dynamo.reset()
         before = tools.compile.found_on_disk()
         fast = tools.speed.Flux2CompileBlocks.execute(model).args[0]
         assert relative(sample(tools, fast), expected) < 1e-5
-        assert tools.compile.found_on_disk() - before == found and log_of(tools, fast).as_data()["compiled"] == STEPS * 2
-        assert f"2 graphs compiled in {log_of(tools, fast).seconds:.1f} s since the node ran, {found} of them found on disk" in tools.compile.report(fast)
+        assert (
+            tools.compile.found_on_disk() - before == found and log_of(tools, fast).as_data()["compiled"] == STEPS * 2
+        )
+        assert (
+            f"2 graphs compiled in {log_of(tools, fast).seconds:.1f} s since the node ran, {found} of them found on "
+            "disk"
+        ) in tools.compile.report(fast)
     assert any((tmp_path / "flux2_attention" / "compiled").iterdir())
 
 
 # --- warming up ------------------------------------------------------------------------------------------------------
+
 
 def warm(tools, model, sizes="64x64, 96x64", **options):
     output = tools.speed.Flux2WarmUp.execute(model, sizes, **options)
@@ -347,17 +440,32 @@ def warm(tools, model, sizes="64x64, 96x64", **options):
 def test_warming_up_runs_each_size_and_changes_nothing(tools, flux2):
     model = select(tools, flux2, "sdpa-math")
     expected = sample(tools, model)
-    runs, options, wrappers, random = list(patched_log(tools, model).runs), str(model.model_options), str(model.wrappers), torch.random.get_rng_state()
+    runs, options, wrappers, random = (
+        list(patched_log(tools, model).runs),
+        str(model.model_options),
+        str(model.wrappers),
+        torch.random.get_rng_state(),
+    )
     same, text = warm(tools, model, steps=3)
     assert same is model and [line.split(":")[0] for line in text] == ["Warmed up.", "64x64", "96x64", "attention"]
-    assert all("first step" in line and "s per step" in line for line in text[1:3]) and text[3].startswith("attention: sdpa-math") and "36 calls" in text[3]
-    assert torch.equal(torch.random.get_rng_state(), random) and (str(model.model_options), str(model.wrappers)) == (options, wrappers)
+    assert (
+        all("first step" in line and "s per step" in line for line in text[1:3])
+        and text[3].startswith("attention: sdpa-math")
+        and "36 calls" in text[3]
+    )
+    assert torch.equal(torch.random.get_rng_state(), random) and (str(model.model_options), str(model.wrappers)) == (
+        options,
+        wrappers,
+    )
     assert patched_log(tools, model).runs == type(patched_log(tools, model).runs)(runs)
-    assert torch.equal(sample(tools, model), expected) and report(tools, model, sample(tools, model))[1]["steps"] == STEPS
+    assert (
+        torch.equal(sample(tools, model), expected) and report(tools, model, sample(tools, model))[1]["steps"] == STEPS
+    )
 
 
 def patched_log(tools, model):
     from flux2_pack.flux2 import attention_slot
+
     return attention_slot.occupant(model).selection.log
 
 
@@ -374,8 +482,16 @@ def test_warming_up_compiles_so_that_the_picture_does_not(tools, flux2):
 def test_references_batches_and_a_prompt_of_ones_own(tools, flux2, monkeypatch):
     shapes = []
     monkeypatch.setattr(tools.warmup.bench, "random_conditioning", lambda model: pytest.fail("a prompt was given"))
-    monkeypatch.setattr(tools.warmup.compare, "run", lambda model, job, callback: shapes.append((tuple(job.latent["samples"].shape), len(
-        job.guider.original_conds["positive"][0].get("reference_latents", ())))))
+    monkeypatch.setattr(
+        tools.warmup.compare,
+        "run",
+        lambda model, job, callback: shapes.append(
+            (
+                tuple(job.latent["samples"].shape),
+                len(job.guider.original_conds["positive"][0].get("reference_latents", ())),
+            )
+        ),
+    )
     warm(tools, flux2, "64x64, 96x64+1", references=2, batch_size=3, positive=conditioning())
     assert shapes == [((3, 128, 4, 4), 2), ((3, 128, 4, 6), 1)]
 
@@ -388,9 +504,14 @@ def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux
         if len(sizes) == 1:
             raise tools.comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate\nmore")
         return real(model, job, callback)
+
     monkeypatch.setattr(tools.warmup.compare, "run", run)
     text = warm(tools, flux2)[1]
-    assert text[1] == "64x64: did not run. There is not enough memory for this size (CUDA out of memory. Tried to allocate)." and "first step" in text[2]
+    assert (
+        text[1]
+        == "64x64: did not run. There is not enough memory for this size (CUDA out of memory. Tried to allocate)."
+        and "first step" in text[2]
+    )
 
 
 def test_a_cancel_ends_the_warm_up_and_the_log_is_as_before(tools, flux2):
@@ -415,25 +536,40 @@ def test_steps_are_timed_without_loading(tools, flux2):
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
+
 def chain(*flags):
-    """The nodes that the model goes through with these flags, from Select Attention to whatever samples, and the workflow."""
+    """The nodes that the model goes through with these flags, from Select Attention to whatever samples, and the
+    workflow.
+    """
     workflow = api_workflow.fill(settings_from(parse(["--prompt", "A red fox", *flags])))
     key = next(key for key, node in workflow.items() if node["class_type"] == "Flux2SelectAttention")
     names, sampled = [], {"BasicGuider", "BasicScheduler"}
     while True:
         readers = {name: node["class_type"] for name, node in workflow.items() if [key, 0] in node["inputs"].values()}
-        behind = [found for found, kind in readers.items() if kind.startswith("Flux2") and kind != "Flux2AttentionReport"]
+        behind = [
+            found for found, kind in readers.items() if kind.startswith("Flux2") and kind != "Flux2AttentionReport"
+        ]
         if not behind:
             assert sampled & set(readers.values()) and "Flux2AttentionReport" in readers.values()
             return names, workflow
         assert len(readers) == 1, "nobody reads the model in front of a speed node"
-        key, = behind
+        (key,) = behind
         names.append(workflow[key]["class_type"])
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", []), ("--warmup", ["Flux2WarmUp"]), ("--enable-torch-compile", ["Flux2CompileBlocks"]), ("--enable-torch-compile False --warmup false", []),
-    ("--fast-blocks fp8 --enable-torch-compile True --warmup-resolutions 64x64", ["Flux2FastBlocks", "Flux2CompileBlocks", "Flux2WarmUp"])])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", []),
+        ("--warmup", ["Flux2WarmUp"]),
+        ("--enable-torch-compile", ["Flux2CompileBlocks"]),
+        ("--enable-torch-compile False --warmup false", []),
+        (
+            "--fast-blocks fp8 --enable-torch-compile True --warmup-resolutions 64x64",
+            ["Flux2FastBlocks", "Flux2CompileBlocks", "Flux2WarmUp"],
+        ),
+    ],
+)
 def test_flags_put_the_speed_nodes_between_selection_and_sampler(flags, expected):
     assert chain(*flags.split())[0] == expected
 
@@ -442,7 +578,9 @@ def test_what_the_flags_say_reaches_the_nodes():
     inputs = chain("--fast-blocks", "--warmup", "--warmup-steps", "3", "--width", "512", "--height", "768")[1]
     assert inputs["Flux2FastBlocks"]["inputs"]["precision"] == "checkpoint"
     warm_up = inputs["Flux2WarmUp"]["inputs"]
-    assert (warm_up["sizes"], warm_up["steps"], warm_up["references"]) == ("512x768", 3, 0) and inputs[warm_up["clip"][0]]["class_type"] == "Flux2LoadTextEncoder"
+    assert (warm_up["sizes"], warm_up["steps"], warm_up["references"]) == ("512x768", 3, 0) and inputs[
+        warm_up["clip"][0]
+    ]["class_type"] == "Flux2LoadTextEncoder"
     assert chain("--warmup-resolutions", "64x64", "128x64")[1]["Flux2WarmUp"]["inputs"]["sizes"] == "64x64, 128x64"
     with pytest.raises(api_workflow.BadSettings, match="number of warm-up steps must lie between 1 and 100, not 0"):
         chain("--warmup", "--warmup-steps", "0")
@@ -451,17 +589,41 @@ def test_what_the_flags_say_reaches_the_nodes():
 def generate(server, model_files, target, *flags):
     """generate.py on the session's server, with the small models."""
     names = [word for flag, folder in FLAGS.items() for word in (folder, str(model_files[flag][0]))]
-    command = [sys.executable, SCRIPTS / "generate.py", "--prompt", "A red fox", "--width", "96", "--height", "64", "--num-inference-steps", "2", "--server", server.url,
-               "--output-path", str(target), *names, *flags]
+    command = [
+        sys.executable,
+        SCRIPTS / "generate.py",
+        "--prompt",
+        "A red fox",
+        "--width",
+        "96",
+        "--height",
+        "64",
+        "--num-inference-steps",
+        "2",
+        "--server",
+        server.url,
+        "--output-path",
+        str(target),
+        *names,
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_generate_warms_up_on_a_real_server_and_draws_the_same_picture(server, model_files, tmp_path):
-    done = [generate(server, model_files, tmp_path / f"{name}.png", *flags.split()) for name, flags in
-            (("plain", ""), ("warm", "--warmup-resolutions 64x64 96x64 --warmup-steps 2"))]
+    done = [
+        generate(server, model_files, tmp_path / f"{name}.png", *flags.split())
+        for name, flags in (("plain", ""), ("warm", "--warmup-resolutions 64x64 96x64 --warmup-steps 2"))
+    ]
     assert all(process.returncode == 0 for process in done), done[-1].stderr
     said = done[1].stdout
-    assert "Warmed up." in said and "64x64: " in said and "VAE, decoding 96x64" in said and "text encoder: " in said and "Warmed up." not in done[0].stdout
+    assert (
+        "Warmed up." in said
+        and "64x64: " in said
+        and "VAE, decoding 96x64" in said
+        and "text encoder: " in said
+        and "Warmed up." not in done[0].stdout
+    )
     assert json.loads(said.splitlines()[-1])["steps"] == 2
     plain, warmed = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "warm"))
     assert (plain == warmed).all()

@@ -1,4 +1,8 @@
-"""ComfyUI's own FLUX.2 on several ranks predicts what it predicts on one: 2, 3 and 4 gloo ranks, each group started once (split_ranks.py)."""
+"""ComfyUI's own FLUX.2 on several ranks predicts what it predicts on one: 2, 3 and 4 gloo ranks, each group started
+once
+(split_ranks.py).
+"""
+
 import ast
 import types
 
@@ -77,9 +81,18 @@ def test_nothing_is_left_on_the_model(found, size, name):
 
 # --- failures --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("size, name", ARRANGED)
-@pytest.mark.parametrize("kind, where, said", [("out_of_memory", 1, "OutOfMemoryError"), *(
-    (kind, 0, "InterruptProcessingException") for kind in ("cancelled", "cancelled_at_once", "cancelled_on_the_way"))])
+@pytest.mark.parametrize(
+    "kind, where, said",
+    [
+        ("out_of_memory", 1, "OutOfMemoryError"),
+        *(
+            (kind, 0, "InterruptProcessingException")
+            for kind in ("cancelled", "cancelled_at_once", "cancelled_on_the_way")
+        ),
+    ],
+)
 def test_a_rank_that_stops_does_not_hold_up_the_others(found, size, name, kind, where, said):
     for number, rank in enumerate(found[size]):
         seen = rank[name]["failures"][kind]
@@ -99,18 +112,25 @@ def test_a_block_that_is_skipped_on_one_rank_alone_is_said(found, size, name):
 def test_too_few_tokens_are_refused_by_every_rank(found, size, name):
     for rank in found[size]:
         seen = rank[name]["failures"]["too_few_tokens"]
-        assert f"{size} GPUs cannot share 1 tokens of text" in seen["said"] and seen["intact"] and seen["after"] <= EXACT
+        assert (
+            f"{size} GPUs cannot share 1 tokens of text" in seen["said"] and seen["intact"] and seen["after"] <= EXACT
+        )
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def plan(comfy):
     from flux2_pack.flux2.parallel import shards as plan
+
     return plan
 
 
-@pytest.mark.parametrize("text, picture, references", [(512, 4096, 0), (512, 4096, 4096), (37, 63, 57), (5, 7, 6), (7, 5, 5), (8, 8, 0), (0, 9, 0)])
+@pytest.mark.parametrize(
+    "text, picture, references",
+    [(512, 4096, 0), (512, 4096, 4096), (37, 63, 57), (5, 7, 6), (7, 5, 5), (8, 8, 0), (0, 9, 0)],
+)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_every_token_has_one_rank_and_none_more_than_one_more(plan, text, picture, references, size):
     made = plan.Plan.of(text, picture, references, size)
@@ -126,8 +146,15 @@ def rank_order(made, rank, text):
     return [*range(*made.text[rank]), *picture]
 
 
-@pytest.mark.parametrize("tokens, said", [((2, 9, 0), "2 tokens of text"), ((9, 2, 0), "2 tokens of the picture"),
-                                          ((9, 0, 0), "0 tokens of the picture"), ((9, 9, 2), "2 tokens of the reference pictures")])
+@pytest.mark.parametrize(
+    "tokens, said",
+    [
+        ((2, 9, 0), "2 tokens of text"),
+        ((9, 2, 0), "2 tokens of the picture"),
+        ((9, 0, 0), "0 tokens of the picture"),
+        ((9, 9, 2), "2 tokens of the reference pictures"),
+    ],
+)
 def test_a_rank_without_a_share_is_refused(plan, tokens, said):
     with pytest.raises(ValueError, match=f"3 GPUs cannot share {said}"):
         plan.Plan.of(*tokens, 3)
@@ -135,27 +162,46 @@ def test_a_rank_without_a_share_is_refused(plan, tokens, said):
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
+
 class NotFlux(torch.nn.Module):
     """A diffusion model of another shape."""
+
     num_heads = 4
 
 
 def test_other_models_are_refused_with_what_they_lack(comfy):
     from flux2_pack.flux2.parallel import shared, split, unsupported
+
     assert "NotFlux) lacks forward_orig, double_blocks" in unsupported(NotFlux())[0]
-    with pytest.raises(ValueError, match="Several GPUs can share models of FLUX.2's shape"), shared(NotFlux(), types.SimpleNamespace(ulysses=2)):
+    with (
+        pytest.raises(ValueError, match="Several GPUs can share models of FLUX.2's shape"),
+        shared(NotFlux(), types.SimpleNamespace(ulysses=2)),
+    ):
         pass
     with pytest.raises(ValueError, match="lacks"):
-        split(types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=NotFlux())), types.SimpleNamespace(ulysses=2))
+        split(
+            types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=NotFlux())),
+            types.SimpleNamespace(ulysses=2),
+        )
 
 
 def test_heads_that_do_not_divide_are_refused(comfy):
     from flux2_pack.flux2.parallel import unsupported
+
     network = split_ranks.patcher().model.diffusion_model
-    assert unsupported(network, 4) == [] and "Ulysses degree 5 does not divide the 12 attention heads" in unsupported(network, 5)[0]
+    assert (
+        unsupported(network, 4) == []
+        and "Ulysses degree 5 does not divide the 12 attention heads" in unsupported(network, 5)[0]
+    )
 
 
 def test_the_package_does_not_import_the_attention_package():
     for file in (ROOT / "flux2" / "split").glob("*.py"):
-        levels = [(node.level, node.module or "") for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-        assert all(level < 2 for level, _ in levels) and not any("attention" in module for _, module in levels), file.name
+        levels = [
+            (node.level, node.module or "")
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        ]
+        assert all(level < 2 for level, _ in levels) and not any("attention" in module for _, module in levels), (
+            file.name
+        )

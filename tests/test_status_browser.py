@@ -1,9 +1,12 @@
-"""Attention at a glance in a real browser: the badge on the selector after a run, and the dialog with every backend on this machine.
+"""Attention at a glance in a real browser: the badge on the selector after a run, and the dialog with every backend on
+this machine.
 
   bash scripts/test.sh tests/test_status_browser.py -s     # -s prints the folder of the screenshots
 
-Skipped, with the reason, where Chromium or its driver is missing. Not covered: other browsers, and a machine with a GPU.
+Skipped, with the reason, where Chromium or its driver is missing. Not covered: other browsers, and a machine with a
+GPU.
 """
+
 import contextlib
 import json
 import urllib.error
@@ -17,11 +20,17 @@ from pack import ROOT
 
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=f"no browser: {browser.missing()}")
 
-LOADERS = {"diffusion_models": ("Flux2LoadModel", "model_name"), "text_encoders": ("Flux2LoadTextEncoder", "text_encoder_name"),
-           "vae": ("Flux2LoadVAE", "vae_name")}
+LOADERS = {
+    "diffusion_models": ("Flux2LoadModel", "model_name"),
+    "text_encoders": ("Flux2LoadTextEncoder", "text_encoder_name"),
+    "vae": ("Flux2LoadVAE", "vae_name"),
+}
 SELECTOR = "Flux2SelectAttention"
 STEPS, CALLS = 2, 2 * 6  # the small model has two double and four single blocks
-BADGES = "node.badges.map(badge => typeof badge === 'function' ? badge() : badge).filter(badge => badge.text && badge.text !== 'flux2-attention')"
+BADGES = (
+    "node.badges.map(badge => typeof badge === 'function' ? badge() : badge).filter(badge => badge.text && "
+    "badge.text !== 'flux2-attention')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +60,17 @@ def open_graph(page, model_files, seed, backend="auto"):
 
 def badges(page):
     """[[text, background]] of the status badges of every selector, subgraphs included, in the order of the graph."""
-    return page.js(f"""
+    return page.js(
+        f"""
         const found = [];
         const look = graph => graph.nodes.forEach(node => {{
           if (node.comfyClass === args[0]) {BADGES}.forEach(badge => found.push([badge.text, badge.bgColor]));
           if (node.subgraph) look(node.subgraph);
         }});
         look(app.graph);
-        return found;""", SELECTOR)
+        return found;""",
+        SELECTOR,
+    )
 
 
 def texts(page):
@@ -68,20 +80,29 @@ def texts(page):
 def wait_for_badges(page, wanted):
     """The badges once they read as wanted; the message of a run comes a moment after its end."""
     with contextlib.suppress(TimeoutError):
-        page.wait_for(f"JSON.stringify(app.graph.nodes.flatMap(node => [node, ...(node.subgraph?.nodes ?? [])]).filter(node => node.comfyClass === args[0])"
-                      f".flatMap(node => {BADGES}.map(badge => badge.text))) === args[1]", 60, [SELECTOR, json.dumps(wanted, ensure_ascii=False, separators=(",", ":"))])
+        page.wait_for(
+            "JSON.stringify(app.graph.nodes.flatMap(node => [node, ...(node.subgraph?.nodes ?? [])]).filter(node => "
+            "node.comfyClass === args[0])"
+            f".flatMap(node => {BADGES}.map(badge => badge.text))) === args[1]",
+            60,
+            [SELECTOR, json.dumps(wanted, ensure_ascii=False, separators=(",", ":"))],
+        )
     assert texts(page) == wanted
 
 
 def look_at(page, node_type):
-    page.js("""
+    page.js(
+        """
         const node = app.graph.nodes.find(node => node.type === args[0]);
         app.canvas.ds.scale = 1.5;
         app.canvas.ds.offset = [300 - node.pos[0], 250 - node.pos[1]];
-        app.canvas.setDirty(true, true);""", node_type)
+        app.canvas.setDirty(true, true);""",
+        node_type,
+    )
 
 
 # --- the badge
+
 
 def test_the_selector_shows_what_it_resolved_to_and_follows_when_it_is_cached(shared_page, model_files, shots):
     page = shared_page
@@ -112,11 +133,14 @@ def test_a_refusal_is_red_and_short_with_the_whole_text_in_the_dialog(shared_pag
     with pytest.raises(RuntimeError, match="cannot run here"):
         page.run()
     page.wait_for(f"app.graph.nodes.filter(node => node.comfyClass === '{SELECTOR}').some(node => {BADGES}.length)")
-    (text, colour), = badges(page)
+    ((text, colour),) = badges(page)
     assert text.startswith("flash4 refused: It needs an NVIDIA GPU") and len(text) < 50 and colour == "#a12622"
     look_at(page, SELECTOR)
     page.screenshot(shots / "refused.png")
-    page.js(f"{BADGES.replace('node.', 'app.graph.nodes.find(node => node.comfyClass === args[0]).', 1)}[0].onClick()", SELECTOR)
+    page.js(
+        f"{BADGES.replace('node.', 'app.graph.nodes.find(node => node.comfyClass === args[0]).', 1)}[0].onClick()",
+        SELECTOR,
+    )
     page.wait_for("document.querySelector('.flux2-backends pre')?.innerText.includes('Attention backend')")
     assert registry.row("flash4").install in page.js("return document.querySelector('.flux2-backends pre').innerText")
     close_dialog(page)
@@ -128,8 +152,10 @@ def test_several_selectors_each_show_their_own(shared_page, model_files, shots):
     page.js("""
         const one = type => app.graph.nodes.find(node => node.type === type);
         const add = type => { const node = LiteGraph.createNode(type); app.graph.add(node); return node; };
-        const link = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex(({name}) => name === input));
-        const selector = add('Flux2SelectAttention'), guider = add('BasicGuider'), sampler = add('SamplerCustomAdvanced'), save = add('SaveLatent');
+        const link = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex(({name}) => name === \
+input));
+        const selector = add('Flux2SelectAttention'), guider = add('BasicGuider'), sampler = \
+add('SamplerCustomAdvanced'), save = add('SaveLatent');
         selector.pos = [one('Flux2SelectAttention').pos[0], one('Flux2SelectAttention').pos[1] - 400];
         selector.widgets.find(({name}) => name === 'backend').value = 'sdpa-math';
         link(one('Flux2LoadModel'), 0, selector, 'model');
@@ -139,26 +165,39 @@ def test_several_selectors_each_show_their_own(shared_page, model_files, shots):
         link(graph.getNodeById(source.origin_id), source.origin_slot, guider, 'conditioning');
         for (const {name, link: id} of one('SamplerCustomAdvanced').inputs) {
           const from = graph.getLink ? graph.getLink(id) : graph.links[id];
-          link(name === 'guider' ? guider : graph.getNodeById(from.origin_id), name === 'guider' ? 0 : from.origin_slot, sampler, name);
+          link(name === 'guider' ? guider : graph.getNodeById(from.origin_id), name === 'guider' ? 0 : \
+from.origin_slot, sampler, name);
         }
         link(sampler, 0, save, 'samples');""")
     page.run()
     wait_for_badges(page, [f"auto → sdpa · {CALLS} calls", f"sdpa-math · {CALLS} calls"])
     page.fit()
     page.screenshot(shots / "two-selectors.png")
-    page.js("app.graph.nodes.filter(node => node.comfyClass === args[0])[1].widgets.find(({name}) => name === 'backend').value = 'auto'", SELECTOR)
-    page.run()  # two selectors alike are one entry of ComfyUI's cache, one model and one log: what both samplings ran last
+    page.js(
+        "app.graph.nodes.filter(node => node.comfyClass === args[0])[1].widgets.find(({name}) => name === "
+        "'backend').value = 'auto'",
+        SELECTOR,
+    )
+    # two selectors alike are one entry of ComfyUI's cache, one model and one log: what both samplings ran last
+    page.run()
     wait_for_badges(page, [f"auto → sdpa · {CALLS} calls"] * 2)
 
 
 def test_a_selector_inside_a_subgraph(shared_page, model_files, shots):
     page = shared_page
     open_graph(page, model_files, seed=8105)
-    page.js("app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => [args[0], 'BasicGuider'].includes(node.type))))", SELECTOR)
+    page.js(
+        "app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => [args[0], "
+        "'BasicGuider'].includes(node.type))))",
+        SELECTOR,
+    )
     assert not any(node["type"] == SELECTOR for node in page.nodes())
     page.run()
     wait_for_badges(page, [f"auto → sdpa · {CALLS} calls"])
-    page.js("app.canvas.setGraph ? app.canvas.setGraph(app.graph.nodes.find(node => node.subgraph).subgraph) : app.canvas.openSubgraph(app.graph.nodes.find(node => node.subgraph).subgraph)")
+    page.js(
+        "app.canvas.setGraph ? app.canvas.setGraph(app.graph.nodes.find(node => node.subgraph).subgraph) : "
+        "app.canvas.openSubgraph(app.graph.nodes.find(node => node.subgraph).subgraph)"
+    )
     page.screenshot(shots / "subgraph.png")
     page.js("app.canvas.setGraph(app.rootGraph)")
 
@@ -188,6 +227,7 @@ def test_a_page_that_was_opened_after_the_run_and_the_newer_node_design(server, 
 
 # --- the dialog
 
+
 def close_dialog(page):
     page.js("document.querySelector('.flux2-backends').close()")
     page.wait_for("!document.querySelector('.flux2-backends')")
@@ -212,40 +252,58 @@ def test_test_runs_every_backend_that_can_and_copy_takes_the_list(shared_page, s
     open_dialog(shared_page)
     shared_page.js("""
         window.copied = [];
-        Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => { window.copied.push(text); }}});
-        [...document.querySelectorAll('.flux2-backends button')].find(({textContent}) => textContent === 'Test').click();""")
+        Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => { \
+window.copied.push(text); }}});
+        [...document.querySelectorAll('.flux2-backends button')].find(({textContent}) => textContent === \
+'Test').click();""")
     shared_page.wait_for("document.querySelectorAll('.flux2-backends .passed').length === 3")
     shared_page.screenshot(shots / "tested.png")
     shared_page.click("Copy")
     shared_page.wait_for("window.copied.length === 1")
     copied = shared_page.js("return window.copied[0]")
-    assert all(slug in copied for slug in registry.ROWS) and copied.count("test call passed") == 3 and "PyTorch" in copied
+    assert (
+        all(slug in copied for slug in registry.ROWS) and copied.count("test call passed") == 3 and "PyTorch" in copied
+    )
     close_dialog(shared_page)
 
 
 def test_an_install_command_can_be_copied(shared_page, shots):
     """On a machine with an NVIDIA GPU and no library: the answer of the server is replaced, the page is real."""
     row = {"library": "FlashAttention-4", "summary": "for Hopper", "exact": True, "hardware": "NVIDIA", "version": ""}
-    entry = {**row, "backend": "flash4", "state": "to install", "reasons": ["FlashAttention-4 cannot be imported."],
-             "install": registry.row("flash4").install, "command": "/env/bin/python -m pip install --pre flash-attn-4"}
-    shared_page.js("""
+    entry = {
+        **row,
+        "backend": "flash4",
+        "state": "to install",
+        "reasons": ["FlashAttention-4 cannot be imported."],
+        "install": registry.row("flash4").install,
+        "command": "/env/bin/python -m pip install --pre flash-attn-4",
+    }
+    shared_page.js(
+        """
         window.copied = [];
-        Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => { window.copied.push(text); }}});
+        Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => { \
+window.copied.push(text); }}});
         window.fetchApi = app.api.fetchApi;
-        app.api.fetchApi = async () => new Response(JSON.stringify({machine: {device: 'NVIDIA H200 (sm90)'}, backends: [args[0]], text: ''}));
-        await app.extensionManager.command.execute('Flux2Attention.ShowBackends');""", entry)
+        app.api.fetchApi = async () => new Response(JSON.stringify({machine: {device: 'NVIDIA H200 (sm90)'}, backends: \
+[args[0]], text: ''}));
+        await app.extensionManager.command.execute('Flux2Attention.ShowBackends');""",
+        entry,
+    )
     shared_page.wait_for("!!document.querySelector('.flux2-backends code')")
     shared_page.screenshot(shots / "install.png")
     shared_page.js("app.api.fetchApi = window.fetchApi; document.querySelector('.flux2-backends td button').click()")
     shared_page.wait_for("window.copied.length === 1")
     assert shared_page.js("return window.copied[0]") == entry["command"]
-    assert "Would run here once installed (1)" in shared_page.js("return document.querySelector('.flux2-backends').innerText")
+    assert "Would run here once installed (1)" in shared_page.js(
+        "return document.querySelector('.flux2-backends').innerText"
+    )
     close_dialog(shared_page)
 
 
 def test_escape_closes_the_dialog_and_its_keys_do_not_reach_the_graph(shared_page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
+
     before = len(shared_page.nodes())
     open_dialog(shared_page)
     ActionChains(shared_page.driver).send_keys(Keys.DELETE, "m").perform()
@@ -257,13 +315,17 @@ def test_escape_closes_the_dialog_and_its_keys_do_not_reach_the_graph(shared_pag
 def press_escape(page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
+
     ActionChains(page.driver).send_keys(Keys.ESCAPE).perform()
 
 
 def test_the_settings_lead_to_the_dialog(shared_page, shots):
     page = shared_page
     page.js("await app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    leaf = "[...document.querySelectorAll('[role=dialog] *')].find(element => !element.children.length && element.textContent.trim() === args[0])"
+    leaf = (
+        "[...document.querySelectorAll('[role=dialog] *')].find(element => !element.children.length && "
+        "element.textContent.trim() === args[0])"
+    )
     page.wait_for(f"!!{leaf}", arguments=["Flux 2 Attention"])
     page.js(f"{leaf}.click()", "Flux 2 Attention")
     page.click("Show")
@@ -281,16 +343,31 @@ def test_the_settings_lead_to_the_dialog(shared_page, shots):
 def menu_item(page, label, seconds=browser.SECONDS_TO_ANSWER):
     """The visible menu entry that begins with the label, once it is there."""
     from selenium.webdriver.common.by import By
-    page.wait_for("[...document.querySelectorAll('[role=menuitem]')].some(item => item.offsetParent && item.innerText.trim().startsWith(args[0]))", seconds, [label])
-    return next(item for item in page.driver.find_elements(By.CSS_SELECTOR, "[role=menuitem]") if item.is_displayed() and item.text.strip().startswith(label))
+
+    page.wait_for(
+        "[...document.querySelectorAll('[role=menuitem]')].some(item => item.offsetParent && "
+        "item.innerText.trim().startsWith(args[0]))",
+        seconds,
+        [label],
+    )
+    return next(
+        item
+        for item in page.driver.find_elements(By.CSS_SELECTOR, "[role=menuitem]")
+        if item.is_displayed() and item.text.strip().startswith(label)
+    )
 
 
 def open_below(page, label, wanted):
-    """Rest the mouse on a menu entry until the wanted entry below it is there. A menu that is still sliding in misses the mouse, so it comes again, as a person's would."""
+    """Rest the mouse on a menu entry until the wanted entry below it is there. A menu that is still sliding in misses
+    the
+    mouse, so it comes again, as a person's would.
+    """
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.action_chains import ActionChains
+
     for _ in range(10):
-        with contextlib.suppress(TimeoutError, StopIteration, WebDriverException):  # an entry that the menu has just drawn anew is stale
+        # an entry that the menu has just drawn anew is stale
+        with contextlib.suppress(TimeoutError, StopIteration, WebDriverException):
             item = menu_item(page, label, seconds=10)
             page.driver.execute_script("arguments[0].scrollIntoView({block: 'nearest'})", item)
             ActionChains(page.driver).move_to_element_with_offset(item, 3, 3).move_to_element(item).perform()
@@ -312,6 +389,7 @@ def opens_from_the_menu(page, shots):
     """Go through the menu once; whether the dialog came. The last entry may still be moving when it is clicked."""
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
+
     path = "Extensions", "Flux 2 Attention", "Backends on this machine"
     page.driver.find_element(By.CSS_SELECTOR, ".comfy-menu-button-wrapper").click()
     for label, wanted in zip(path, path[1:]):
@@ -327,7 +405,8 @@ def test_the_menu_of_the_node_leads_there_too(shared_page, model_files):
     open_graph(shared_page, model_files, seed=8108)
     offered = shared_page.js("""
         const {getNodeMenuItems} = app.extensions.find(({name}) => name === 'flux2_attention.status');
-        return ['Flux2SelectAttention', 'BasicGuider'].map(type => getNodeMenuItems(app.graph.nodes.find(node => node.type === type)).filter(Boolean).map(({content}) => content));""")
+        return ['Flux2SelectAttention', 'BasicGuider'].map(type => getNodeMenuItems(app.graph.nodes.find(node => \
+node.type === type)).filter(Boolean).map(({content}) => content));""")
     assert offered == [["Flux 2 Attention: backends on this machine"], []]
 
 

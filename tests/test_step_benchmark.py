@@ -1,7 +1,9 @@
-"""The step and klein benchmarks at small sizes: every peer computes the same thing, the table and the JSON are written. Speed is for GPUs.
+"""The step and klein benchmarks at small sizes: every peer computes the same thing, the table and the JSON are written.
+Speed is for GPUs.
 
 Each runs once as a child process, as its user would start it, with Triton's interpreter in the place of a GPU.
 """
+
 import json
 import os
 import subprocess
@@ -16,38 +18,106 @@ def run(script, *arguments, target):
     """(data of the JSON file, standard output) of a benchmark that ran to its end."""
     pytest.importorskip("triton")
     pytest.importorskip("diffusers")
-    command = [sys.executable, pack.ROOT / "benchmarks" / script, "--small", "--compiler", "eager", "--json", target, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env={**os.environ, "TRITON_INTERPRET": "1"})
+    command = [
+        sys.executable,
+        pack.ROOT / "benchmarks" / script,
+        "--small",
+        "--compiler",
+        "eager",
+        "--json",
+        target,
+        *arguments,
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     data = json.loads(target.read_text())
-    assert json.loads(done.stdout.splitlines()[-1]) == data and {"machine", "versions", "command", "cases"} <= data.keys() and "FILE" in data["command"]
+    assert (
+        json.loads(done.stdout.splitlines()[-1]) == data
+        and {"machine", "versions", "command", "cases"} <= data.keys()
+        and "FILE" in data["command"]
+    )
     return data, done.stdout
 
 
 def test_every_peer_takes_the_same_step_of_bf16_and_fp8_weights(comfy, tmp_path):
-    data, said = run("step.py", "--cases", "bf16-1024", "fp8-1024", "--rounds", "1", "--peers", "core", "core-compiled", "diffusers", "ours", "core+sdpa-math", "core+flash4",
-                     target=tmp_path / "step.json")
+    data, said = run(
+        "step.py",
+        "--cases",
+        "bf16-1024",
+        "fp8-1024",
+        "--rounds",
+        "1",
+        "--peers",
+        "core",
+        "core-compiled",
+        "diffusers",
+        "ours",
+        "core+sdpa-math",
+        "core+flash4",
+        target=tmp_path / "step.json",
+    )
     plain, fp8 = data["cases"]
     assert [case["name"] for case in data["cases"]] == ["bf16-1024", "fp8-1024"] and plain["tokens"] == 12
-    for case, timed in ((plain, {"core", "core-compiled", "diffusers", "ours", "core+sdpa-math"}), (fp8, {"core", "core-compiled", "ours", "core+sdpa-math"})):
+    for case, timed in (
+        (plain, {"core", "core-compiled", "diffusers", "ours", "core+sdpa-math"}),
+        (fp8, {"core", "core-compiled", "ours", "core+sdpa-math"}),
+    ):
         rows = {row["peer"]: row for row in case["rows"]}
         assert {peer for peer, row in rows.items() if "ms" in row} == timed, said
-        assert all(rows[peer]["error_to_core"] < 1e-5 and rows[peer]["rounds"] == 1 and rows[peer]["min_ms"] <= rows[peer]["ms"] for peer in timed)
-        assert "'flash4' cannot run here" in rows["core+flash4"]["reason"] and case["core_ms"] == rows["core"]["ms"] and case["ours_ms"] == rows["ours"]["ms"]
-    assert plain["diffusers_ms"] == plain["diffusers_eager_ms"] and fp8["diffusers_ms"] is None and "no path for ComfyUI's fp8" in said
+        assert all(
+            rows[peer]["error_to_core"] < 1e-5
+            and rows[peer]["rounds"] == 1
+            and rows[peer]["min_ms"] <= rows[peer]["ms"]
+            for peer in timed
+        )
+        assert (
+            "'flash4' cannot run here" in rows["core+flash4"]["reason"]
+            and case["core_ms"] == rows["core"]["ms"]
+            and case["ours_ms"] == rows["ours"]["ms"]
+        )
+    assert (
+        plain["diffusers_ms"] == plain["diffusers_eager_ms"]
+        and fp8["diffusers_ms"] is None
+        and "no path for ComfyUI's fp8" in said
+    )
 
 
 def test_the_benchmark_node_without_a_server(tmp_path):
     """What docs/speed.md is made from; the program that also lends AITER's kernels to another card."""
     target = tmp_path / "speed-here.json"
-    command = [sys.executable, pack.ROOT / "benchmarks" / "speed.py", "--weights", "small", "--sizes", "128x128", "--backends", "sdpa-math", "flash4",
-               "--call-repeat", "2", "--step-repeat", "1", "--save", target]
+    command = [
+        sys.executable,
+        pack.ROOT / "benchmarks" / "speed.py",
+        "--weights",
+        "small",
+        "--sizes",
+        "128x128",
+        "--backends",
+        "sdpa-math",
+        "flash4",
+        "--call-repeat",
+        "2",
+        "--step-repeat",
+        "1",
+        "--save",
+        target,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     data = json.loads(target.read_text())
     timed = {(row["backend"], row["call"] == "step") for row in data["rows"] if row["timing"]}
     assert ("sdpa-math", False) in timed and ("sdpa-math", True) in timed and data["missing"]["flash4"]
-    assert data["weights"] == "random weights, FLUX.2 small" and data["command"].endswith("--save FILE") and str(tmp_path) not in target.read_text()
+    assert (
+        data["weights"] == "random weights, FLUX.2 small"
+        and data["command"].endswith("--save FILE")
+        and str(tmp_path) not in target.read_text()
+    )
 
 
 def test_the_work_of_a_step_is_that_of_its_products_and_attention(comfy):
@@ -58,6 +128,7 @@ def test_the_work_of_a_step_is_that_of_its_products_and_attention(comfy):
         import step
         import torch
         from torch.utils.flop_counter import FlopCounterMode
+
         with torch.inference_mode():
             patcher = full_size.build(full_size.SMALL, torch.float32)
             inputs = full_size.step_inputs(patcher, 256, 1, reference_pixels=64, text_tokens=100)
@@ -70,7 +141,17 @@ def test_the_work_of_a_step_is_that_of_its_products_and_attention(comfy):
 
 
 def test_whole_pictures_of_klein(comfy, tmp_path):
-    data, said = run("klein.py", "--cases", "klein-9b", "--rounds", "1", "--peers", "core", "diffusers", target=tmp_path / "klein.json")
-    case, = data["cases"]
+    data, said = run(
+        "klein.py",
+        "--cases",
+        "klein-9b",
+        "--rounds",
+        "1",
+        "--peers",
+        "core",
+        "diffusers",
+        target=tmp_path / "klein.json",
+    )
+    (case,) = data["cases"]
     assert case["name"] == "klein-9b-64" and all(case[column] > 0 for column in ("core_ms", "diffusers_ms")), said
     assert all(row["picture"] == [1, 64, 64, 3] and row["stages"]["encode"] > 0 for row in case["rows"])

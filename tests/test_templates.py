@@ -1,10 +1,14 @@
-"""Every shipped workflow and blueprint: opens with nothing missing in both designs of ComfyUI's page, is tidy, runs from the page and over the API.
+"""Every shipped workflow and blueprint: opens with nothing missing in both designs of ComfyUI's page, is tidy, runs
+from
+the page and over the API.
 
   bash scripts/test.sh -k test_templates
 
-They run on small models under the published file names, with small pictures and few steps, otherwise as they are. Screenshots of all go to a
-temporary folder (its path is printed with pytest -s). Not covered: the published weights; what needs a GPU must say so here, and run without it.
+They run on small models under the published file names, with small pictures and few steps, otherwise as they are.
+Screenshots of all go to a temporary folder (its path is printed with pytest -s). Not covered: the published weights;
+what needs a GPU must say so here, and run without it.
 """
+
 import copy
 import json
 import re
@@ -26,9 +30,18 @@ FILES = sorted([*SHIPPED.rglob("*.json"), *(ROOT / "subgraphs").glob("*.json")])
 LOADERS = {"Flux2LoadModel": "diffusion_models", "Flux2LoadTextEncoder": "text_encoders", "Flux2LoadVAE": "vae"}
 NEEDS_GPU = {"flux2_fp8_fast_blocks": ("Flux2FastBlocks", "Fast Blocks cannot run here: .*GPU")}
 WIDTH, HEIGHT, STEPS, BLOCKS = 96, 64, 2, 6  # the small model has two double and four single blocks
-SMALL = {"width": WIDTH, "height": HEIGHT, "steps": STEPS, "megapixels": 0.01,
-         "sizes": "64x64", "backends": "sdpa, sdpa-math", "call_repeat": 2, "step_repeat": 1}
-REPORTS = ("flux2_attention", "flux2_compare", "flux2_benchmark")  # keys of what the report, compare and benchmark nodes give the page
+SMALL = {
+    "width": WIDTH,
+    "height": HEIGHT,
+    "steps": STEPS,
+    "megapixels": 0.01,
+    "sizes": "64x64",
+    "backends": "sdpa, sdpa-math",
+    "call_repeat": 2,
+    "step_repeat": 1,
+}
+# keys of what the report, compare and benchmark nodes give the page
+REPORTS = ("flux2_attention", "flux2_compare", "flux2_benchmark")
 PACK = "flux2-attention"
 
 
@@ -55,10 +68,23 @@ def small(prompt):
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
+
 def test_every_subject_has_its_template_with_twin_and_thumbnail():
-    assert set(TEMPLATES) >= {"flux2_text_to_image", "flux2_image_edit", "flux2_image_edit_two_references", "flux2_klein_4_steps",
-                              "flux2_compare_attention", "flux2_benchmark_attention", "flux2_fp8_fast_blocks", "flux2_several_gpus"}
-    assert TEMPLATES == sorted(path.stem for path in (SHIPPED / "api").glob("*.json")) == sorted(path.stem for path in SHIPPED.glob("*.jpg"))
+    assert set(TEMPLATES) >= {
+        "flux2_text_to_image",
+        "flux2_image_edit",
+        "flux2_image_edit_two_references",
+        "flux2_klein_4_steps",
+        "flux2_compare_attention",
+        "flux2_benchmark_attention",
+        "flux2_fp8_fast_blocks",
+        "flux2_several_gpus",
+    }
+    assert (
+        TEMPLATES
+        == sorted(path.stem for path in (SHIPPED / "api").glob("*.json"))
+        == sorted(path.stem for path in SHIPPED.glob("*.jpg"))
+    )
     assert BLUEPRINTS == ["FLUX.2 edit", "FLUX.2 text to image"]
 
 
@@ -74,19 +100,22 @@ def test_every_loader_says_where_its_file_is_published(name):
     """The page offers these for download; ComfyUI's own templates name the same addresses."""
     nodes = [node for path in official_files().values() for node in nodes_in(json.loads(path.read_text()))]
     published = {model["name"]: model for node in nodes for model in node["properties"].get("models") or []}
-    loaders = [node for node in nodes_in(template(name) if name in TEMPLATES else blueprint(name)) if node["type"] in LOADERS]
+    loaders = [
+        node for node in nodes_in(template(name) if name in TEMPLATES else blueprint(name)) if node["type"] in LOADERS
+    ]
     assert loaders
     for node in loaders:
-        model, = node["properties"]["models"]
+        (model,) = node["properties"]["models"]
         assert (model["name"], model["directory"]) == (node["widgets_values"][0], LOADERS[node["type"]])
         assert model["url"].endswith(f"/{model['name']}")
         assert model["directory"] == published[model["name"]]["directory"]
-        assert model["url"] == published[model["name"]]["url"] or model["name"] == "qwen_3_4b.safetensors"  # which is published in two places
+        # which is published in two places
+        assert model["url"] == published[model["name"]]["url"] or model["name"] == "qwen_3_4b.safetensors"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_note_explains_and_the_thumbnail_shows(name):
-    note, = [node for node in template(name)["nodes"] if node["type"] == "MarkdownNote"]
+    (note,) = [node for node in template(name)["nodes"] if node["type"] == "MarkdownNote"]
     assert 15 < len(note["title"]) < 60 and 250 < len(note["widgets_values"][0]) < 1100
     with Image.open(SHIPPED / f"{name}.jpg") as thumbnail:
         assert thumbnail.size == (960, 540)
@@ -100,6 +129,7 @@ def test_the_readme_lists_every_template_and_blueprint():
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
+
 
 def get(server, path):
     with urllib.request.urlopen(server.url + urllib.parse.quote(path), timeout=60) as answer:
@@ -145,14 +175,17 @@ def test_runs_over_the_api(official_server, name):
 
 def without(prompt, node_type):
     """The workflow as ComfyUI runs it when that node is bypassed."""
-    (key, entry), = [(key, entry) for key, entry in prompt.items() if entry["class_type"] == node_type]
+    ((key, entry),) = [(key, entry) for key, entry in prompt.items() if entry["class_type"] == node_type]
     made = {other: node for other, node in prompt.items() if other != key}
     for node in made.values():
-        node["inputs"] = {name: entry["inputs"]["model"] if value == [key, 0] else value for name, value in node["inputs"].items()}
+        node["inputs"] = {
+            name: entry["inputs"]["model"] if value == [key, 0] else value for name, value in node["inputs"].items()
+        }
     return made
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def page(official_server, shared_page):
@@ -182,8 +215,12 @@ def assert_complete(page):
 
 def overlapping(boxes):
     """Pairs of names from [(name, x, y, width, height)]."""
-    return [(a[0], b[0]) for i, a in enumerate(boxes) for b in boxes[:i]
-            if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]]
+    return [
+        (a[0], b[0])
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] and b[2] < a[2] + a[4]
+    ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -193,12 +230,24 @@ def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name):
     page.screenshot(shots / f"{name}.png")
     assert_complete(page)
     nodes = page.nodes()
-    assert overlapping([(node["title"], node["pos"][0], node["pos"][1] - 30, node["size"][0], node["size"][1] + 30) for node in nodes]) == []
+    assert (
+        overlapping(
+            [
+                (node["title"], node["pos"][0], node["pos"][1] - 30, node["size"][0], node["size"][1] + 30)
+                for node in nodes
+            ]
+        )
+        == []
+    )
     assert overlapping([(group["title"], *group["bounding"]) for group in template(name)["groups"]]) == []
     prompt, api = page.prompt(), twin(name)
-    assert {key: entry["class_type"] for key, entry in prompt.items()} == {key: entry["class_type"] for key, entry in api.items()}
+    assert {key: entry["class_type"] for key, entry in prompt.items()} == {
+        key: entry["class_type"] for key, entry in api.items()
+    }
     for key, entry in api.items():
-        assert {value: prompt[key]["inputs"][value] for value in entry["inputs"]} == entry["inputs"], entry["_meta"]["title"]
+        assert {value: prompt[key]["inputs"][value] for value in entry["inputs"]} == entry["inputs"], entry["_meta"][
+            "title"
+        ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -229,19 +278,23 @@ def test_runs_from_the_page(official_server, page, shots, name):
     page.load(template(name), name)
     page.js(SET, {**SMALL, "noise_seed": 7})
     if name in NEEDS_GPU:
-        page.js("app.graph.nodes.find(node => node.type === args[0]).mode = 4", NEEDS_GPU[name][0])  # bypassed, as its note says
+        # bypassed, as its note says
+        page.js("app.graph.nodes.find(node => node.type === args[0]).mode = 4", NEEDS_GPU[name][0])
     outputs = json.loads(get(official_server, f"/history/{page.run()}"))
     page.fit()
     page.screenshot(shots / f"{name}-ran.png")
     report = check_output(official_server, name, next(iter(outputs.values()))["outputs"])
-    assert "calls" not in report or any(f"{STEPS * BLOCKS} calls" in text for text in page.text_boxes()), "the report is not on its node"
+    assert "calls" not in report or any(f"{STEPS * BLOCKS} calls" in text for text in page.text_boxes()), (
+        "the report is not on its node"
+    )
 
 
 def connected(page, name):
     """A blueprint in the page with a picture before it and a saving node behind it."""
     page.load(blueprint(name), name)
     page.js("""
-        const node = app.graph.nodes[0], save = LiteGraph.createNode('SaveImage'), load = LiteGraph.createNode('LoadImage');
+        const node = app.graph.nodes[0], save = LiteGraph.createNode('SaveImage'), load = \
+LiteGraph.createNode('LoadImage');
         app.graph.add(save);
         save.pos = [600, 0];
         node.connect(node.outputs.findIndex(slot => slot.name === 'image'), save, 0);
@@ -254,14 +307,42 @@ def connected(page, name):
         }""")
 
 
-EXPOSED = {"FLUX.2 text to image": ["prompt", "width", "height", "seed", "steps", "guidance", "attention", "model", "text_encoder", "vae"],
-           "FLUX.2 edit": ["prompt", "seed", "steps", "guidance", "attention", "model", "text_encoder", "vae", "megapixels"]}
+EXPOSED = {
+    "FLUX.2 text to image": [
+        "prompt",
+        "width",
+        "height",
+        "seed",
+        "steps",
+        "guidance",
+        "attention",
+        "model",
+        "text_encoder",
+        "vae",
+    ],
+    "FLUX.2 edit": ["prompt", "seed", "steps", "guidance", "attention", "model", "text_encoder", "vae", "megapixels"],
+}
 # a widget of the blueprint -> where its value must arrive: (node, input)
-ARRIVES = {"prompt": ("CLIPTextEncode", "text"), "width": ("EmptyFlux2LatentImage", "width"), "height": ("Flux2Scheduler", "height"),
-           "seed": ("RandomNoise", "noise_seed"), "steps": ("Flux2Scheduler", "steps"), "guidance": ("FluxGuidance", "guidance"),
-           "attention": ("Flux2SelectAttention", "backend"), "megapixels": ("ImageScaleToTotalPixels", "megapixels")}
-VALUES = {"prompt": "a cup", "width": WIDTH, "height": HEIGHT, "seed": 5, "steps": STEPS, "guidance": 3.5, "attention": "sdpa-math",
-          "megapixels": 0.01}
+ARRIVES = {
+    "prompt": ("CLIPTextEncode", "text"),
+    "width": ("EmptyFlux2LatentImage", "width"),
+    "height": ("Flux2Scheduler", "height"),
+    "seed": ("RandomNoise", "noise_seed"),
+    "steps": ("Flux2Scheduler", "steps"),
+    "guidance": ("FluxGuidance", "guidance"),
+    "attention": ("Flux2SelectAttention", "backend"),
+    "megapixels": ("ImageScaleToTotalPixels", "megapixels"),
+}
+VALUES = {
+    "prompt": "a cup",
+    "width": WIDTH,
+    "height": HEIGHT,
+    "seed": 5,
+    "steps": STEPS,
+    "guidance": 3.5,
+    "attention": "sdpa-math",
+    "megapixels": 0.01,
+}
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
@@ -273,7 +354,8 @@ def test_a_blueprint_takes_its_values_and_runs(official_server, page, shots, nam
     assert_complete(page)
     inner = {entry["class_type"]: entry["inputs"] for entry in page.prompt().values()}
     assert {widget: inner[ARRIVES[widget][0]][ARRIVES[widget][1]] for widget in VALUES if widget in EXPOSED[name]} == {
-        widget: value for widget, value in VALUES.items() if widget in EXPOSED[name]}
+        widget: value for widget, value in VALUES.items() if widget in EXPOSED[name]
+    }
     outputs = json.loads(get(official_server, f"/history/{page.run()}"))
     page.fit()
     page.screenshot(shots / f"{name}.png")
@@ -284,16 +366,19 @@ def test_a_blueprint_takes_its_values_and_runs(official_server, page, shots, nam
 def test_a_blueprint_is_found_by_its_name_and_placed(page, shots, name):
     """In the search box of the node library, as a user does."""
     from selenium.webdriver.common.keys import Keys
+
     page.load({"nodes": [], "links": [], "version": 0.4}, "empty")
     page.js("await app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.wait_for("document.activeElement?.tagName === 'INPUT'")
     page.driver.switch_to.active_element.send_keys(name)
     page.wait_for("document.body.innerText.includes('Subgraph Blueprints')")
-    page.wait_for("document.body.innerText.includes(args[0])", arguments=[blueprint(name)["extra"]["BlueprintDescription"][:40]])
+    page.wait_for(
+        "document.body.innerText.includes(args[0])", arguments=[blueprint(name)["extra"]["BlueprintDescription"][:40]]
+    )
     page.screenshot(shots / f"{name}-search.png")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     page.wait_for("app.graph.nodes.length === 1")
-    node, = page.nodes()
+    (node,) = page.nodes()
     assert node["title"] == name and [widget["name"] for widget in node["widgets"]] == EXPOSED[name]
 
 

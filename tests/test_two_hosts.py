@@ -1,7 +1,11 @@
-"""Two hosts: network namespaces of this machine, which share nothing but a cable between them. Rank 0 in one, torchrun's worker in the other.
+"""Two hosts: network namespaces of this machine, which share nothing but a cable between them. Rank 0 in one,
+torchrun's
+worker in the other.
 
-Needs root and Debian's iproute2 (scripts/test.sh installs it). What is checked inside stands in two_hosts.py. Not covered: NCCL, different machines.
+Needs root and Debian's iproute2 (scripts/test.sh installs it). What is checked inside stands in two_hosts.py. Not
+covered: NCCL, different machines.
 """
+
 import contextlib
 import os
 import shutil
@@ -47,10 +51,30 @@ def hosts():
 @pytest.fixture
 def worker(hosts, comfyui):
     """torchrun on the second host, by the line of the README."""
-    command = ["ip", "netns", "exec", hosts[1], sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-               ROOT / "flux2/ranks/worker.py", "--join", f"{ADDRESSES[0]}:{PORT}", "--comfyui", comfyui]
-    process = subprocess.Popen(command, env={**os.environ, "FLUX2_RANKS_SECRET": SECRET}, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        hosts[1],
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        ROOT / "flux2/ranks/worker.py",
+        "--join",
+        f"{ADDRESSES[0]}:{PORT}",
+        "--comfyui",
+        comfyui,
+    ]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "FLUX2_RANKS_SECRET": SECRET},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -58,9 +82,27 @@ def worker(hosts, comfyui):
 
 
 def test_one_picture_on_two_hosts_and_a_cable_that_is_pulled(hosts, worker, small_models):
-    environment = {**os.environ, "FLUX2_RANKS_LISTEN": f"{ADDRESSES[0]}:{PORT}", "FLUX2_RANKS_SECRET": SECRET, "FLUX2_CPU_RANKS": "1",
-                   "FLUX2_OTHER_HOST": ADDRESSES[1]}
-    command = ["ip", "netns", "exec", hosts[0], sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "two_hosts.py"]
+    environment = {
+        **os.environ,
+        "FLUX2_RANKS_LISTEN": f"{ADDRESSES[0]}:{PORT}",
+        "FLUX2_RANKS_SECRET": SECRET,
+        "FLUX2_CPU_RANKS": "1",
+        "FLUX2_OTHER_HOST": ADDRESSES[1],
+    }
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        hosts[0],
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        HERE / "two_hosts.py",
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "2 passed" in done.stdout

@@ -1,4 +1,7 @@
-"""Rank 0 on the first of two hosts. Run by test_two_hosts.py inside a network namespace; a worker waits in the other one."""
+"""Rank 0 on the first of two hosts. Run by test_two_hosts.py inside a network namespace; a worker waits in the other
+one.
+"""
+
 import os
 import subprocess
 import time
@@ -35,7 +38,9 @@ def test_the_other_host_computes_its_part(tools, model, two):  # noqa: F811
     assert "GPU 0" in tools.report.report(two)[0]
 
 
-def test_a_cable_that_is_pulled_fails_the_prompt_with_a_sentence_and_the_next_one_works_once_it_is_back(tools, model, two):  # noqa: F811
+def test_a_cable_that_is_pulled_fails_the_prompt_with_a_sentence_and_the_next_one_works_once_it_is_back(
+    tools, model, two
+):  # noqa: F811
     group = tools.group.existing(two.model)
     sample(tools, two)
     thread, moment = in_a_step(group, lambda: cable("down"))
@@ -46,6 +51,8 @@ def test_a_cable_that_is_pulled_fails_the_prompt_with_a_sentence_and_the_next_on
     finally:
         thread.join()
         cable("up")
-    assert "Rank 1" in str(caught.value) and "connection" in str(caught.value) and "next" in str(caught.value), str(caught.value)
+    assert "Rank 1" in str(caught.value) and "connection" in str(caught.value) and "next" in str(caught.value), str(
+        caught.value
+    )
     assert seconds < 20, seconds  # ten until the system gives the connection up
     assert difference(sample(tools, two), sample(tools, model)) < SAME

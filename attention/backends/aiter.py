@@ -1,8 +1,11 @@
-"""AITER's flash_attn_func (AMD): hand-written assembly or Composable Kernel for bf16 and fp16, and the same with fp8 inputs.
+"""AITER's flash_attn_func (AMD): hand-written assembly or Composable Kernel for bf16 and fp16, and the same with fp8
+inputs.
 
-Read at ROCm/aiter e404860 (aiter/ops/mha.py) and in the amd-aiter 0.1.7.post2.dev18 wheel. Layout BSHD, any strides with a contiguous last
-axis; log-sum-exp float32 (B, H, Sq), natural logarithm. AITER compiles a kernel when it is first called, which can take minutes.
+Read at ROCm/aiter e404860 (aiter/ops/mha.py) and in the amd-aiter 0.1.7.post2.dev18 wheel. Layout BSHD, any strides
+with a contiguous last axis; log-sum-exp float32 (B, H, Sq), natural logarithm. AITER compiles a kernel when it is first
+called, which can take minutes.
 """
+
 import os
 
 import torch
@@ -14,16 +17,21 @@ from ..call import Limits, dtype_name
 from ..device import describe
 from ..library_checks import lacks, unbindable
 
-# How the assembly rounds probabilities to bf16 before the value product (how_v3_bf16_cvt). Only gfx942 has all three; gfx950 converts in hardware.
+# How the assembly rounds probabilities to bf16 before the value product (how_v3_bf16_cvt). Only gfx942 has all three;
+# gfx950 converts in hardware.
 ROUNDING = {"nearest even": 0, "nearest away": 1, "toward zero": 2}
 ASSEMBLY_ARCHS = ("gfx942", "gfx950")
 ASSEMBLY_MIN_QUERIES = 129  # up to 128 queries AITER prefers Composable Kernel
-# aiter #3807: with several architectures in GPU_ARCHS, AITER can take the fp8 format of another GPU, which reads as values off by two
+# aiter #3807: with several architectures in GPU_ARCHS, AITER can take the fp8 format of another GPU, which reads as
+# values off by two
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 
 
 def uses_ck():
-    """False when ENABLE_CK=0 made AITER reroute its functions to Triton; builds without that switch always use Composable Kernel."""
+    """False when ENABLE_CK=0 made AITER reroute its functions to Triton; builds without that switch always use
+    Composable
+    Kernel.
+    """
     return getattr(getattr(aiter, "core", None), "ENABLE_CK", True)
 
 
@@ -34,6 +42,7 @@ def opus_enabled():
 
 class Aiter(Adapter):
     """bf16 and fp16. aiter_rounding: a key of ROUNDING; AITER's own default is "nearest away"."""
+
     limits = Limits(head_dim_max=256, lse=True)
     distribution = "amd-aiter"
 
@@ -48,7 +57,9 @@ class Aiter(Adapter):
 
     def missing(self):
         absent = lacks(aiter, "AITER", "flash_attn_func")
-        return absent or unbindable(aiter.flash_attn_func, "flash_attn_func", None, None, None, **self.arguments(1.0, True))
+        return absent or unbindable(
+            aiter.flash_attn_func, "flash_attn_func", None, None, None, **self.arguments(1.0, True)
+        )
 
     def kernel(self, q, k, v, mask=None):
         """AITER's order of choice, _flash_attn_forward in aiter/ops/mha.py. fp16 never reaches the assembly."""
@@ -60,12 +71,23 @@ class Aiter(Adapter):
                 return "OPUS (fmha_v3 assembly where the log-sum-exp is needed)"
             if arch in ASSEMBLY_ARCHS and q.shape[1] >= ASSEMBLY_MIN_QUERIES:
                 return f"fmha_v3 assembly, rounding {self.rounding}" if arch == "gfx942" else "fmha_v3 assembly"
-        if q.dtype == torch.bfloat16 and head_dim == 64 and arch == "gfx942" and hasattr(aiter, "mha_fwd_native_splitkv"):
+        if (
+            q.dtype == torch.bfloat16
+            and head_dim == 64
+            and arch == "gfx942"
+            and hasattr(aiter, "mha_fwd_native_splitkv")
+        ):
             return "native split-K, or CK tile where AITER sees no gain in splitting"
         return "CK tile"
 
     def arguments(self, scale, need_lse):
-        return {"dropout_p": 0.0, "softmax_scale": scale, "causal": False, "return_lse": need_lse, "how_v3_bf16_cvt": ROUNDING[self.rounding]}
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": scale,
+            "causal": False,
+            "return_lse": need_lse,
+            "how_v3_bf16_cvt": ROUNDING[self.rounding],
+        }
 
     def run(self, q, k, v, mask, scale, need_lse):
         result = aiter.flash_attn_func(q, k, v, **self.arguments(scale, need_lse))
@@ -75,8 +97,9 @@ class Aiter(Adapter):
 def per_tensor_fp8(t, dtype):
     """t as fp8 with one scale for the whole tensor.
 
-    Returns (values, descale): values in `dtype` with t's shape, descale float32 (1,), t ~ values * descale. The largest value becomes the
-    largest of the format (448, or 240 for e4m3fnuz) but for a rounding of the division, which fp8 rounds away: nothing has to be clamped.
+    Returns (values, descale): values in `dtype` with t's shape, descale float32 (1,), t ~ values * descale. The largest
+    value becomes the largest of the format (448, or 240 for e4m3fnuz) but for a rounding of the division, which fp8
+    rounds away: nothing has to be clamped.
     """
     low, high = t.aminmax()  # exact in any dtype, and without the temporary that abs() would make
     top = torch.finfo(dtype).max
@@ -86,6 +109,7 @@ def per_tensor_fp8(t, dtype):
 
 class AiterFp8(Adapter):
     """q, k and v in fp8, one scale per tensor, as AITER's own tests do it. Quantised; returns no log-sum-exp."""
+
     limits = Limits(head_dims=(128,))
     distribution = "amd-aiter"
 
@@ -95,16 +119,23 @@ class AiterFp8(Adapter):
             return absent
         # the 0.1.7 wheel has this function without scales, so it could only compute something else
         call = self.arguments(1.0, None, None, None)
-        unusable = unbindable(aiter.flash_attn_fp8_pertensor_func, "flash_attn_fp8_pertensor_func", None, None, None, **call)
+        unusable = unbindable(
+            aiter.flash_attn_fp8_pertensor_func, "flash_attn_fp8_pertensor_func", None, None, None, **call
+        )
         known = aiter.dtypes.fp8 in FP8.values()
-        return unusable + ([] if known else [f"AITER knows no fp8 format for this GPU (it names {dtype_name(aiter.dtypes.fp8)})."])
+        return unusable + (
+            [] if known else [f"AITER knows no fp8 format for this GPU (it names {dtype_name(aiter.dtypes.fp8)})."]
+        )
 
     def unsupported(self, call):
         reasons = super().unsupported(call)
         wanted = FP8.get(call.device.arch)
         if wanted and aiter.dtypes.fp8 != wanted:
-            reasons.append(f"AITER took {dtype_name(aiter.dtypes.fp8)} for this GPU, which computes in {dtype_name(wanted)} (aiter #3807). "
-                           f"Start with GPU_ARCHS={call.device.arch}.")
+            reasons.append(
+                f"AITER took {dtype_name(aiter.dtypes.fp8)} for this GPU, which computes in {dtype_name(wanted)} "
+                "(aiter #3807). "
+                f"Start with GPU_ARCHS={call.device.arch}."
+            )
         return reasons
 
     def kernel(self, q, k, v, mask=None):
@@ -116,7 +147,13 @@ class AiterFp8(Adapter):
         return "fmha_v3 assembly, fp8" if assembly else "CK tile, fp8"
 
     def arguments(self, scale, q_descale, k_descale, v_descale):
-        return {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "causal": False, "softmax_scale": scale}
+        return {
+            "q_descale": q_descale,
+            "k_descale": k_descale,
+            "v_descale": v_descale,
+            "causal": False,
+            "softmax_scale": scale,
+        }
 
     def run(self, q, k, v, mask, scale, need_lse):
         (q8, q_descale), (k8, k_descale), (v8, v_descale) = (per_tensor_fp8(t, aiter.dtypes.fp8) for t in (q, k, v))

@@ -1,9 +1,11 @@
-"""AITER's MHA v4 (AMD): assembly for quantised attention, one backend per pair of query/key and value formats. All quantised.
+"""AITER's MHA v4 (AMD): assembly for quantised attention, one backend per pair of query/key and value formats. All
+quantised.
 
-Read at ROCm/aiter e404860 (aiter/ops/mha_v4.py and mha_v4.md; kernels in hsa/<arch>/fmha_v4_fwd/fmha_v4_fwd.csv). It takes contiguous bf16 BSHD
-tensors of head size 128 with as many key as query heads, any lengths, no mask, and returns bf16 and no log-sum-exp. AITER quantises, and
-refuses what it has no kernel for; so does this file.
+Read at ROCm/aiter e404860 (aiter/ops/mha_v4.py and mha_v4.md; kernels in hsa/<arch>/fmha_v4_fwd/fmha_v4_fwd.csv). It
+takes contiguous bf16 BSHD tensors of head size 128 with as many key as query heads, any lengths, no mask, and returns
+bf16 and no log-sum-exp. AITER quantises, and refuses what it has no kernel for; so does this file.
 """
+
 import torch
 
 import aiter  # noqa: F401  so that a machine without ROCm is told what AITER says about it
@@ -17,7 +19,11 @@ BOTH, MI350 = ("gfx942", "gfx950"), ("gfx950",)
 
 
 class MhaV4(Adapter):
-    """Query/key format `qk` and value format `v`, as in AITER's AttentionFormat ("FP8" is whichever the GPU computes in), on `archs`."""
+    """Query/key format `qk` and value format `v`, as in AITER's AttentionFormat ("FP8" is whichever the GPU computes
+    in),
+    on `archs`.
+    """
+
     limits = Limits(dtypes=(torch.bfloat16,), head_dims=(128,), grouped_heads=False)
     distribution = "amd-aiter"
     names = ("mha_v4", "AttentionFormat", "native_fp8_format", "scale_modes_for_formats")
@@ -27,7 +33,9 @@ class MhaV4(Adapter):
 
     def formats(self):
         """Keyword arguments that name the formats."""
-        qk, v = (V4.native_fp8_format() if name == "FP8" else getattr(V4.AttentionFormat, name) for name in (self.qk, self.v))
+        qk, v = (
+            V4.native_fp8_format() if name == "FP8" else getattr(V4.AttentionFormat, name) for name in (self.qk, self.v)
+        )
         return {"q_format": qk, "k_format": qk, "v_format": v}
 
     def missing(self):
@@ -38,7 +46,12 @@ class MhaV4(Adapter):
         try:
             V4.scale_modes_for_formats(**self.formats())  # AITER's own list of combinations; it raises for the others
         except Exception as error:
-            return [f"This build's MHA v4 does not know {self.qk} queries and keys with {self.v} values ({type(error).__name__}: {error})."]
+            return [
+                (
+                    f"This build's MHA v4 does not know {self.qk} queries and keys with {self.v} values "
+                    f"({type(error).__name__}: {error})."
+                )
+            ]
         return []
 
     def unusable(self):
@@ -63,17 +76,29 @@ class MhaV4(Adapter):
 class MhaV4Mxfp8(MhaV4):
     """fp8 queries and keys with a scale per 32 elements after a Hadamard rotation, fp8 values with one scale.
 
-    mha_v4 itself reads two fp8 formats as one scale per tensor, so this one is packed here, as AITER's own benchmark does it
-    (op_tests/op_benchmarks/triton/bench_sage.py, _run_aiter_mxfp8). The softmax scale goes into the queries while they are quantised.
+    mha_v4 itself reads two fp8 formats as one scale per tensor, so this one is packed here, as AITER's own benchmark
+    does it (op_tests/op_benchmarks/triton/bench_sage.py, _run_aiter_mxfp8). The softmax scale goes into the queries
+    while they are quantised.
     """
-    names = (*MhaV4.names, "mha_v4_packed", "AttentionScaleMode", "mha_v4_q_multiplier", "quantize_mxfp8_q", "quantize_mxfp8_k", "quantize_fp8")
+
+    names = (
+        *MhaV4.names,
+        "mha_v4_packed",
+        "AttentionScaleMode",
+        "mha_v4_q_multiplier",
+        "quantize_mxfp8_q",
+        "quantize_mxfp8_k",
+        "quantize_fp8",
+    )
 
     def scale_modes(self):
         per_32, per_tensor = V4.AttentionScaleMode.E8M0_PER_1X32, V4.AttentionScaleMode.F32_PER_TENSOR
         return {"q_scale_mode": per_32, "k_scale_mode": per_32, "v_scale_mode": per_tensor}
 
     def unusable(self):
-        return unbindable(V4.mha_v4_packed, "mha_v4_packed", *[None] * 6, softmax_scale=1.0, **self.formats(), **self.scale_modes())
+        return unbindable(
+            V4.mha_v4_packed, "mha_v4_packed", *[None] * 6, softmax_scale=1.0, **self.formats(), **self.scale_modes()
+        )
 
     def kernel(self, q, k, v, mask=None):
         return "fmha_v4 assembly, MXFP8 queries and keys, FP8 values"
@@ -82,7 +107,9 @@ class MhaV4Mxfp8(MhaV4):
         q8, q_descale = V4.quantize_mxfp8_q(q, V4.mha_v4_q_multiplier(scale))
         k8, k_descale = V4.quantize_mxfp8_k(k)
         v8, v_descale = V4.quantize_fp8(v)
-        return V4.mha_v4_packed(q8, k8, v8, q_descale, k_descale, v_descale, softmax_scale=scale, **self.formats(), **self.scale_modes())
+        return V4.mha_v4_packed(
+            q8, k8, v8, q_descale, k_descale, v_descale, softmax_scale=scale, **self.formats(), **self.scale_modes()
+        )
 
 
 ADAPTERS = {

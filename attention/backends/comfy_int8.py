@@ -1,8 +1,10 @@
-"""comfy-kitchen's INT8 attention, the kernel behind ComfyUI's own "comfy kitchen attention". Quantised: measure before trusting.
+"""comfy-kitchen's INT8 attention, the kernel behind ComfyUI's own "comfy kitchen attention". Quantised: measure before
+trusting.
 
-Present since comfy-kitchen 0.2.40 or a little before (0.2.26, which ComfyUI 0.30 pins, has none). Layout (B, H, S, D), any strides with a
-contiguous last axis; takes masks itself; returns no log-sum-exp.
+Present since comfy-kitchen 0.2.40 or a little before (0.2.26, which ComfyUI 0.30 pins, has none). Layout (B, H, S, D),
+any strides with a contiguous last axis; takes masks itself; returns no log-sum-exp.
 """
+
 import torch
 
 import comfy_kitchen
@@ -18,13 +20,18 @@ class ComfyInt8(Adapter):
     def missing(self):
         if not hasattr(comfy_kitchen, "int8_attention"):
             return [f"The installed {self.version()} has no int8_attention."]
-        return [] if comfy_kitchen.int8_attention_is_available() else ["comfy-kitchen says that its INT8 attention kernel does not run on this GPU."]
+        return (
+            []
+            if comfy_kitchen.int8_attention_is_available()
+            else ["comfy-kitchen says that its INT8 attention kernel does not run on this GPU."]
+        )
 
     def kernel(self, q, k, v, mask=None):
         return "comfy_kitchen.int8_attention"
 
     def run(self, q, k, v, mask, scale, need_lse):
-        out = comfy_kitchen.int8_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, attn_mask=mask)  # (B, H, S, D)
+        # (B, H, S, D)
+        out = comfy_kitchen.int8_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, attn_mask=mask)
         return out.transpose(1, 2), None
 
 

@@ -1,7 +1,9 @@
 """FlashAttention-2 (package flash-attn, Dao-AILab). fp16 and bf16, head size up to 256, no mask.
 
-On ROCm the package may hold no compiled kernel and import AITER's Triton kernels instead; `kernel` says which one it is.
+On ROCm the package may hold no compiled kernel and import AITER's Triton kernels instead; `kernel` says which one it
+is.
 """
+
 import sys
 
 from flash_attn import flash_attn_func
@@ -22,7 +24,8 @@ class Flash2(Adapter):
         return f"AITER Triton, imported by flash-attn ({borrowed[0]})" if borrowed else None
 
     def run(self, q, k, v, mask, scale, need_lse):
-        # return_attn_probs without dropout returns (out, lse, None): the probabilities themselves are only made for dropout
+        # return_attn_probs without dropout returns (out, lse, None): the probabilities themselves are only made for
+        # dropout
         result = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, return_attn_probs=need_lse)
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)
 

@@ -1,7 +1,10 @@
-"""FlashAttention-3 (package flash-attn-3, module flash_attn_interface; Hopper). fp16 and bf16, head size up to 256, no mask.
+"""FlashAttention-3 (package flash-attn-3, module flash_attn_interface; Hopper). fp16 and bf16, head size up to 256, no
+mask.
 
-Early releases always return (out, lse), later ones a bare tensor unless return_attn_probs is set: the signature tells which.
+Early releases always return (out, lse), later ones a bare tensor unless return_attn_probs is set: the signature tells
+which.
 """
+
 import inspect
 
 from flash_attn_interface import flash_attn_func

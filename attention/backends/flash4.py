@@ -2,6 +2,7 @@
 
 Kernels are compiled on the first call of each head size and dtype, which takes seconds.
 """
+
 from flash_attn.cute import flash_attn_func
 
 from ..adapter import Adapter, lse_bhs

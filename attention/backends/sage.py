@@ -1,8 +1,10 @@
-"""SageAttention 1 and 2 (package sageattention): int8 query-key product, fp16 or fp8 value product. Quantised: measure before trusting.
+"""SageAttention 1 and 2 (package sageattention): int8 query-key product, fp16 or fp8 value product. Quantised: measure
+before trusting.
 
-Version 1 is one Triton kernel and runs on any NVIDIA GPU; version 2 brings CUDA kernels per architecture and chooses among them. They are
-told apart by what they contain. Layout "NHD" is (B, S, H, D).
+Version 1 is one Triton kernel and runs on any NVIDIA GPU; version 2 brings CUDA kernels per architecture and chooses
+among them. They are told apart by what they contain. Layout "NHD" is (B, S, H, D).
 """
+
 import inspect
 
 import sageattention
@@ -25,7 +27,11 @@ class Sage(Adapter):
 
     def missing(self):
         installed = 2 if IS_VERSION_2 else 1
-        return [] if installed == self.major else [f"The installed sageattention is version {installed}; this backend is version {self.major}."]
+        return (
+            []
+            if installed == self.major
+            else [f"The installed sageattention is version {installed}; this backend is version {self.major}."]
+        )
 
     def kernel(self, q, k, v, mask=None):
         return "sageattn (CUDA, chosen by architecture)" if self.major == 2 else "sageattn (Triton)"
@@ -33,7 +39,8 @@ class Sage(Adapter):
     def run(self, q, k, v, mask, scale, need_lse):
         asked = {"return_lse": True} if need_lse else {}
         if self.major == 1:
-            # its own smoothing subtracts the mean from the caller's k in place (sageattention 1.0.6, core.py), which others still need
+            # its own smoothing subtracts the mean from the caller's k in place (sageattention 1.0.6, core.py), which
+            # others still need
             k, asked = k - k.mean(dim=1, keepdim=True), {"smooth_k": False}
         result = sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, **asked)
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)

@@ -1,7 +1,10 @@
-"""SageAttention 3 (package sageattn3): FP4 query-key and value products on Blackwell. Quantised: measure before trusting.
+"""SageAttention 3 (package sageattn3): FP4 query-key and value products on Blackwell. Quantised: measure before
+trusting.
 
-Its function takes (B, H, S, D), no scale and returns no log-sum-exp, so q is multiplied beforehand where another scale than D**-0.5 is asked.
+Its function takes (B, H, S, D), no scale and returns no log-sum-exp, so q is multiplied beforehand where another scale
+than D**-0.5 is asked.
 """
+
 from sageattn3 import sageattn3_blackwell
 
 from ..adapter import Adapter

@@ -1,8 +1,10 @@
 """PyTorch's scaled_dot_product_attention: its own choice of kernel, and each of its kernels by name.
 
-The named ones call the aten operator of that kernel, which returns the log-sum-exp as well; with a mask they go through the public function
-restricted to that kernel, because the operators want masks padded and aligned in ways only it knows. PyTorch's layout is (B, H, S, D).
+The named ones call the aten operator of that kernel, which returns the log-sum-exp as well; with a mask they go through
+the public function restricted to that kernel, because the operators want masks padded and aligned in ways only it
+knows. PyTorch's layout is (B, H, S, D).
 """
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,8 +16,12 @@ from ..call import Limits
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
-KERNEL_NAMES = {int(SDPBackend.MATH.value): "math", int(SDPBackend.FLASH_ATTENTION.value): "flash",
-                int(SDPBackend.EFFICIENT_ATTENTION.value): "memory-efficient", int(SDPBackend.CUDNN_ATTENTION.value): "cuDNN"}
+KERNEL_NAMES = {
+    int(SDPBackend.MATH.value): "math",
+    int(SDPBackend.FLASH_ATTENTION.value): "flash",
+    int(SDPBackend.EFFICIENT_ATTENTION.value): "memory-efficient",
+    int(SDPBackend.CUDNN_ATTENTION.value): "cuDNN",
+}
 
 
 def bhsd(*tensors):
@@ -73,7 +79,11 @@ def cudnn(q, k, v, scale, need_lse):
 
 
 class Math(Adapter):
-    """Two matrix products and a softmax, as the formula reads. Needs memory for the whole score matrix; the log-sum-exp is computed apart."""
+    """Two matrix products and a softmax, as the formula reads. Needs memory for the whole score matrix; the
+    log-sum-exp is
+    computed apart.
+    """
+
     limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)
 
     def kernel(self, q, k, v, mask=None):
@@ -83,7 +93,6 @@ class Math(Adapter):
         out = self.attend_heads_first(*bhsd(q, k, v), mask, scale).transpose(1, 2)
         return out, reference.attend(q, k, v, mask=mask, scale=scale)[1] if need_lse else None
 
-
     def attend_heads_first(self, q, k, v, mask, scale):
         with sdpa_kernel(SDPBackend.MATH):
             return public(q, k, v, mask, scale)
@@ -91,6 +100,7 @@ class Math(Adapter):
 
 class Chosen(Adapter):
     """PyTorch's own choice for each call, as torch.nn.functional.scaled_dot_product_attention makes it."""
+
     limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)
 
     def choice(self, q, k, v, mask):
@@ -114,17 +124,35 @@ class Flash(Named):
 
     def unsupported(self, call):
         on_cpu = call.device.platform == "cpu"
-        limits = Limits(dtypes=FLOATS if on_cpu else HALF, lse=True, mask=on_cpu, head_dim_max=None if on_cpu else 256,
-                        head_dim_multiple=1 if on_cpu else 8, max_offset=None)
-        lse_with_mask = ["It returns the log-sum-exp only for calls without a mask."] if call.need_lse and call.mask == "full" else []
+        limits = Limits(
+            dtypes=FLOATS if on_cpu else HALF,
+            lse=True,
+            mask=on_cpu,
+            head_dim_max=None if on_cpu else 256,
+            head_dim_multiple=1 if on_cpu else 8,
+            max_offset=None,
+        )
+        lse_with_mask = (
+            ["It returns the log-sum-exp only for calls without a mask."]
+            if call.need_lse and call.mask == "full"
+            else []
+        )
         return limits.reasons(call) + lse_with_mask
 
 
 ADAPTERS = {
     "sdpa": Chosen(),
     "sdpa-flash": Flash(SDPBackend.FLASH_ATTENTION, Limits(), flash),
-    "sdpa-cudnn": Named(SDPBackend.CUDNN_ATTENTION, Limits(mask=True, lse=True, head_dim_max=128, head_dim_multiple=8, max_offset=None), cudnn),
-    "sdpa-efficient": Named(SDPBackend.EFFICIENT_ATTENTION, Limits(dtypes=FLOATS, mask=True, lse=True, head_dim_multiple=8, max_offset=None), efficient),
+    "sdpa-cudnn": Named(
+        SDPBackend.CUDNN_ATTENTION,
+        Limits(mask=True, lse=True, head_dim_max=128, head_dim_multiple=8, max_offset=None),
+        cudnn,
+    ),
+    "sdpa-efficient": Named(
+        SDPBackend.EFFICIENT_ATTENTION,
+        Limits(dtypes=FLOATS, mask=True, lse=True, head_dim_multiple=8, max_offset=None),
+        efficient,
+    ),
     "sdpa-math": Math(),
 }
 BY_CHOICE = {int(a.backend.value): a for a in ADAPTERS.values() if isinstance(a, Named)}

@@ -1,4 +1,8 @@
-"""xFormers memory_efficient_attention: it dispatches to CUTLASS or FlashAttention kernels. fp16, bf16 and float32; layout (B, S, H, D)."""
+"""xFormers memory_efficient_attention: it dispatches to CUTLASS or FlashAttention kernels. fp16, bf16 and float32;
+layout
+(B, S, H, D).
+"""
+
 import torch
 
 from xformers.ops import memory_efficient_attention, memory_efficient_attention_forward_requires_grad
@@ -8,7 +12,9 @@ from ..call import Limits
 
 
 class Xformers(Adapter):
-    limits = Limits(dtypes=(torch.bfloat16, torch.float16, torch.float32), head_dim_max=256, head_dim_multiple=8, lse=True)
+    limits = Limits(
+        dtypes=(torch.bfloat16, torch.float16, torch.float32), head_dim_max=256, head_dim_multiple=8, lse=True
+    )
     distribution = "xformers"
 
     def kernel(self, q, k, v, mask=None):

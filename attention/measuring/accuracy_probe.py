@@ -1,9 +1,12 @@
-"""Check attention calls against float32 while a model runs: a guest in the override slot that lets the occupant compute and looks at the result.
+"""Check attention calls against float32 while a model runs: a guest in the override slot that lets the occupant compute
+and looks at the result.
 
-Sampled are all heads on a few rows of queries, which move from call to call: a dropped head, text and image in a wrong order, a padded tail, a mask
-that was ignored all show, and a call costs little more than the conversion of its keys. Every key takes part. Not covered: calls inside a compiled
-graph, and overrides that exchange tensors between GPUs (`alone` False): their result is not a function of the call's own tensors.
+Sampled are all heads on a few rows of queries, which move from call to call: a dropped head, text and image in a wrong
+order, a padded tail, a mask that was ignored all show, and a call costs little more than the conversion of its keys.
+Every key takes part. Not covered: calls inside a compiled graph, and overrides that exchange tensors between GPUs
+(`alone` False): their result is not a function of the call's own tensors.
 """
+
 import torch
 
 from .. import reference
@@ -18,8 +21,9 @@ STRIDE = 17  # by how many rows the sample moves from call to call: odd, so that
 class AttentionProbe:
     """An occupant of the override slot around another one (None: the model's own attention).
 
-    step: set by whoever drives the sampler; steps: those in which calls are checked. calls: {(step, block): Call}, the worst per block and step.
-    seen: number of calls that passed through. largest_scores: most elements that one call's score matrix has.
+    step: set by whoever drives the sampler; steps: those in which calls are checked. calls: {(step, block): Call}, the
+    worst per block and step. seen: number of calls that passed through. largest_scores: most elements that one call's
+    score matrix has.
     """
 
     def __init__(self, occupant, steps):
@@ -27,8 +31,26 @@ class AttentionProbe:
         self.alone = getattr(occupant, "alone", True)
         self.step, self.seen, self.calls, self.largest_scores = 0, 0, {}, 0
 
-    def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
-        rest = dict(kwargs, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+    def __call__(
+        self,
+        func,
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
+        rest = dict(
+            kwargs,
+            mask=mask,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
         out = self.occupant(func, q, k, v, heads, **rest) if self.occupant else func(q, k, v, heads, **rest)
         if torch.compiler.is_compiling():
             return out
@@ -49,8 +71,15 @@ class AttentionProbe:
 
 
 def block_of(options, number):
-    """What a report calls the block that attends: "double 3" for models that number their blocks, else the number of the call."""
-    return f"{options['block_type']} {options['block_index']}" if "block_type" in options and "block_index" in options else f"call {number}"
+    """What a report calls the block that attends: "double 3" for models that number their blocks, else the number of
+    the
+    call.
+    """
+    return (
+        f"{options['block_type']} {options['block_index']}"
+        if "block_type" in options and "block_index" in options
+        else f"call {number}"
+    )
 
 
 def call_error(q, k, v, out, mask=None, scale=None, offset=0):
@@ -69,7 +98,9 @@ def per_head(values):
 
 
 def sample_rows(length, offset, device):
-    """ROWS row numbers, evenly spread and shifted by `offset`, always with the first and the last; all rows of a short sequence."""
+    """ROWS row numbers, evenly spread and shifted by `offset`, always with the first and the last; all rows of a short
+    sequence.
+    """
     if length <= ROWS:
         return torch.arange(length, device=device)
     spread = (torch.arange(ROWS - 2, device=device) * length // (ROWS - 2) + offset) % length

@@ -1,4 +1,8 @@
-"""The result of a comparison or a benchmark as data, as a table for people, and as Markdown for docs/. torch only; nothing is measured here."""
+"""The result of a comparison or a benchmark as data, as a table for people, and as Markdown for docs/. torch only;
+nothing
+is measured here.
+"""
+
 from dataclasses import dataclass, field
 
 from .statistics import Evidence, Thresholds, Verdict, plain
@@ -13,21 +17,30 @@ def number(value, form=".2e"):
 
 def where(machine, settings):
     """Device and settings, for the first line of a report."""
-    return f"{machine['device']} ({machine['arch']}): " + ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"{machine['device']} ({machine['arch']}): " + ", ".join(
+        f"{name} {value}" for name, value in settings.items()
+    )
 
 
 def table(header, rows):
     """Lines of text with aligned columns; the first column to the left, the others to the right."""
     cells = [list(map(str, line)) for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in cells
+    ]
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Row:
-    """One candidate. reason: why it has no figures. psnr in dB and ssim of the decoded picture, None without one; ran: what computed, from its log."""
+    """One candidate. reason: why it has no figures. psnr in dB and ssim of the decoded picture, None without one; ran:
+    what computed, from its log.
+    """
+
     name: str
     evidence: Evidence | None = None
     verdict: Verdict | None = None
@@ -42,8 +55,18 @@ class Row:
         if self.evidence is None:
             return [self.name, "did not run", *[NOT_MEASURED] * 8]
         last, worst = self.evidence.latents[-1], self.evidence.worst_call()
-        return [self.name, self.verdict.word, number(worst and worst[1].total), number(self.verdict.attention_ratio, ".3g"), number(last.relative),
-                number(last.cosine, ".6f"), number(self.verdict.latent_ratio, ".3g"), number(self.psnr, ".1f"), number(self.ssim, ".4f"), number(self.seconds_per_step, ".3f")]
+        return [
+            self.name,
+            self.verdict.word,
+            number(worst and worst[1].total),
+            number(self.verdict.attention_ratio, ".3g"),
+            number(last.relative),
+            number(last.cosine, ".6f"),
+            number(self.verdict.latent_ratio, ".3g"),
+            number(self.psnr, ".1f"),
+            number(self.ssim, ".4f"),
+            number(self.seconds_per_step, ".3f"),
+        ]
 
     def notes(self):
         """Sentences below the table."""
@@ -53,18 +76,46 @@ class Row:
 
     def as_data(self):
         evidence = self.evidence and {
-            "steps": [plain(d) for d in self.evidence.latents[:-1]], "latent": plain(self.evidence.latents[-1]), "non_finite": self.evidence.non_finite,
-            "attention": [{"step": step, "block": block, **plain(call)} for (step, block), call in self.evidence.calls.items()]}
-        return {"name": self.name, "verdict": self.verdict and plain(self.verdict), "psnr": plain(self.psnr), "ssim": self.ssim,
-                "seconds_per_step": self.seconds_per_step, "reason": self.reason, "ran": self.ran, **(evidence or {})}
+            "steps": [plain(d) for d in self.evidence.latents[:-1]],
+            "latent": plain(self.evidence.latents[-1]),
+            "non_finite": self.evidence.non_finite,
+            "attention": [
+                {"step": step, "block": block, **plain(call)} for (step, block), call in self.evidence.calls.items()
+            ],
+        }
+        return {
+            "name": self.name,
+            "verdict": self.verdict and plain(self.verdict),
+            "psnr": plain(self.psnr),
+            "ssim": self.ssim,
+            "seconds_per_step": self.seconds_per_step,
+            "reason": self.reason,
+            "ran": self.ran,
+            **(evidence or {}),
+        }
 
 
-COMPARE_HEADER = ["candidate", "verdict", "attention error", "x control", "latent error", "cosine", "x control", "PSNR dB", "SSIM", "s/step"]
+COMPARE_HEADER = [
+    "candidate",
+    "verdict",
+    "attention error",
+    "x control",
+    "latent error",
+    "cosine",
+    "x control",
+    "PSNR dB",
+    "SSIM",
+    "s/step",
+]
 
 
 @dataclass
 class Comparison:
-    """Everything one comparison found. reference: a Row that holds no evidence but a time; control: its name, or why there is none."""
+    """Everything one comparison found. reference: a Row that holds no evidence but a time; control: its name, or why
+    there
+    is none.
+    """
+
     reference: Row
     rows: list
     control: Row | None
@@ -81,8 +132,13 @@ class Comparison:
     def as_text(self):
         lines = [f"Compared with {self.reference.name} on {where(self.machine, self.settings)}"]
         lines += table(COMPARE_HEADER, [r.figures() for r in self.shown()])
-        lines += [f"{self.reference.name} itself: {number(self.reference.seconds_per_step, '.3f')} seconds per step. {self.control_note}",
-                  f"Thresholds. {self.thresholds}"]
+        lines += [
+            (
+                f"{self.reference.name} itself: {number(self.reference.seconds_per_step, '.3f')} seconds per step. "
+                f"{self.control_note}"
+            ),
+            f"Thresholds. {self.thresholds}",
+        ]
         lines += [line for row in self.rows for line in row.notes()] + self.notes
         return "\n".join([*lines, "", *self.step_lines(), "", *self.block_lines()]).rstrip()
 
@@ -92,28 +148,58 @@ class Comparison:
         if not rows:
             return []
         steps = range(len(rows[0].evidence.latents) - 1)
-        cells = [[f"step {s + 1}", *(f"{r.evidence.latents[s].relative:.2e} / {r.evidence.latents[s].cosine:.6f}" for r in rows)] for s in steps]
-        return ["Latent predicted in each step against the reference's: relative error / cosine", *table(["", *(r.name for r in rows)], cells)]
+        cells = [
+            [
+                f"step {s + 1}",
+                *(f"{r.evidence.latents[s].relative:.2e} / {r.evidence.latents[s].cosine:.6f}" for r in rows),
+            ]
+            for s in steps
+        ]
+        return [
+            "Latent predicted in each step against the reference's: relative error / cosine",
+            *table(["", *(r.name for r in rows)], cells),
+        ]
 
     def block_lines(self):
         """Error of each block's attention against float32, the worst of the steps that were checked."""
         rows = [r for r in self.shown() if r.evidence and r.evidence.calls]
         blocks = list(dict.fromkeys(block for r in rows for _, block in r.evidence.calls))
-        cells = [[block, *(number(max((c.total for (_, b), c in r.evidence.calls.items() if b == block), default=None)) for r in rows)] for block in blocks]
+        cells = [
+            [
+                block,
+                *(
+                    number(max((c.total for (_, b), c in r.evidence.calls.items() if b == block), default=None))
+                    for r in rows
+                ),
+            ]
+            for block in blocks
+        ]
         title = "Attention of each block against float32 on the same inputs: relative error, worst of the steps checked"
         return [title, *table(["", *(r.name for r in rows)], cells)] if rows else []
 
     def as_data(self):
-        return {"kind": "comparison", "machine": self.machine, "settings": self.settings, "thresholds": plain(self.thresholds),
-                "reference": self.reference.as_data(), "control": self.control and self.control.as_data(), "control_note": self.control_note,
-                "candidates": [r.as_data() for r in self.rows], "notes": self.notes}
+        return {
+            "kind": "comparison",
+            "machine": self.machine,
+            "settings": self.settings,
+            "thresholds": plain(self.thresholds),
+            "reference": self.reference.as_data(),
+            "control": self.control and self.control.as_data(),
+            "control_note": self.control_note,
+            "candidates": [r.as_data() for r in self.rows],
+            "notes": self.notes,
+        }
 
 
 # --- benchmark -------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Measured:
-    """One backend at one size. call: which attention call, in words, or "step" for a whole step. timing: Timing or None with the reason."""
+    """One backend at one size. call: which attention call, in words, or "step" for a whole step. timing: Timing or None
+    with the reason.
+    """
+
     size: str
     backend: str
     call: str
@@ -135,6 +221,7 @@ STEP = "step"
 @dataclass
 class Benchmark:
     """Everything one benchmark found. missing: {backend: reasons} of those that cannot run here."""
+
     rows: list
     missing: dict
     machine: dict
@@ -148,23 +235,59 @@ class Benchmark:
         """{(size, call): rows}, the fastest first, those without a time last; whole steps after the calls."""
         keys = dict.fromkeys((r.size, r.call) for r in self.rows)
         ordered = sorted(keys, key=lambda key: (key[1] == STEP, self.sizes().index(key[0])))
-        return {key: sorted((r for r in self.rows if (r.size, r.call) == key), key=lambda r: (r.timing is None, r.timing and r.timing.ms)) for key in ordered}
+        return {
+            key: sorted(
+                (r for r in self.rows if (r.size, r.call) == key),
+                key=lambda r: (r.timing is None, r.timing and r.timing.ms),
+            )
+            for key in ordered
+        }
 
     def as_text(self):
         lines = [f"Benchmark on {where(self.machine, self.settings)}"]
         for (size, call), rows in self.groups().items():
-            lines += ["", f"{size}, {'a whole step of the model' if call == STEP else f'one attention call: {call}'}", *self.group_lines(call, rows)]
-        lines += ["", "Cannot run here:", *(f"  {slug}: {' '.join(reasons)}" for slug, reasons in self.missing.items())] if self.missing else []
+            lines += [
+                "",
+                f"{size}, {'a whole step of the model' if call == STEP else f'one attention call: {call}'}",
+                *self.group_lines(call, rows),
+            ]
+        lines += (
+            ["", "Cannot run here:", *(f"  {slug}: {' '.join(reasons)}" for slug, reasons in self.missing.items())]
+            if self.missing
+            else []
+        )
         return "\n".join(lines + self.notes)
 
     @staticmethod
     def group_lines(call, rows):
         timed = [r for r in rows if r.timing]
-        cells = [[r.backend, f"{r.timing.ms:.3f}", f"{r.timing.min_ms:.3f} to {r.timing.max_ms:.3f}", str(r.timing.runs),
-                  *([] if call == STEP else [number(r.tflops, ".3g"), number(r.error)]), r.kernel or r.library] for r in timed]
-        header = ["backend", "ms (median)", "spread", "runs", *([] if call == STEP else ["TFLOP/s", "error"]), "what ran"]
+        cells = [
+            [
+                r.backend,
+                f"{r.timing.ms:.3f}",
+                f"{r.timing.min_ms:.3f} to {r.timing.max_ms:.3f}",
+                str(r.timing.runs),
+                *([] if call == STEP else [number(r.tflops, ".3g"), number(r.error)]),
+                r.kernel or r.library,
+            ]
+            for r in timed
+        ]
+        header = [
+            "backend",
+            "ms (median)",
+            "spread",
+            "runs",
+            *([] if call == STEP else ["TFLOP/s", "error"]),
+            "what ran",
+        ]
         return (table(header, cells) if timed else []) + [f"{r.backend}: {r.reason}" for r in rows if not r.timing]
 
     def as_data(self):
-        return {"kind": "benchmark", "machine": self.machine, "settings": self.settings,
-                "rows": [r.as_data() for r in self.rows], "missing": self.missing, "notes": self.notes}
+        return {
+            "kind": "benchmark",
+            "machine": self.machine,
+            "settings": self.settings,
+            "rows": [r.as_data() for r in self.rows],
+            "missing": self.missing,
+            "notes": self.notes,
+        }

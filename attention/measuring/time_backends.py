@@ -1,7 +1,9 @@
 """Time every attention backend on the tensors of a call that a model really made. torch only.
 
-A row per backend: Timing, TFLOP/s, error against float32, or the reasons why it has none. Calls go through a Selection, as they do in the model.
+A row per backend: Timing, TFLOP/s, error against float32, or the reasons why it has none. Calls go through a Selection,
+as they do in the model.
 """
+
 from . import statistics
 from .. import registry
 from ..call import AttentionRefused, call_of
@@ -10,7 +12,8 @@ from .accuracy_probe import call_error
 from ..dispatch import Selection
 
 REPEAT, WARM_UP = 9, 3
-LEAST_MS = 5  # of a GPU's work per timed run: calls are queued back to back, as in a model, so that the host's part does not count
+# of a GPU's work per timed run: calls are queued back to back, as in a model, so that the host's part does not count
+LEAST_MS = 5
 
 
 def missing(device):
@@ -20,7 +23,9 @@ def missing(device):
 
 
 def available(device, wanted=()):
-    """Slugs that can be tried on a torch.device, in the registry's order; only those in `wanted` if there are any. ValueError for unknown ones."""
+    """Slugs that can be tried on a torch.device, in the registry's order; only those in `wanted` if there are any.
+    ValueError for unknown ones.
+    """
     for slug in wanted:
         registry.row(slug)
     absent = missing(device)
@@ -28,23 +33,31 @@ def available(device, wanted=()):
 
 
 def math_bytes(elements):
-    """Memory that sdpa-math needs for a score matrix of so many elements: scores, their softmax and a copy, in float32."""
+    """Memory that sdpa-math needs for a score matrix of so many elements: scores, their softmax and a copy, in
+    float32.
+    """
     return 3 * 4 * elements
 
 
 def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes=float("inf")):
-    """The row (Measured) of a backend on one captured call: an object with q, k, v (B, H, S, D), mask, scale and text."""
+    """The row (Measured) of a backend on one captured call: an object with q, k, v (B, H, S, D), mask, scale and
+    text.
+    """
     heads_first = call.q, call.k, call.v
-    q, k, v = (t.transpose(1, 2) for t in heads_first)                              # (B, S, H, D)
+    q, k, v = (t.transpose(1, 2) for t in heads_first)  # (B, S, H, D)
     selection = Selection(slug)
     row = Measured(size, slug, call.text, exact=registry.row(slug).exact)
 
     if slug == "sdpa-math" and math_bytes(q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]) > free_bytes:
-        row.reason = "Its score matrix could take more than half of the memory that is free, so it was not tried on a single call."
+        row.reason = (
+            "Its score matrix could take more than half of the memory that is free, so it was not tried on a "
+            "single call."
+        )
         return row
 
     def work():
         return selection.attend(q, k, v, mask=call.mask, scale=call.scale, heads_first=heads_first)[0]
+
     try:
         out = work()
         row.error = call_error(q, k, v, out, call.mask, call.scale).total

@@ -1,8 +1,13 @@
-"""A rank that fails must not leave the others waiting: it goes on with the exchanges of the call, and raises when they are done."""
+"""A rank that fails must not leave the others waiting: it goes on with the exchanges of the call, and raises when they
+are
+done.
+"""
 
 
 class Guard:
-    """Runs the parts of a call that are not exchanges. After the first exception of any kind nothing is run any more; `check` raises it."""
+    """Runs the parts of a call that are not exchanges. After the first exception of any kind nothing is run any more;
+    `check` raises it.
+    """
 
     def __init__(self):
         self.error = None

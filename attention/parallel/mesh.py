@@ -1,8 +1,10 @@
 """Which ranks there are, how they are arranged, and the three exchanges that everything else is made of.
 
-Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours (the GPUs of one host) and ring
-groups reach across them. torch.distributed must be initialised before `make_mesh`; nothing here starts or ends a process.
+Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours
+(the GPUs of one host) and ring groups reach across them. torch.distributed must be initialised before `make_mesh`;
+nothing here starts or ends a process.
 """
+
 import threading
 from concurrent import futures
 from contextlib import contextmanager
@@ -19,12 +21,18 @@ class RanksLost(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Mesh.abort said stop, between two exchanges or, on the CPU, during one. The groups are unusable afterwards: the others may be inside the next one."""
+    """Mesh.abort said stop, between two exchanges or, on the CPU, during one. The groups are unusable afterwards: the
+    others may be inside the next one.
+    """
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the heads (ulysses) and how many the keys (ring); their product is the number of GPUs. why: a sentence."""
+    """How many ranks share the heads (ulysses) and how many the keys (ring); their product is the number of GPUs. why:
+    a
+    sentence.
+    """
+
     ulysses: int
     ring: int
     why: str = ""
@@ -50,7 +58,9 @@ def degrees(gpus, heads, ulysses=0, ring=0):
     possible = pairs(gpus, heads)
     fitting = [d for d in possible if ulysses in (0, d.ulysses) and ring in (0, d.ring)]
     if not fitting:
-        raise ValueError(f"{impossible(gpus, heads, ulysses, ring)} What works for {gpus} GPUs: {', '.join(map(str, possible))}.")
+        raise ValueError(
+            f"{impossible(gpus, heads, ulysses, ring)} What works for {gpus} GPUs: {', '.join(map(str, possible))}."
+        )
     return Degrees(fitting[0].ulysses, fitting[0].ring, reason(fitting[0], gpus, heads, ulysses, ring))
 
 
@@ -72,18 +82,23 @@ def reason(chosen, gpus, heads, ulysses, ring):
         return f"{chosen} was asked for."
     if chosen.ring == 1:
         return f"Ulysses exchanges least, and {heads} heads divide by {gpus}."
-    return f"{heads} heads do not divide by {gpus}; {chosen.ulysses} is the largest degree that divides both, and ring does the rest."
+    return (
+        f"{heads} heads do not divide by {gpus}; {chosen.ulysses} is the largest degree that divides both, and "
+        "ring does the rest."
+    )
 
 
 @dataclass
 class Mesh:
     """One rank's view of all ranks.
 
-    rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process groups; None where a group would
-    have one member. head_groups: into how many parts Ulysses cuts its heads so that one part is exchanged while another is computed; 1 does not
-    overlap. abort: a callable asked before each exchange, on the CPU also during it; True raises Interrupted. broken: the exception after which nothing is exchanged any more,
+    rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process
+    groups; None where a group would have one member. head_groups: into how many parts Ulysses cuts its heads so that
+    one part is exchanged while another is computed; 1 does not overlap. abort: a callable asked before each exchange,
+    on the CPU also during it; True raises Interrupted. broken: the exception after which nothing is exchanged any more,
     else None. attended: calls of `attend` whose exchanges are all done, failed ones included. stats: times (Stats).
     """
+
     rank: int = 0
     size: int = 1
     ulysses: int = 1
@@ -110,32 +125,42 @@ class Mesh:
         return self.rank // self.ulysses
 
     def neighbours(self, ring_rank=None):
-        """Ranks of one Ulysses group, this rank's own by default: those whose tokens one rank sees after the exchange, in that order."""
+        """Ranks of one Ulysses group, this rank's own by default: those whose tokens one rank sees after the exchange,
+        in
+        that order.
+        """
         first = (self.ring_rank if ring_rank is None else ring_rank) * self.ulysses
         return range(first, first + self.ulysses)
 
     def attend(self, local, q, k, v, lengths, **kwargs):
         """Attention over the tokens of all ranks; see unified.attend, which this calls."""
         from .usp import attend
+
         return attend(local, q, k, v, self, lengths, **kwargs)
 
     def begin(self, local, q, k, v, lengths, **kwargs):
         """The same in three parts, to compute something else while tokens travel; see unified.begin."""
         from .usp import begin
+
         return begin(local, q, k, v, self, lengths, **kwargs)
 
     def all_to_all(self, out, rows, out_sizes, in_sizes, group, wait=True):
-        """Send rows (flat, cut by in_sizes) to the ranks of a group and receive into out (flat, cut by out_sizes), in elements.
+        """Send rows (flat, cut by in_sizes) to the ranks of a group and receive into out (flat, cut by out_sizes), in
+        elements.
 
         wait=False returns at once, with a function that waits; out must not be read and neither tensor changed before.
         """
+
         def start():
             work = dist.all_to_all_single(out, rows, out_sizes, in_sizes, group=group, async_op=not wait or self._hears)
             return self._until_done(work) if wait and work is not None else work
+
         return self._exchange(start, (rows.numel() - in_sizes[group.rank()]) * rows.element_size())
 
     def rotate(self, outgoing, incoming):
-        """Start sending a flat tensor to the next rank of the ring while receiving one from the rank before. Returns a function that waits."""
+        """Start sending a flat tensor to the next rank of the ring while receiving one from the rank before. Returns a
+        function that waits.
+        """
         both = (("send", outgoing, 1), ("recv", incoming, -1))
         parts = [(name, tensor, (self.ring_rank + step) % self.ring) for name, tensor, step in both if tensor.numel()]
         if not parts:
@@ -143,7 +168,9 @@ class Mesh:
         return self._exchange(lambda: self._point_to_point(parts), outgoing.numel() * outgoing.element_size())
 
     def _point_to_point(self, parts):
-        """Works of sends and receives in the ring group. NCCL wants those of one rank together; batch_isend_irecv takes registered groups only."""
+        """Works of sends and receives in the ring group. NCCL wants those of one rank together; batch_isend_irecv takes
+        registered groups only.
+        """
         group, together = self.ring_group, self.device.type == "cuda"
         if together:
             group._start_coalescing(self.device)
@@ -166,7 +193,9 @@ class Mesh:
         batch, mine, width = rows.shape
         out = rows.new_empty((sum(lengths), batch, width))
         send = rows.transpose(0, 1).expand(self.size, mine, batch, width) if mine else rows.new_empty(0)
-        self.all_to_all(out.view(-1), send.reshape(-1), [n * batch * width for n in lengths], [rows.numel()] * self.size, self.group)
+        self.all_to_all(
+            out.view(-1), send.reshape(-1), [n * batch * width for n in lengths], [rows.numel()] * self.size, self.group
+        )
         return out.transpose(0, 1)
 
     def _exchange(self, start, size):
@@ -183,8 +212,10 @@ class Mesh:
 
     @property
     def _hears(self):
-        """Whether a wait has to hear `abort` itself. A wait for a GPU ends when its group is aborted; gloo, which has no abort, may wait for ever for a
-        host that is gone."""
+        """Whether a wait has to hear `abort` itself. A wait for a GPU ends when its group is aborted; gloo, which has
+        no
+        abort, may wait for ever for a host that is gone.
+        """
         return self.abort is not None and self.device.type == "cpu"
 
     def _until_done(self, work):
@@ -212,7 +243,9 @@ class Mesh:
         except BaseException as error:
             self.broken = self.broken or error
             if isinstance(error, Exception):
-                raise RanksLost(f"Rank {self.rank} of {self.size} could not exchange with the others: {error}") from error
+                raise RanksLost(
+                    f"Rank {self.rank} of {self.size} could not exchange with the others: {error}"
+                ) from error
             raise
 
 
@@ -225,6 +258,7 @@ def in_thread(function):
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
+
     threading.Thread(target=run, name="flux2 ranks: waiting for an exchange", daemon=True).start()
     return future
 
@@ -234,11 +268,14 @@ def nothing():
 
 
 def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, head_groups=1):
-    """The Mesh of this rank. Every rank calls this at the same time with the same arguments: the process groups are made here.
+    """The Mesh of this rank. Every rank calls this at the same time with the same arguments: the process groups are
+    made
+    here.
 
-    groups(name, ranks) -> a torch.distributed ProcessGroup in which ranks are numbered as they are listed, or None for a rank that is not among
-    them; called on every rank for every group, in the same order. By default they are made from torch.distributed's default group, which gives
-    rank and size then. ValueError when ulysses * ring is not the number of ranks.
+    groups(name, ranks) -> a torch.distributed ProcessGroup in which ranks are numbered as they are listed, or None for
+    a rank that is not among them; called on every rank for every group, in the same order. By default they are made
+    from torch.distributed's default group, which gives rank and size then. ValueError when ulysses * ring is not the
+    number of ranks.
     """
     rank, size = dist.get_rank() if rank is None else rank, dist.get_world_size() if size is None else size
     if ulysses * ring != size:
@@ -252,7 +289,9 @@ def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, head_
 
 
 def partition(name, parts, rank, groups, everybody):
-    """The group of this rank among parts that together hold every rank: that of all ranks if it is the only part, None where it would be alone."""
+    """The group of this rank among parts that together hold every rank: that of all ranks if it is the only part, None
+    where it would be alone.
+    """
     if len(parts[0]) == 1:
         return None
     if len(parts) == 1:

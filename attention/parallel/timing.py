@@ -1,8 +1,9 @@
 """Seconds that one rank spent in exchanges and in everything else, without making the GPU wait for the clock.
 
-On a GPU two events are recorded around each part and read when somebody asks; on the CPU the clock is read. A collective that another rank is late
-for counts as exchange: that is what waiting costs here.
+On a GPU two events are recorded around each part and read when somebody asks; on the CPU the clock is read. A
+collective that another rank is late for counts as exchange: that is what waiting costs here.
 """
+
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ FOLD = 4096  # pairs of events kept before the finished ones are added up
 
 @dataclass
 class Times:
-    """forwards: passes through the model; exchanges: collectives that took place; sent: bytes that left this rank; seconds as named; tokens: per
-    rank, of the last pass."""
+    """forwards: passes through the model; exchanges: collectives that took place; sent: bytes that left this rank;
+    seconds
+    as named; tokens: per rank, of the last pass.
+    """
+
     forwards: int = 0
     exchanges: int = 0
     sent: int = 0
@@ -34,7 +38,10 @@ class Times:
 
 
 class Stats:
-    """The times of one rank. `forward` and `exchange` are context managers around the work; `read` gives the sums; `reset` starts again."""
+    """The times of one rank. `forward` and `exchange` are context managers around the work; `read` gives the sums;
+    `reset`
+    starts again.
+    """
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)

@@ -1,4 +1,7 @@
-"""A run in one short line, for the badge of a node: what was chosen, what computed instead or for it, how many calls."""
+"""A run in one short line, for the badge of a node: what was chosen, what computed instead or for it, how many
+calls.
+"""
+
 from collections import Counter
 
 RUNNING, RAN, OTHER, NOTHING, FAILED, CANCELLED = "running", "ran", "other", "nothing", "failed", "cancelled"
@@ -11,8 +14,8 @@ REFUSAL = "AttentionRefused"
 def glance(run, chosen, also=None):
     """What to show of a runlog.Run. chosen, also: the slugs of the main and the second backend of its selection.
 
-    Returns {"state", "text"}. state: RUNNING; RAN as chosen; OTHER when something that was not chosen computed calls too; NOTHING when the model
-    asked for no attention; FAILED; CANCELLED.
+    Returns {"state", "text"}. state: RUNNING; RAN as chosen; OTHER when something that was not chosen computed calls
+    too; NOTHING when the model asked for no attention; FAILED; CANCELLED.
     """
     counts = Counter()
     for entry in run.kinds():
@@ -42,7 +45,7 @@ def text(run, counts, chosen):
 
 
 def named(counts, chosen):
-    """"flash4", "auto → flash4", or "auto → flash4 480 + sdpa 80"."""
+    """ "flash4", "auto → flash4", or "auto → flash4 480 + sdpa 80"."""
     if set(counts) <= {chosen}:
         return chosen
     if len(counts) == 1:

@@ -1,8 +1,12 @@
-"""The FLUX.2 autoencoder in plain, trainable PyTorch, with the keys of the original file. ComfyUI's AutoencoderKL computes the same.
+"""The FLUX.2 autoencoder in plain, trainable PyTorch, with the keys of the original file. ComfyUI's AutoencoderKL
+computes
+the same.
 
-Pictures (B, 3, H, W) in -1..1 <-> latents (B, 128, H / 16, W / 16): 32 channels at 1/8, folded 2x2, each of the 128 normalised to mean 0 and
-variance 1 by stored statistics. Group norms have 32 groups, so the number of channels is a multiple of 32.
+Pictures (B, 3, H, W) in -1..1 <-> latents (B, 128, H / 16, W / 16): 32 channels at 1/8, folded 2x2, each of the 128
+normalised to mean 0 and variance 1 by stored statistics. Group norms have 32 groups, so the number of channels is a
+multiple of 32.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +19,10 @@ def conv(inputs, outputs, size=3, stride=1):
 
 
 class Norm(nn.GroupNorm):
-    """Keeps the number format of its input (autocast would go to float32 and double the traffic); the sums are in float32 all the same."""
+    """Keeps the number format of its input (autocast would go to float32 and double the traffic); the sums are in
+    float32
+    all the same.
+    """
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -29,7 +36,12 @@ def norm(channels):
 class Resnet(nn.Module):
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.norm1, self.conv1, self.norm2, self.conv2 = norm(inputs), conv(inputs, outputs), norm(outputs), conv(outputs, outputs)
+        self.norm1, self.conv1, self.norm2, self.conv2 = (
+            norm(inputs),
+            conv(inputs, outputs),
+            norm(outputs),
+            conv(outputs, outputs),
+        )
         nn.init.zeros_(self.conv2.weight)  # a residual branch starts empty
         if inputs != outputs:
             self.nin_shortcut = conv(inputs, outputs, 1)
@@ -58,14 +70,20 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = Resnet(channels, channels), Attention(channels), Resnet(channels, channels)
+        self.block_1, self.attn_1, self.block_2 = (
+            Resnet(channels, channels),
+            Attention(channels),
+            Resnet(channels, channels),
+        )
 
     def forward(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Resample(nn.Module):
-    """Half or double the size: a strided convolution padded on the right and below, or nearest neighbours and a convolution."""
+    """Half or double the size: a strided convolution padded on the right and below, or nearest neighbours and a
+    convolution.
+    """
 
     def __init__(self, channels, up):
         super().__init__()
@@ -94,8 +112,10 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [channels * factor for factor in MULTIPLIERS]
         self.conv_in = conv(3, channels)
-        self.down = nn.ModuleList(Level(before, width, 2, False, width_number < 3)
-                                  for width_number, (before, width) in enumerate(zip([channels, *widths], widths)))
+        self.down = nn.ModuleList(
+            Level(before, width, 2, False, width_number < 3)
+            for width_number, (before, width) in enumerate(zip([channels, *widths], widths))
+        )
         self.mid, self.norm_out = Middle(widths[-1]), norm(widths[-1])
         self.conv_out, self.quant_conv = conv(widths[-1], 2 * LATENT), conv(2 * LATENT, 2 * LATENT, 1)
 
@@ -110,8 +130,15 @@ class Decoder(nn.Module):
     def __init__(self, channels):
         super().__init__()
         widths = [channels * factor for factor in MULTIPLIERS]
-        self.post_quant_conv, self.conv_in, self.mid = conv(LATENT, LATENT, 1), conv(LATENT, widths[-1]), Middle(widths[-1])
-        self.up = nn.ModuleList(Level(before, width, 3, True, number > 0) for number, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths)))
+        self.post_quant_conv, self.conv_in, self.mid = (
+            conv(LATENT, LATENT, 1),
+            conv(LATENT, widths[-1]),
+            Middle(widths[-1]),
+        )
+        self.up = nn.ModuleList(
+            Level(before, width, 3, True, number > 0)
+            for number, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths))
+        )
         self.norm_out, self.conv_out = norm(channels), conv(channels, 3)
 
     def forward(self, z):

@@ -1,8 +1,11 @@
-"""A small Mistral 3 text encoder in plain, trainable PyTorch, with ComfyUI's state dict keys (comfy/text_encoders/llama.py computes the same).
+"""A small Mistral 3 text encoder in plain, trainable PyTorch, with ComfyUI's state dict keys
+(comfy/text_encoders/llama.py
+computes the same).
 
-30 layers, of which FLUX.2 joins the hidden states after 10, 20 and 30. Attention is causal, so padding on the right changes nothing.
-Shapes: B prompts, T tokens, D = 128 channels of a head.
+30 layers, of which FLUX.2 joins the hidden states after 10, 20 and 30. Attention is causal, so padding on the right
+changes nothing. Shapes: B prompts, T tokens, D = 128 channels of a head.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,7 @@ LAYERS, TAPS = 30, (10, 20, 30)
 @dataclass(frozen=True)
 class Sizes:
     """Dimensions of the encoder; the transformer's context is 3 * hidden."""
+
     vocabulary: int
     hidden: int = 64
     heads: int = 1
@@ -44,7 +48,9 @@ class Attention(nn.Module):
         self.o_proj = linear(sizes.heads * HEAD, sizes.hidden)
 
     def forward(self, x, rotation):
-        q, k, v = (part(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            part(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(attended.transpose(1, 2).flatten(2))
@@ -87,10 +93,12 @@ class TextEncoder(nn.Module):
         self.reset()
 
     def reset(self):
-        """Branches start small, so that the gradient of the lowest tap reaches the embeddings through 30 layers undiminished."""
+        """Branches start small, so that the gradient of the lowest tap reaches the embeddings through 30 layers
+        undiminished.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for layer in self.model.layers:
             for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 module.weight.data *= (2 * LAYERS) ** -0.5
@@ -120,7 +128,9 @@ def rotate(x, rotation):
 
 
 def left_padded(states, lengths, rows):
-    """Right-padded states (B, T, C) -> (B, rows, C): zeros, then each prompt's states, as ComfyUI feeds them to the transformer."""
+    """Right-padded states (B, T, C) -> (B, rows, C): zeros, then each prompt's states, as ComfyUI feeds them to the
+    transformer.
+    """
     source = torch.arange(rows, device=states.device) - (rows - lengths[:, None])  # (B, rows)
     found = states.gather(1, source.clamp(0, states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[2]))
     return found * (source >= 0)[..., None]

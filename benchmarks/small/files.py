@@ -1,4 +1,7 @@
-"""The three weight files: names, writing with metadata, reading. bf16, the keys of the original FLUX.2 files (ComfyUI's for the text encoder)."""
+"""The three weight files: names, writing with metadata, reading. bf16, the keys of the original FLUX.2 files (ComfyUI's
+for the text encoder).
+"""
+
 import json
 import os
 from pathlib import Path
@@ -10,13 +13,21 @@ from safetensors.torch import load_file, save_file
 from . import encoder, tokens, transformer
 from .autoencoder import Autoencoder
 
-NAMES = {"transformer": "flux2-small.safetensors", "text_encoder": "mistral3-flux2-small.safetensors", "autoencoder": "flux2-vae-small.safetensors"}
+NAMES = {
+    "transformer": "flux2-small.safetensors",
+    "text_encoder": "mistral3-flux2-small.safetensors",
+    "autoencoder": "flux2-vae-small.safetensors",
+}
 TOKENIZER, COUNTER = "tekken_model", "bn.num_batches_tracked"
 
 
 def state(kind, model):
     """State dict of a file, bf16 on the CPU."""
-    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items() if name != COUNTER}
+    tensors = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in model.state_dict().items()
+        if name != COUNTER
+    }
     if kind == "text_encoder":
         tensors[TOKENIZER] = torch.frombuffer(bytearray(tokens.tekken()), dtype=torch.uint8)
     return tensors | ({COUNTER: model.state_dict()[COUNTER].cpu()} if kind == "autoencoder" else {})
@@ -48,7 +59,9 @@ def load(folder, kinds=tuple(NAMES)):
 
 
 def _model(kind, tensors):
-    tensors = {name: value if name == COUNTER else value.float() for name, value in tensors.items() if name != TOKENIZER}
+    tensors = {
+        name: value if name == COUNTER else value.float() for name, value in tensors.items() if name != TOKENIZER
+    }
     model = SHAPES[kind](tensors)
     model.load_state_dict(tensors)
     return model
@@ -59,15 +72,26 @@ def _count(tensors, prefix):
 
 
 def _transformer(tensors):
-    return transformer.Transformer(transformer.Sizes(
-        tensors["img_in.weight"].shape[0], _count(tensors, "double_blocks."), _count(tensors, "single_blocks."), tensors["txt_in.weight"].shape[1]))
+    return transformer.Transformer(
+        transformer.Sizes(
+            tensors["img_in.weight"].shape[0],
+            _count(tensors, "double_blocks."),
+            _count(tensors, "single_blocks."),
+            tensors["txt_in.weight"].shape[1],
+        )
+    )
 
 
 def _text_encoder(tensors):
     layer = "model.layers.0."
-    return encoder.TextEncoder(encoder.Sizes(
-        *tensors["model.embed_tokens.weight"].shape, tensors[f"{layer}self_attn.q_proj.weight"].shape[0] // encoder.HEAD,
-        tensors[f"{layer}self_attn.k_proj.weight"].shape[0] // encoder.HEAD, tensors[f"{layer}mlp.gate_proj.weight"].shape[0]))
+    return encoder.TextEncoder(
+        encoder.Sizes(
+            *tensors["model.embed_tokens.weight"].shape,
+            tensors[f"{layer}self_attn.q_proj.weight"].shape[0] // encoder.HEAD,
+            tensors[f"{layer}self_attn.k_proj.weight"].shape[0] // encoder.HEAD,
+            tensors[f"{layer}mlp.gate_proj.weight"].shape[0],
+        )
+    )
 
 
 def _autoencoder(tensors):

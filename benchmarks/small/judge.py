@@ -1,11 +1,15 @@
-"""Judging pictures of scenes by code, with scikit-image: which shapes of which colour are there, where, and did an edit do what it should?
+"""Judging pictures of scenes by code, with scikit-image: which shapes of which colour are there, where, and did an
+edit do
+what it should?
 
-Text to image: pixels are given to the nearest of the known colours, connected pixels of a colour are a shape, and a shape's kind is that of the
-six whose drawing its outline covers best. A picture is right if the shapes in it are those that were asked for, none missing and none besides.
-Edits: the layout is known, so the pixels of every colour are compared with those of the drawn result, give or take TOLERANCE pixels, and the
-kinds of the shapes with those drawn.
-The cat is not judged. tests/test_small_model.py shows what the judge accepts and refuses. Pictures are (256, 256, 3) float in 0..1.
+Text to image: pixels are given to the nearest of the known colours, connected pixels of a colour are a shape, and a
+shape's kind is that of the six whose drawing its outline covers best. A picture is right if the shapes in it are those
+that were asked for, none missing and none besides. Edits: the layout is known, so the pixels of every colour are
+compared with those of the drawn result, give or take TOLERANCE pixels, and the kinds of the shapes with those drawn.
+The cat is not judged. tests/test_small_model.py shows what the judge accepts and refuses. Pictures are (256, 256, 3)
+float in 0..1.
 """
+
 import functools
 import math
 from dataclasses import dataclass
@@ -78,15 +82,21 @@ def _boxed(mask):
 @functools.cache
 def _templates():
     y, x = torch.meshgrid(*(torch.arange(128) - 63.5,) * 2, indexing="ij")
-    drawn = {kind: (scenes.outline(torch.tensor(number), x, y, 50.0) < 0).numpy() for number, kind in enumerate(scenes.KINDS[:scenes.SHAPES])}
+    drawn = {
+        kind: (scenes.outline(torch.tensor(number), x, y, 50.0) < 0).numpy()
+        for number, kind in enumerate(scenes.KINDS[: scenes.SHAPES])
+    }
     return {kind: _boxed(measure.regionprops(mask.astype(np.uint8))[0].image) for kind, mask in drawn.items()}
 
 
-# --- text to image -------------------------------------------------------------------------------------------------------
+# --- text to image
+# -------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Verdict:
     """What is right in a picture; `relation` and `place` are None where the caption says none."""
+
     shapes: bool
     relation: bool | None
     place: bool | None
@@ -96,16 +106,27 @@ class Verdict:
 def wanted(table, row):
     """[(colour, kind)] of the shown objects of one scene, in their order."""
     colours = list(scenes.COLOURS)
-    return [(colours[table.colour[row, n]], scenes.KINDS[table.kind[row, n]]) for n in range(scenes.OBJECTS) if table.shown[row, n]]
+    return [
+        (colours[table.colour[row, n]], scenes.KINDS[table.kind[row, n]])
+        for n in range(scenes.OBJECTS)
+        if table.shown[row, n]
+    ]
 
 
 def judge(picture, objects, relation=-1, cell=None):
-    """Verdict on a picture of `objects` [(colour, kind)], of which the first stands to the second as `relation` says (captions.ABOVE ...), or in
-    `cell` of the grid."""
+    """Verdict on a picture of `objects` [(colour, kind)], of which the first stands to the second as `relation` says
+    (captions.ABOVE ...), or in `cell` of the grid.
+    """
     found = shapes_in(picture)
     right = sorted((shape.colour, shape.kind) for shape in found) == sorted(objects)
-    return Verdict(right, _related(found, objects, relation) if relation >= 0 else None,
-                   None if cell is None else any(_cell(shape, picture) == cell and (shape.colour, shape.kind) == objects[0] for shape in found), tuple(found))
+    return Verdict(
+        right,
+        _related(found, objects, relation) if relation >= 0 else None,
+        None
+        if cell is None
+        else any(_cell(shape, picture) == cell and (shape.colour, shape.kind) == objects[0] for shape in found),
+        tuple(found),
+    )
 
 
 def _cell(shape, picture):
@@ -121,13 +142,20 @@ def _related(found, objects, relation):
     return (down, -down, right, -right)[relation] >= APART
 
 
-# --- edits ---------------------------------------------------------------------------------------------------------------
+# --- edits
+# ---------------------------------------------------------------------------------------------------------------
+
 
 def judge_edit(picture, result, cut=()):
-    """Is `picture` the drawn `result` (both (H, W, 3))? Every colour of shapes must be where it is drawn, and nowhere else, and shapes must be of
-    their kinds, except in the colours `cut`: those of a hat and of its wearer, whose outline it cuts."""
+    """Is `picture` the drawn `result` (both (H, W, 3))? Every colour of shapes must be where it is drawn, and nowhere
+    else, and shapes must be of their kinds, except in the colours `cut`: those of a hat and of its wearer, whose
+    outline it cuts.
+    """
     found, expected = colour_masks(picture), colour_masks(result)
-    kinds = [sorted((shape.colour, shape.kind) for shape in shapes_in(each) if shape.colour not in cut) for each in (picture, result)]
+    kinds = [
+        sorted((shape.colour, shape.kind) for shape in shapes_in(each) if shape.colour not in cut)
+        for each in (picture, result)
+    ]
     return kinds[0] == kinds[1] and all(_coincide(found[colour], expected[colour]) for colour in scenes.COLOURS)
 
 
@@ -150,14 +178,19 @@ def _grown(mask):
     return morphology.dilation(mask, morphology.disk(TOLERANCE))
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------------
+# --- numbers
+# -------------------------------------------------------------------------------------------------------------
+
 
 def wilson(right, count, z=1.96):
     """(low, high): 95 % confidence interval of a share (Wilson 1927)."""
     if count == 0:
         return 0.0, 1.0
     share = right / count
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    middle, spread = (
+        share + z * z / (2 * count),
+        z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)),
+    )
     return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
 
 

@@ -1,7 +1,10 @@
-"""Muon for the matrices of transformer blocks (momentum made orthogonal, matrices of one shape together), Adam for everything else.
+"""Muon for the matrices of transformer blocks (momentum made orthogonal, matrices of one shape together), Adam for
+everything else.
 
-Muon: Keller Jordan 2024; the scale by the longer side, which makes one learning rate serve both halves, is that of Liu et al. 2025 (Moonlight).
+Muon: Keller Jordan 2024; the scale by the longer side, which makes one learning rate serve both halves, is that of Liu
+et al. 2025 (Moonlight).
 """
+
 import torch
 
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # Newton-Schulz coefficients
@@ -25,8 +28,11 @@ class Muon:
     def __init__(self, parameters, momentum=0.95):
         self.momentum, self.groups = momentum, {}
         for parameter in parameters:
-            self.groups.setdefault(tuple(parameter.flatten(1).shape), []).append(parameter)  # a convolution is a matrix of its patches
-        self.memory = {shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()}
+            # a convolution is a matrix of its patches
+            self.groups.setdefault(tuple(parameter.flatten(1).shape), []).append(parameter)
+        self.memory = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
+        }
 
     @torch.no_grad()
     def step(self, rate):
@@ -34,7 +40,11 @@ class Muon:
             gradient = torch.stack([parameter.grad.flatten(1) for parameter in group]).float()
             memory = self.memory[shape].lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(memory, self.momentum))
-            torch._foreach_add_(group, [part.view_as(parameter) for part, parameter in zip(update, group)], alpha=-rate * 0.2 * max(shape) ** 0.5)
+            torch._foreach_add_(
+                group,
+                [part.view_as(parameter) for part, parameter in zip(update, group)],
+                alpha=-rate * 0.2 * max(shape) ** 0.5,
+            )
 
 
 def halves(models):

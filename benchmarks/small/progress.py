@@ -1,4 +1,5 @@
 """Time, logging and averages of a training run that is given minutes, not steps."""
+
 import time
 
 import torch
@@ -55,7 +56,11 @@ class Average:
     """Exponential moving average of the parameters of some models, in models of their own ({kind: model})."""
 
     def __init__(self, models, copies, decay=0.999):
-        self.pairs = [(mine, theirs) for kind, model in models.items() for mine, theirs in zip(copies[kind].parameters(), model.parameters())]
+        self.pairs = [
+            (mine, theirs)
+            for kind, model in models.items()
+            for mine, theirs in zip(copies[kind].parameters(), model.parameters())
+        ]
         self.models, self.decay, self.steps = copies, decay, 0
         for mine, _ in self.pairs:
             mine.requires_grad_(False)

@@ -1,9 +1,12 @@
-"""Scenes of one to three shapes as tables of numbers, and their pictures: drawn by signed distances, on any device, seeded, without end.
+"""Scenes of one to three shapes as tables of numbers, and their pictures: drawn by signed distances, on any device,
+seeded, without end.
 
-A scene has up to three objects, each in its own cell of a 3 x 3 grid, with its own colour; a cat is one of the kinds. Edits (another colour, a
-hat, one object fewer) change the table and draw again, so what an edit must not touch is the same by construction. Shapes: B scenes,
-N = 3 objects, H x W pixels. Lengths are in units of 1/256 of the shorter side; y grows downwards.
+A scene has up to three objects, each in its own cell of a 3 x 3 grid, with its own colour; a cat is one of the kinds.
+Edits (another colour, a hat, one object fewer) change the table and draw again, so what an edit must not touch is the
+same by construction. Shapes: B scenes, N = 3 objects, H x W pixels. Lengths are in units of 1/256 of the shorter side;
+y grows downwards.
 """
+
 import functools
 import math
 from dataclasses import dataclass, fields, replace
@@ -12,11 +15,26 @@ import torch
 
 KINDS = ("circle", "square", "triangle", "star", "ring", "cross", "cat")
 SHAPES = 6  # the kinds that the judge knows: all but the cat
-COLOURS = {"red": (216, 38, 38), "green": (38, 158, 58), "blue": (38, 78, 216), "yellow": (245, 218, 38), "orange": (245, 134, 26),
-           "purple": (146, 56, 188), "white": (247, 247, 247), "black": (18, 18, 18)}
-GROUNDS = {"grey": (128, 128, 128), "pink": (240, 172, 192), "teal": (62, 150, 152), "brown": (122, 84, 54), "beige": (226, 206, 172),
-           "cyan": (142, 206, 236)}
-SIZES = {"small": 24.0, "medium": 33.0, "large": 42.0}  # radius; smaller stars than these do not survive the autoencoder
+COLOURS = {
+    "red": (216, 38, 38),
+    "green": (38, 158, 58),
+    "blue": (38, 78, 216),
+    "yellow": (245, 218, 38),
+    "orange": (245, 134, 26),
+    "purple": (146, 56, 188),
+    "white": (247, 247, 247),
+    "black": (18, 18, 18),
+}
+GROUNDS = {
+    "grey": (128, 128, 128),
+    "pink": (240, 172, 192),
+    "teal": (62, 150, 152),
+    "brown": (122, 84, 54),
+    "beige": (226, 206, 172),
+    "cyan": (142, 206, 236),
+}
+# radius; smaller stars than these do not survive the autoencoder
+SIZES = {"small": 24.0, "medium": 33.0, "large": 42.0}
 PLAIN, GRADIENT, CHECKER = range(3)
 OBJECTS, CELL, TILE = 3, 256 / 3, 32.0
 JITTER = 4.0  # how far an object's centre may be from that of its cell, each way
@@ -28,6 +46,7 @@ HELD_OUT = 16  # one in so many sets of objects is never trained on
 @dataclass
 class Scenes:
     """A table of scenes; every field is a tensor with B rows. `hat` is the object that wears one, or -1."""
+
     count: torch.Tensor  # (B,) number of objects
     kind: torch.Tensor  # (B, N) index into KINDS
     colour: torch.Tensor  # (B, N) index into COLOURS
@@ -89,11 +108,14 @@ class Dice:
         return self.uniform(rows, choices).argsort(1)[:, :kept]
 
 
-# --- choosing ----------------------------------------------------------------------------------------------------------
+# --- choosing
+# ----------------------------------------------------------------------------------------------------------
+
 
 def sample(rows, generator, counts=(3, 4, 3), cats=True, held_out=False, for_edits=False):
-    """`rows` scenes, none (or only) of the held out ones. `counts`: weights of one, two and three objects. For edits no kind comes twice and
-    each object has a column of its own, below the top row, so that there is room for a hat."""
+    """`rows` scenes, none (or only) of the held out ones. `counts`: weights of one, two and three objects. For edits no
+    kind comes twice and each object has a column of its own, below the top row, so that there is room for a hat.
+    """
     spare = rows * 2 * HELD_OUT + 64 if held_out else rows * 5 // 4 + 64
     scenes = _sample(spare, Dice(generator), counts, cats, for_edits)
     wanted = is_held_out(scenes) == held_out
@@ -105,16 +127,26 @@ def _sample(rows, dice, counts, cats, for_edits):
     count = dice.weighted(counts, rows) + 1
     grounds = dice.shuffled(rows, len(GROUNDS), 2)
     return Scenes(
-        count=count, kind=dice.shuffled(rows, kinds, OBJECTS) if for_edits else dice.below(kinds, rows, OBJECTS),
-        colour=dice.shuffled(rows, len(COLOURS), OBJECTS), size=dice.below(len(SIZES), rows, OBJECTS),
-        cell=3 * (1 + dice.below(2, rows, OBJECTS)) + dice.shuffled(rows, 3, OBJECTS) if for_edits else dice.shuffled(rows, 9, OBJECTS),
-        shift=(dice.uniform(rows, OBJECTS, 2) * 2 - 1) * JITTER, shown=torch.arange(OBJECTS, device=dice.device) < count[:, None],
-        style=dice.weighted((5, 3, 2), rows), ground=grounds,
-        hat=torch.full((rows,), -1, device=dice.device), hat_colour=torch.zeros(rows, dtype=torch.long, device=dice.device))
+        count=count,
+        kind=dice.shuffled(rows, kinds, OBJECTS) if for_edits else dice.below(kinds, rows, OBJECTS),
+        colour=dice.shuffled(rows, len(COLOURS), OBJECTS),
+        size=dice.below(len(SIZES), rows, OBJECTS),
+        cell=3 * (1 + dice.below(2, rows, OBJECTS)) + dice.shuffled(rows, 3, OBJECTS)
+        if for_edits
+        else dice.shuffled(rows, 9, OBJECTS),
+        shift=(dice.uniform(rows, OBJECTS, 2) * 2 - 1) * JITTER,
+        shown=torch.arange(OBJECTS, device=dice.device) < count[:, None],
+        style=dice.weighted((5, 3, 2), rows),
+        ground=grounds,
+        hat=torch.full((rows,), -1, device=dice.device),
+        hat_colour=torch.zeros(rows, dtype=torch.long, device=dice.device),
+    )
 
 
 def is_held_out(scenes):
-    """(B,) bool: sets of (colour, kind) that are kept for judging, whatever their order, sizes, places and background."""
+    """(B,) bool: sets of (colour, kind) that are kept for judging, whatever their order, sizes, places and
+    background.
+    """
     code = scenes.kind * len(COLOURS) + scenes.colour
     mixed = ((code * 7919 + 104729) * (code + 31) % 1000003 * scenes.shown).sum(1)
     return (mixed * 31 + scenes.count * 17) % 1009 % HELD_OUT == 5
@@ -124,7 +156,9 @@ RECOLOUR, REMOVE, HAT = range(3)
 
 
 def edit(scenes, generator, tasks=(1, 1, 1)):
-    """(edited scenes, task (B,), target object (B,), new colour (B,)). A scene with one object never loses it. `tasks`: weights of the three."""
+    """(edited scenes, task (B,), target object (B,), new colour (B,)). A scene with one object never loses it. `tasks`:
+    weights of the three.
+    """
     dice, rows = Dice(generator), len(scenes)
     task = dice.weighted(tasks, rows)
     task = torch.where((task == REMOVE) & (scenes.count == 1), 2 * dice.below(2, rows), task)
@@ -147,12 +181,18 @@ def usual_hat(scenes):
 
 def apply(scenes, task, target, colour):
     here = torch.arange(OBJECTS, device=target.device) == target[:, None]
-    return replace(scenes, colour=torch.where(here & (task == RECOLOUR)[:, None], colour[:, None], scenes.colour),
-                   shown=scenes.shown & ~(here & (task == REMOVE)[:, None]), hat=torch.where(task == HAT, target, scenes.hat),
-                   hat_colour=torch.where(task == HAT, colour, scenes.hat_colour))
+    return replace(
+        scenes,
+        colour=torch.where(here & (task == RECOLOUR)[:, None], colour[:, None], scenes.colour),
+        shown=scenes.shown & ~(here & (task == REMOVE)[:, None]),
+        hat=torch.where(task == HAT, target, scenes.hat),
+        hat_colour=torch.where(task == HAT, colour, scenes.hat_colour),
+    )
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------------
+# --- drawing
+# -----------------------------------------------------------------------------------------------------------
+
 
 def palette(table, device):
     return constant(tuple(table.values()), device) / 255
@@ -174,16 +214,33 @@ def draw(scenes, height=256, width=256, painter=None):
     device = scenes.kind.device
     colours, grounds = palette(COLOURS, device), palette(GROUNDS, device)
     body = colours[scenes.colour]  # (B, N, 3)
-    detail = torch.where((body.mean(-1, keepdim=True) > 0.25), 0.07, 0.95).expand(-1, -1, 3)  # a cat's eyes: dark, on a black cat light
+    # a cat's eyes: dark, on a black cat light
+    detail = torch.where((body.mean(-1, keepdim=True) > 0.25), 0.07, 0.95).expand(-1, -1, 3)
     wearer = scenes.hat.clamp_min(0)[:, None]
     tops = constant(TOPS, device)[scenes.kind.gather(1, wearer)]
     return (painter or paint)(
-        centres(scenes, height, width), radii(scenes, height, width), scenes.kind, scenes.shown, body, detail, scenes.style,
-        grounds[scenes.ground], wearer, (scenes.hat >= 0), tops, colours[scenes.hat_colour], height, width)
+        centres(scenes, height, width),
+        radii(scenes, height, width),
+        scenes.kind,
+        scenes.shown,
+        body,
+        detail,
+        scenes.style,
+        grounds[scenes.ground],
+        wearer,
+        (scenes.hat >= 0),
+        tops,
+        colours[scenes.hat_colour],
+        height,
+        width,
+    )
 
 
 def paint(centre, radius, kind, shown, body, detail, style, ground, wearer, hatted, tops, hat_colour, height, width):
-    """The drawing itself: arithmetic without branches on data, so that torch.compile makes one kernel of it. Returns (B, 3, H, W) in -1..1."""
+    """The drawing itself: arithmetic without branches on data, so that torch.compile makes one kernel of it. Returns
+    (B,
+    3, H, W) in -1..1.
+    """
     device = centre.device
     y = torch.arange(height, device=device, dtype=torch.float32)[None, :, None] + 0.5
     x = torch.arange(width, device=device, dtype=torch.float32)[None, None, :] + 0.5
@@ -207,7 +264,9 @@ def _background(x, y, style, ground, height, width):
     tile = TILE * min(height, width) / 256
     odd = (torch.floor(x / tile) + torch.floor(y / tile)) % 2
     style = style[:, None, None]
-    share = torch.where(style == CHECKER, odd, torch.where(style == GRADIENT, (y / height).expand_as(odd), torch.zeros_like(odd)))
+    share = torch.where(
+        style == CHECKER, odd, torch.where(style == GRADIENT, (y / height).expand_as(odd), torch.zeros_like(odd))
+    )
     first, second = (ground[:, number, :, None, None] for number in range(2))
     return first + share[:, None] * (second - first)
 
@@ -238,7 +297,9 @@ def _triangle(dx, dy, r):
 
 
 def _star(dx, dy, r, inner=0.5):
-    """Five points, one up: folded into half of one point, where the outline is a line from (1, 0) to the inner corner."""
+    """Five points, one up: folded into half of one point, where the outline is a line from (1, 0) to the inner
+    corner.
+    """
     step = math.pi / 5
     distance, angle = (dx * dx + dy * dy + 1e-6).sqrt(), torch.atan2(dx, -dy)
     angle = (torch.remainder(angle + step, 2 * step) - step).abs()

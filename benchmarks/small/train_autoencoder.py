@@ -1,9 +1,12 @@
-"""Training of the small autoencoder: scenes and smooth noise through a latent of few dimensions, with noise added to it.
+"""Training of the small autoencoder: scenes and smooth noise through a latent of few dimensions, with noise added to
+it.
 
-The 32 latent channels span only RANK dimensions: their weights stay projected on a fixed subspace in which every channel has an equal part.
-A latent is normalised by the statistics of the batch, gets noise of a random strength, and is decoded. Noise and normalisation do the work
-of a KL term: scale and smoothness of the latent are fixed by them, and the decoder forgives the errors that a diffusion model makes.
+The 32 latent channels span only RANK dimensions: their weights stay projected on a fixed subspace in which every
+channel has an equal part. A latent is normalised by the statistics of the batch, gets noise of a random strength, and
+is decoded. Noise and normalisation do the work of a KL term: scale and smoothness of the latent are fixed by them, and
+the decoder forgives the errors that a diffusion model makes.
 """
+
 import torch
 from torch.nn import functional as F
 
@@ -36,20 +39,35 @@ def project(model, onto):
 
 
 def smooth_noise(rows, size, generator):
-    """Pictures (B, 3, size, size) of coarse noise, so that the autoencoder knows more than eight colours and their edges."""
+    """Pictures (B, 3, size, size) of coarse noise, so that the autoencoder knows more than eight colours and their
+    edges.
+    """
     coarse = torch.rand(rows, 3, 8, 8, generator=generator, device=generator.device) * 2.6 - 1.3
     return F.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
 
 
 def pictures(rows, size, generator, painter):
-    """Training pictures (B, 3, size, size) in -1..1: scenes, hats among them, cropped if size is less than 256, and noise."""
+    """Training pictures (B, 3, size, size) in -1..1: scenes, hats among them, cropped if size is less than 256, and
+    noise.
+    """
     noise = max(1, int(rows * NOISE_PICTURES))
     table = scenes.sample(rows - noise, generator)
     table.hat = torch.where(scenes.Dice(generator).chance(0.2, len(table)), torch.zeros_like(table.hat), table.hat)
     whole = scenes.draw(table, painter=painter)
-    y, x = (scenes.Dice(generator).below(257 - size, len(table), 1) + torch.arange(size, device=whole.device) for _ in range(2))
-    cropped = whole if size == 256 else whole[torch.arange(len(table), device=whole.device)[:, None, None, None],
-                                              torch.arange(3, device=whole.device)[:, None, None], y[:, None, :, None], x[:, None, None, :]]
+    y, x = (
+        scenes.Dice(generator).below(257 - size, len(table), 1) + torch.arange(size, device=whole.device)
+        for _ in range(2)
+    )
+    cropped = (
+        whole
+        if size == 256
+        else whole[
+            torch.arange(len(table), device=whole.device)[:, None, None, None],
+            torch.arange(3, device=whole.device)[:, None, None],
+            y[:, None, :, None],
+            x[:, None, None, :],
+        ]
+    )
     return torch.cat([cropped, smooth_noise(noise, size, generator)])
 
 
@@ -62,15 +80,21 @@ def loss_of(model, pixels, generator):
     noise = torch.randn(folded.shape, generator=generator, device=pixels.device)
     drawn = model.decoder(F.pixel_shuffle((folded - mean) + scale * strength * noise + mean, 2))
     error = drawn.float() - pixels
-    return error.abs().mean() + error.square().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return (
+        error.abs().mean() + error.square().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    )
 
 
 def optimiser(model):
     """Muon for inner convolutions, Adam for the ends, the norms and the biases."""
     ends = ("conv_in", "conv_out", "quant_conv")
-    inner = {name for name, value in model.named_parameters() if value.ndim == 4 and not any(end in name for end in ends)}
+    inner = {
+        name for name, value in model.named_parameters() if value.ndim == 4 and not any(end in name for end in ends)
+    }
     named = dict(model.named_parameters())
-    return Optimiser([named[name] for name in inner], [value for name, value in named.items() if name not in inner], RATES)
+    return Optimiser(
+        [named[name] for name in inner], [value for name, value in named.items() if name not in inner], RATES
+    )
 
 
 def train(model, seconds, batch, generator, painter, autocast):
@@ -90,7 +114,12 @@ def train(model, seconds, batch, generator, painter, autocast):
         project(model, onto)
         mean.add(loss)
         if report():
-            log(f"autoencoder {clock.elapsed:5.0f} s  step {count:5d}  {'crops' if cropping else 'whole'}  loss {mean.read():.4f}")
+            log(
+                (
+                    f"autoencoder {clock.elapsed:5.0f} s  step {count:5d}  {'crops' if cropping else 'whole'}  loss "
+                    f"{mean.read():.4f}"
+                )
+            )
     torch.backends.cudnn.benchmark = False
     measure(model, batch, generator, painter, autocast)
     log(f"autoencoder done: {count} steps; {quality(model, min(batch, 16), generator, painter, autocast)}")
@@ -101,7 +130,12 @@ def measure(model, batch, generator, painter, autocast):
     """Store mean and variance of the latents of scenes, eight batches of them (two small ones in a smoke run)."""
     batches = 8 if batch > 8 else 2
     with autocast():
-        latents = torch.cat([model.folded(scenes.draw(scenes.sample(batch, generator), painter=painter)).float() for _ in range(batches)])
+        latents = torch.cat(
+            [
+                model.folded(scenes.draw(scenes.sample(batch, generator), painter=painter)).float()
+                for _ in range(batches)
+            ]
+        )
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
     model.bn.running_mean.copy_(mean)
     model.bn.running_var.copy_(variance)

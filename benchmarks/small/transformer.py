@@ -1,9 +1,11 @@
-"""The FLUX.2 diffusion transformer in plain, trainable PyTorch, with the state dict keys of the original (black-forest-labs) file.
+"""The FLUX.2 diffusion transformer in plain, trainable PyTorch, with the state dict keys of the original
+(black-forest-labs) file.
 
-ComfyUI's comfy/ldm/flux/model.py computes the same (tests/test_small_model.py compares them), but updates activations in place and leaves
-parameters uninitialised. Shapes: B batch, L text rows, N image tokens (of the picture, then of the reference pictures), H heads, D = 128.
-Not covered: biases, ControlNet, other reference methods than "index".
+ComfyUI's comfy/ldm/flux/model.py computes the same (tests/test_small_model.py compares them), but updates activations
+in place and leaves parameters uninitialised. Shapes: B batch, L text rows, N image tokens (of the picture, then of the
+reference pictures), H heads, D = 128. Not covered: biases, ControlNet, other reference methods than "index".
 """
+
 import math
 from dataclasses import dataclass
 
@@ -20,7 +22,10 @@ REFERENCE_TIME = 10.0  # position of the first reference picture on axis 0 (ref_
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of the transformer. `hidden` is a multiple of 128; `context` is three times the width of the text encoder."""
+    """Dimensions of the transformer. `hidden` is a multiple of 128; `context` is three times the width of the text
+    encoder.
+    """
+
     hidden: int = 256
     double: int = 1
     single: int = 5
@@ -94,7 +99,7 @@ def sinusoids(value):
 def rotations(ids):
     """(S, 4) positions -> (S, 64, 2) float32: cosine and sine for every pair of channels."""
     powers = torch.linspace(0, (AXIS - 2) / AXIS, steps=AXIS // 2, dtype=torch.float64, device=ids.device)
-    angles = (ids.double()[:, :, None] / THETA ** powers).flatten(1)
+    angles = (ids.double()[:, :, None] / THETA**powers).flatten(1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
@@ -127,14 +132,18 @@ class DoubleBlock(nn.Module):
     def __init__(self, hidden):
         super().__init__()
         self.img_attn, self.txt_attn = Attention(hidden), Attention(hidden)
-        self.img_mlp, self.txt_mlp = (nn.Sequential(linear(hidden, 6 * hidden), Gate(), linear(3 * hidden, hidden)) for _ in range(2))
+        self.img_mlp, self.txt_mlp = (
+            nn.Sequential(linear(hidden, 6 * hidden), Gate(), linear(3 * hidden, hidden)) for _ in range(2)
+        )
 
     def forward(self, img, txt, img_parts, txt_parts, rotation):
-        streams = [heads(part.qkv(normalised(x, *mod[:2])), part.norm)
-                   for x, mod, part in ((txt, txt_parts, self.txt_attn), (img, img_parts, self.img_attn))]
+        streams = [
+            heads(part.qkv(normalised(x, *mod[:2])), part.norm)
+            for x, mod, part in ((txt, txt_parts, self.txt_attn), (img, img_parts, self.img_attn))
+        ]
         attended = attend(*(torch.cat(pair, dim=1) for pair in zip(*streams)), rotation)
-        txt = self._finish(txt, attended[:, :txt.shape[1]], txt_parts, self.txt_attn, self.txt_mlp)
-        img = self._finish(img, attended[:, txt.shape[1]:], img_parts, self.img_attn, self.img_mlp)
+        txt = self._finish(txt, attended[:, : txt.shape[1]], txt_parts, self.txt_attn, self.txt_mlp)
+        img = self._finish(img, attended[:, txt.shape[1] :], img_parts, self.img_attn, self.img_mlp)
         return img, txt
 
     @staticmethod
@@ -169,7 +178,9 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """FLUX.2: image tokens (B, N, 128), text states (B, L, context), time and guidance (B,) -> velocity of the image tokens (B, N, 128)."""
+    """FLUX.2: image tokens (B, N, 128), text states (B, L, context), time and guidance (B,) -> velocity of the image
+    tokens (B, N, 128).
+    """
 
     def __init__(self, sizes=Sizes()):
         super().__init__()
@@ -177,7 +188,10 @@ class Transformer(nn.Module):
         self.sizes = sizes
         self.img_in, self.txt_in = linear(LATENT, hidden), linear(sizes.context, hidden)
         self.time_in, self.guidance_in = Embedder(hidden), Embedder(hidden)
-        self.double_stream_modulation_img, self.double_stream_modulation_txt = Modulation(hidden, 6), Modulation(hidden, 6)
+        self.double_stream_modulation_img, self.double_stream_modulation_txt = (
+            Modulation(hidden, 6),
+            Modulation(hidden, 6),
+        )
         self.single_stream_modulation = Modulation(hidden, 3)
         self.double_blocks = nn.ModuleList(DoubleBlock(hidden) for _ in range(sizes.double))
         self.single_blocks = nn.ModuleList(SingleBlock(hidden) for _ in range(sizes.single))
@@ -185,12 +199,20 @@ class Transformer(nn.Module):
         self.reset()
 
     def reset(self):
-        """Start as the identity: no branch adds anything and the velocity is zero; text and time are read from the first step on."""
+        """Start as the identity: no branch adds anything and the velocity is zero; text and time are read from the
+        first
+        step on.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-        for layer in (self.double_stream_modulation_img.lin, self.double_stream_modulation_txt.lin, self.single_stream_modulation.lin,
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for layer in (
+            self.double_stream_modulation_img.lin,
+            self.double_stream_modulation_txt.lin,
+            self.single_stream_modulation.lin,
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(layer.weight)
 
     def forward(self, img, txt, time, guidance, rotation):
@@ -207,8 +229,11 @@ class Transformer(nn.Module):
 
 # --- positions and folding -------------------------------------------------------------------------------------------
 
+
 def positions(rows, height, width, references=0, device=None, first_row=0):
-    """Rotations (S, 64, 2) of `rows` text rows numbered from `first_row`, a picture of height x width tokens, and references of that size."""
+    """Rotations (S, 64, 2) of `rows` text rows numbered from `first_row`, a picture of height x width tokens, and
+    references of that size.
+    """
     text = torch.zeros(rows, 4, device=device)
     text[:, TEXT_AXIS] = torch.arange(first_row, first_row + rows, device=device)
     pictures = [_grid(REFERENCE_TIME * number, height, width, device) for number in range(references + 1)]

@@ -1,34 +1,59 @@
-"""Model folders inside ComfyUI's folders: a diffusers or transformers model is a folder with config.json and .safetensors files.
+"""Model folders inside ComfyUI's folders: a diffusers or transformers model is a folder with config.json and
+.safetensors
+files.
 
 Works on lists of names and root paths, so it needs no ComfyUI. In the lists, a folder replaces the shards inside it.
 """
+
 from pathlib import Path, PurePosixPath
 
 from .header import CheckpointError
 
 
 def choices(files, roots):
-    """What a loader offers: `files` (names relative to the roots, as ComfyUI lists them), with shards replaced by their folder."""
+    """What a loader offers: `files` (names relative to the roots, as ComfyUI lists them), with shards replaced by their
+    folder.
+    """
     parents = {name: _parent(name) for name in files}
-    models = {parent for name, parent in parents.items() if parent and name.endswith(".safetensors") and _find(parent, roots, _is_model_folder)}
+    models = {
+        parent
+        for name, parent in parents.items()
+        if parent and name.endswith(".safetensors") and _find(parent, roots, _is_model_folder)
+    }
     return sorted({name for name, parent in parents.items() if parent not in models} | models)
 
 
 def pipeline_parts(roots, part):
-    """Parts of whole diffusers pipelines: "NAME/part" for each folder NAME in `roots` that has model_index.json and that part."""
+    """Parts of whole diffusers pipelines: "NAME/part" for each folder NAME in `roots` that has model_index.json and
+    that
+    part.
+    """
     pipelines = (index.parent for root in roots for index in sorted(Path(root).glob("*/model_index.json")))
     return sorted({f"{folder.name}/{part}" for folder in pipelines if _is_model_folder(folder / part)})
 
 
 def locate(name, there, roots, folder):
-    """The path behind a name. Raises CheckpointError naming the file, the folder (ComfyUI's name) that it was looked for in, and what is `there`."""
+    """The path behind a name. Raises CheckpointError naming the file, the folder (ComfyUI's name) that it was looked
+    for
+    in, and what is `there`.
+    """
     path = _find(name, roots, lambda path: path.is_file() or path.is_dir()) if _is_inside(name) else None
     if path is None and _is_inside(name) and _find(name, roots, Path.is_symlink):
-        raise CheckpointError(f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or deleted. "
-                              f"Put the file there, or remove the link.")
+        raise CheckpointError(
+            f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or "
+            "deleted. "
+            f"Put the file there, or remove the link."
+        )
     if path is None:
-        offered = f"There are: {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}." if there else "There is nothing in it yet."
-        raise CheckpointError(f"There is no {name!r} in the model folder {folder}. {offered} Choose one of these, or put the file there and refresh.")
+        offered = (
+            f"There are: {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}."
+            if there
+            else "There is nothing in it yet."
+        )
+        raise CheckpointError(
+            f"There is no {name!r} in the model folder {folder}. {offered} Choose one of these, or put the file there "
+            "and refresh."
+        )
     return path
 
 
@@ -40,7 +65,13 @@ def _parent(name):
 def _is_inside(name):
     """Whether a name stays inside the root it is joined to."""
     path = PurePosixPath(str(name).replace("\\", "/"))
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0] and "\0" not in str(name)
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and ":" not in path.parts[0]
+        and "\0" not in str(name)
+    )
 
 
 def _is_model_folder(path):

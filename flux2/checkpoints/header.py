@@ -1,11 +1,14 @@
-"""Reading what is inside a checkpoint without reading its weights: safetensors headers, and folders as diffusers and transformers write them.
+"""Reading what is inside a checkpoint without reading its weights: safetensors headers, and folders as diffusers and
+transformers write them.
 
   checkpoint = open_checkpoint("flux2-dev.safetensors")      # or a folder with config.json and shards
   checkpoint.tensors["img_in.weight"].shape                  # (6144, 128)
 
-Everything that can be wrong with a file is found here and said in one sentence (CheckpointError); the weights themselves are read by
-load.py. Nothing is unpickled: a pickle is refused. Not covered: GGUF files, which are named as such.
+Everything that can be wrong with a file is found here and said in one sentence (CheckpointError); the weights
+themselves are read by load.py. Nothing is unpickled: a pickle is refused. Not covered: GGUF files, which are named as
+such.
 """
+
 import json
 import math
 import struct
@@ -14,13 +17,34 @@ from pathlib import Path
 
 SUFFIXES = (".safetensors", ".sft")
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-             "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 NOT_SAFETENSORS = (  # first bytes -> what such a file is
     (b"PK\x03\x04", "a zip archive, most likely a PyTorch pickle checkpoint"),
     (b"\x80", "a Python pickle"),
     (b"GGUF", "a GGUF file; use the ComfyUI-GGUF nodes for it"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the model itself; run 'git lfs pull' or download the file again"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the model itself; run 'git lfs pull' or download the file again",
+    ),
     (b"<", "a web page (HTML or XML), not a model; the download needs a login or a direct link"),
 )
 
@@ -31,7 +55,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of a safetensors header: shape, dtype name as in the header ("BF16"), size in bytes, the file that holds it, and where in its data."""
+    """One entry of a safetensors header: shape, dtype name as in the header ("BF16"), size in bytes, the file that
+    holds
+    it, and where in its data.
+    """
+
     shape: tuple
     dtype: str
     bytes: int
@@ -41,7 +69,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file, or a folder of shards, known by its headers. `config` is config.json of a folder; `metadata` is that of the file."""
+    """A file, or a folder of shards, known by its headers. `config` is config.json of a folder; `metadata` is that of
+    the
+    file.
+    """
+
     path: Path
     tensors: dict
     metadata: dict = field(default_factory=dict)
@@ -68,7 +100,9 @@ def label(path):
 
 
 def open_checkpoint(path):
-    """Checkpoint of a .safetensors file or of a folder. Raises CheckpointError with the reason when there is none to be had."""
+    """Checkpoint of a .safetensors file or of a folder. Raises CheckpointError with the reason when there is none to be
+    had.
+    """
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
@@ -79,6 +113,7 @@ def open_checkpoint(path):
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
+
 
 def read_header(path):
     """(name -> Tensor, metadata) of one safetensors file; reads the header alone. Raises CheckpointError."""
@@ -95,7 +130,9 @@ def read_header(path):
     tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
     _check_offsets(path, header, room)
     if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError(f"{label(path)} holds safetensors but is not named so. Rename it to {path.stem}.safetensors.")
+        raise CheckpointError(
+            f"{label(path)} holds safetensors but is not named so. Rename it to {path.stem}.safetensors."
+        )
     return tensors, metadata
 
 
@@ -107,8 +144,11 @@ def _raw_header(path, file):
     _refuse_other_formats(path, start)
     length = struct.unpack("<Q", start[:8])[0] if size >= 8 else 0
     if not 2 <= length <= HEADER_LIMIT:
-        raise CheckpointError(f"{label(path)} is not a safetensors file: it has {size} bytes and does not begin with the length of a header. "
-                              f"Download it again or choose another file.")
+        raise CheckpointError(
+            f"{label(path)} is not a safetensors file: it has {size} bytes and does not begin with the length of a "
+            "header. "
+            f"Download it again or choose another file."
+        )
     if 8 + length > size:
         raise _truncated(path, f"its header alone should take {length} bytes and the file has {size}")
     file.seek(8)
@@ -117,9 +157,14 @@ def _raw_header(path, file):
 
 def _refuse_other_formats(path, start):
     for magic, meaning in NOT_SAFETENSORS:
-        # A header of 0x..80 or 0x..3c bytes begins like a pickle or a web page; its ninth byte is then the JSON's opening brace.
+        # A header of 0x..80 or 0x..3c bytes begins like a pickle or a web page; its ninth byte is then the JSON's
+        # opening brace.
         if start.startswith(magic) and start[8:9] != b"{":
-            refusal = " Pickles can run code when they are opened and are refused: convert it to safetensors." if "pickle" in meaning else ""
+            refusal = (
+                " Pickles can run code when they are opened and are refused: convert it to safetensors."
+                if "pickle" in meaning
+                else ""
+            )
             raise CheckpointError(f"{label(path)} is {meaning}, where a safetensors file was expected.{refusal}")
 
 
@@ -127,8 +172,10 @@ def _parse(path, raw):
     try:
         header = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{label(path)} is not a safetensors file, or a damaged one: its header is not JSON. "
-                              f"Download it again or choose another file.") from None
+        raise CheckpointError(
+            f"{label(path)} is not a safetensors file, or a damaged one: its header is not JSON. "
+            f"Download it again or choose another file."
+        ) from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table of tensors")
     return header
@@ -140,15 +187,19 @@ def _tensor(path, name, entry):
     if not (_naturals(shape) and _naturals(span) and len(span) == 2 and span[0] <= span[1]):
         raise _damaged(path, f"the entry of the tensor {name[:80]!r} is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise CheckpointError(f"{label(path)} stores the tensor {name[:80]!r} as {str(dtype)[:20]!r}, a type that is not known here. "
-                              f"Known are {', '.join(ITEM_BITS)}.")
+        raise CheckpointError(
+            f"{label(path)} stores the tensor {name[:80]!r} as {str(dtype)[:20]!r}, a type that is not known here. "
+            f"Known are {', '.join(ITEM_BITS)}."
+        )
     if math.prod(shape) * ITEM_BITS[dtype] != 8 * (span[1] - span[0]):
-        raise _damaged(path, f"the tensor {name[:80]!r} of shape {shape} and type {dtype} cannot take {span[1] - span[0]} bytes")
+        raise _damaged(
+            path, f"the tensor {name[:80]!r} of shape {shape} and type {dtype} cannot take {span[1] - span[0]} bytes"
+        )
     return Tensor(tuple(shape), dtype, span[1] - span[0], path, span[0])
 
 
 def _naturals(value):
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2 ** 63 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_offsets(path, header, room):
@@ -174,10 +225,13 @@ def _damaged(path, why):
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
+
 def _open_folder(folder):
     index = _index_file(folder)
     tensors, metadata = _sharded(folder, index) if index else read_header(_only_file(folder))
-    return Checkpoint(folder, tensors, metadata, read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
+    return Checkpoint(
+        folder, tensors, metadata, read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    )
 
 
 def read_json(path):
@@ -193,7 +247,8 @@ def read_json(path):
 
 def _index_file(folder):
     found = sorted(folder.glob("*.safetensors.index.json"))
-    # A folder may hold a second precision beside the main one ("...fp16.safetensors.index.json"): the shortest name is the main one.
+    # A folder may hold a second precision beside the main one ("...fp16.safetensors.index.json"): the shortest name is
+    # the main one.
     return min(found, key=lambda path: len(path.name)) if found else None
 
 
@@ -203,10 +258,14 @@ def _only_file(folder):
     if len(files) == 1 or standard:
         return (standard or files)[0]
     if not files:
-        raise CheckpointError(f"The folder {label(folder)} holds no .safetensors file. Choose the folder that holds the weights, "
-                              f"or download the model again.")
-    raise CheckpointError(f"The folder {label(folder)} holds {len(files)} .safetensors files and no index that joins them "
-                          f"(*.safetensors.index.json). Download the index too, or choose one file.")
+        raise CheckpointError(
+            f"The folder {label(folder)} holds no .safetensors file. Choose the folder that holds the weights, "
+            f"or download the model again."
+        )
+    raise CheckpointError(
+        f"The folder {label(folder)} holds {len(files)} .safetensors files and no index that joins them "
+        f"(*.safetensors.index.json). Download the index too, or choose one file."
+    )
 
 
 def _sharded(folder, index):
@@ -217,12 +276,19 @@ def _sharded(folder, index):
     headers = {}
     for file in dict.fromkeys(places.values()):
         if not file or file in (".", "..") or any(mark in file for mark in "/\\\0"):
-            raise CheckpointError(f"{label(folder)}/{index.name} points to {file!r}, outside its folder. Such an index is refused.")
+            raise CheckpointError(
+                f"{label(folder)}/{index.name} points to {file!r}, outside its folder. Such an index is refused."
+            )
         if not (folder / file).is_file():
-            raise CheckpointError(f"The shard {file} is missing from the folder {label(folder)}. Download it into that folder.")
+            raise CheckpointError(
+                f"The shard {file} is missing from the folder {label(folder)}. Download it into that folder."
+            )
         headers[file] = read_header(folder / file)
     absent = [(name, file) for name, file in places.items() if name not in headers[file][0]]
     if absent:
-        raise CheckpointError(f"{label(folder)}/{index.name} promises the tensor {absent[0][0]!r} in {absent[0][1]}, which does not have it. "
-                              f"Index and shards are not of the same model: download both again.")
+        raise CheckpointError(
+            f"{label(folder)}/{index.name} promises the tensor {absent[0][0]!r} in {absent[0][1]}, which does not "
+            "have it. "
+            f"Index and shards are not of the same model: download both again."
+        )
     return {name: headers[file][0][name] for name, file in places.items()}, next(iter(headers.values()))[1]

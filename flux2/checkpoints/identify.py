@@ -1,11 +1,13 @@
 """What a checkpoint is, said in words, from the names and shapes in its header alone.
 
   found = identify(open_checkpoint(path))     # Identity(kind="flux2-vae", title="FLUX.2 VAE", reason="...", ...)
-  expect(checkpoint, "flux2-model")           # the Identity, or a CheckpointError that says what it is and where it belongs
+  expect(checkpoint, "flux2-model")           # the Identity, or a CheckpointError that says what it is and where it
+                                              belongs
 
-KINDS is the table of everything that people put into these slots; a new kind is a row there and one in RULES. Not covered: proof that the
-weights are those the file's name promises.
+KINDS is the table of everything that people put into these slots; a new kind is a row there and one in RULES. Not
+covered: proof that the weights are those the file's name promises.
 """
+
 import json
 import re
 from collections import Counter
@@ -20,6 +22,7 @@ MODEL, TEXT_ENCODER, VAE = "flux2-model", "flux2-text-encoder", "flux2-vae"
 @dataclass(frozen=True)
 class Slot:
     """An input of our loader nodes."""
+
     node: str  # display name of the node
     folder: str  # ComfyUI's model folder
     expects: str  # what goes in, in words
@@ -27,14 +30,21 @@ class Slot:
 
 SLOTS = {
     MODEL: Slot("Load FLUX.2 Model", "diffusion_models", "a FLUX.2 diffusion model (dev or klein)"),
-    TEXT_ENCODER: Slot("Load FLUX.2 Text Encoder", "text_encoders", "the text encoder of FLUX.2 (Mistral 3 for dev, Qwen3 4B or 8B for klein)"),
+    TEXT_ENCODER: Slot(
+        "Load FLUX.2 Text Encoder",
+        "text_encoders",
+        "the text encoder of FLUX.2 (Mistral 3 for dev, Qwen3 4B or 8B for klein)",
+    ),
     VAE: Slot("Load FLUX.2 VAE", "vae", "a FLUX.2 VAE"),
 }
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is. `slot` is a key of SLOTS, or None when none of our nodes takes it; `advice` says where it belongs then."""
+    """What a checkpoint is. `slot` is a key of SLOTS, or None when none of our nodes takes it; `advice` says where it
+    belongs then.
+    """
+
     kind: str
     title: str
     reason: str
@@ -69,19 +79,39 @@ class Names:
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
     def count(self, pattern):
-        """How many different numbers a pattern with one group matches at the start of the names: the number of blocks or layers."""
+        """How many different numbers a pattern with one group matches at the start of the names: the number of blocks
+        or
+        layers.
+        """
         matcher = re.compile(pattern)
         return len({found[1] for found in map(matcher.match, self.tensors) if found})
 
 
-# --- rules: each looks at the names and returns an Identity or None ----------------------------------------------------
+# --- rules: each looks at the names and returns an Identity or None
+# ----------------------------------------------------
+
 
 def _lora(names):
-    marks = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", ".lokr_w", ".loha_w", ".hada_w", "lora_unet_")
+    marks = (
+        ".lora_A.",
+        ".lora_B.",
+        ".lora_up.",
+        ".lora_down.",
+        ".lora.up.",
+        ".lora.down.",
+        ".lokr_w",
+        ".loha_w",
+        ".hada_w",
+        "lora_unet_",
+    )
     name = names.any(*marks)
     if name:
-        return Identity("lora", "a LoRA (an addition to a model, not a model)", f"it has the tensor {name}",
-                        advice="Put it into the folder loras and load it with the node Load LoRA (Model), after the model.")
+        return Identity(
+            "lora",
+            "a LoRA (an addition to a model, not a model)",
+            f"it has the tensor {name}",
+            advice="Put it into the folder loras and load it with the node Load LoRA (Model), after the model.",
+        )
 
 
 def _flux2_original(names):
@@ -91,9 +121,14 @@ def _flux2_original(names):
     prefix = key.removesuffix("double_stream_modulation_img.lin.weight")
     start = re.escape(prefix)
     variant, why = variants.find(
-        names.shape(f"{prefix}img_in.weight", 0), names.count(start + r"double_blocks\.(\d+)\."), names.count(start + r"single_blocks\.(\d+)\."),
-        # A packed 4-bit weight is half as wide as what it stands for, but the text projection is never packed in published files.
-        names.shape(f"{prefix}txt_in.weight", 1), f"{prefix}guidance_in.in_layer.weight" in names)
+        names.shape(f"{prefix}img_in.weight", 0),
+        names.count(start + r"double_blocks\.(\d+)\."),
+        names.count(start + r"single_blocks\.(\d+)\."),
+        # A packed 4-bit weight is half as wide as what it stands for, but the text projection is never packed in
+        # published files.
+        names.shape(f"{prefix}txt_in.weight", 1),
+        f"{prefix}guidance_in.in_layer.weight" in names,
+    )
     return Identity(MODEL, f"a {variant.title} diffusion model", why, MODEL, prefix=prefix, variant=variant)
 
 
@@ -104,23 +139,43 @@ def _flux2_diffusers(names):
     prefix = key.removesuffix("double_stream_modulation_img.linear.weight")
     start = re.escape(prefix)
     variant, why = variants.find(
-        names.shape(f"{prefix}x_embedder.weight", 0), names.count(start + r"transformer_blocks\.(\d+)\."),
-        names.count(start + r"single_transformer_blocks\.(\d+)\."), names.shape(f"{prefix}context_embedder.weight", 1),
-        f"{prefix}time_guidance_embed.guidance_embedder.linear_1.weight" in names)
-    return Identity(MODEL, f"a {variant.title} diffusion model in diffusers' keys", why, MODEL, layout="diffusers", prefix=prefix, variant=variant)
+        names.shape(f"{prefix}x_embedder.weight", 0),
+        names.count(start + r"transformer_blocks\.(\d+)\."),
+        names.count(start + r"single_transformer_blocks\.(\d+)\."),
+        names.shape(f"{prefix}context_embedder.weight", 1),
+        f"{prefix}time_guidance_embed.guidance_embedder.linear_1.weight" in names,
+    )
+    return Identity(
+        MODEL,
+        f"a {variant.title} diffusion model in diffusers' keys",
+        why,
+        MODEL,
+        layout="diffusers",
+        prefix=prefix,
+        variant=variant,
+    )
 
 
 def _flux1(names):
     key = names.ending("double_blocks.0.img_mod.lin.weight", "transformer_blocks.0.norm1_context.linear.weight")
     if key:
-        return Identity("flux1-model", "a FLUX.1 diffusion model", f"its blocks have their own modulation ({key})",
-                        advice="Load it with the node Load Diffusion Model.")
+        return Identity(
+            "flux1-model",
+            "a FLUX.1 diffusion model",
+            f"its blocks have their own modulation ({key})",
+            advice="Load it with the node Load Diffusion Model.",
+        )
 
 
 def _flux3(names):
     key = names.any("content_mode_blocks.", "mode_blocks.0.")
     if key:
-        return Identity("flux3-model", "a FLUX.3 diffusion model", f"it has the tensor {key}", advice="Load it with the node Load Diffusion Model.")
+        return Identity(
+            "flux3-model",
+            "a FLUX.3 diffusion model",
+            f"it has the tensor {key}",
+            advice="Load it with the node Load Diffusion Model.",
+        )
 
 
 def _flux2_vae(names):
@@ -129,17 +184,29 @@ def _flux2_vae(names):
     diffusers = "decoder.up_blocks.0.resnets.0.norm1.weight" in names
     channels = names.shape("decoder.conv_in.weight", 0)
     size = "" if channels == 512 else f" with a small decoder ({channels} channels)"
-    return Identity(VAE, f"a FLUX.2 VAE{size}", "it normalises 128 latent channels (bn.running_mean)", VAE,
-                    layout="diffusers" if diffusers else "original")
+    return Identity(
+        VAE,
+        f"a FLUX.2 VAE{size}",
+        "it normalises 128 latent channels (bn.running_mean)",
+        VAE,
+        layout="diffusers" if diffusers else "original",
+    )
 
 
 def _other_vae(names):
     if "decoder.conv_in.weight" not in names and not names.any("first_stage_model.decoder.conv_in"):
         return None
     channels = names.shape("decoder.conv_in.weight", 1)
-    family = {4: "the VAE of Stable Diffusion 1, 2 or XL", 16: "a VAE with 16 latent channels (FLUX.1, Stable Diffusion 3 and others)"}
-    return Identity("other-vae", family.get(channels, f"a VAE with {channels} latent channels"),
-                    f"its decoder takes {channels} channels and it has no bn.running_mean", advice="Load it with the node Load VAE.")
+    family = {
+        4: "the VAE of Stable Diffusion 1, 2 or XL",
+        16: "a VAE with 16 latent channels (FLUX.1, Stable Diffusion 3 and others)",
+    }
+    return Identity(
+        "other-vae",
+        family.get(channels, f"a VAE with {channels} latent channels"),
+        f"its decoder takes {channels} channels and it has no bn.running_mean",
+        advice="Load it with the node Load VAE.",
+    )
 
 
 def _qwen3(names):
@@ -150,58 +217,137 @@ def _qwen3(names):
     width, layers = names.shape(f"{prefix}embed_tokens.weight", 1), names.count(re.escape(prefix) + r"layers\.(\d+)\.")
     title = {2560: "Qwen3 4B", 4096: "Qwen3 8B"}.get(width, f"a Qwen3 {width} wide")
     # They differ in width alone; another width is loaded with its own dimensions, as if a Qwen3 4B.
-    return Identity("qwen3-8b" if width == 4096 else "qwen3-4b", f"{title} ({layers} layers)", f"it normalises its queries and is {width} wide",
-                    TEXT_ENCODER, prefix=prefix, width=width, layers=layers)
+    return Identity(
+        "qwen3-8b" if width == 4096 else "qwen3-4b",
+        f"{title} ({layers} layers)",
+        f"it normalises its queries and is {width} wide",
+        TEXT_ENCODER,
+        prefix=prefix,
+        width=width,
+        layers=layers,
+    )
 
 
 def _mistral3(names):
     key = names.ending("layers.0.self_attn.q_proj.weight")
-    if not key or names.ending("layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.bias") or names.any("post_feedforward_layernorm"):
+    if (
+        not key
+        or names.ending("layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.bias")
+        or names.any("post_feedforward_layernorm")
+    ):
         return None
-    key = next((name for name in ("model.language_model.", "language_model.model.", "model.") if f"{name}embed_tokens.weight" in names),
-               key.removesuffix("layers.0.self_attn.q_proj.weight"))
+    key = next(
+        (
+            name
+            for name in ("model.language_model.", "language_model.model.", "model.")
+            if f"{name}embed_tokens.weight" in names
+        ),
+        key.removesuffix("layers.0.self_attn.q_proj.weight"),
+    )
     width, layers = names.shape(f"{key}embed_tokens.weight", 1), names.count(re.escape(key) + r"layers\.(\d+)\.")
-    mistral = "tekken_model" in names or width == 5120 or "mistral" in str(names.config.get("model_type", "")) or names.any("vision_tower.")
+    mistral = (
+        "tekken_model" in names
+        or width == 5120
+        or "mistral" in str(names.config.get("model_type", ""))
+        or names.any("vision_tower.")
+    )
     if not mistral:
-        return Identity("llama", f"a language model of the Llama kind ({layers} layers, {width} wide)", f"it has {key}layers.0.self_attn.q_proj",
-                        advice="No loader of FLUX.2 takes it.")
-    return Identity("mistral3", f"Mistral 3 ({layers} layers, {width} wide)", f"it has {key}layers and no query norm", TEXT_ENCODER, prefix=key,
-                    width=width, layers=layers)
+        return Identity(
+            "llama",
+            f"a language model of the Llama kind ({layers} layers, {width} wide)",
+            f"it has {key}layers.0.self_attn.q_proj",
+            advice="No loader of FLUX.2 takes it.",
+        )
+    return Identity(
+        "mistral3",
+        f"Mistral 3 ({layers} layers, {width} wide)",
+        f"it has {key}layers and no query norm",
+        TEXT_ENCODER,
+        prefix=key,
+        width=width,
+        layers=layers,
+    )
 
 
 def _mistral_native(names):
     if "tok_embeddings.weight" in names and "layers.0.attention.wq.weight" in names:
-        return Identity("mistral-native", "a language model in Mistral's own key format (consolidated.safetensors)", "it has tok_embeddings.weight",
-                        advice="Use the folder with config.json and model-*.safetensors, or the file mistral_3_small_flux2 made for ComfyUI.")
+        return Identity(
+            "mistral-native",
+            "a language model in Mistral's own key format (consolidated.safetensors)",
+            "it has tok_embeddings.weight",
+            advice="Use the folder with config.json and model-*.safetensors, or the file mistral_3_small_flux2 made "
+            "for ComfyUI.",
+        )
 
 
 def _clip(names):
     key = names.any("text_model.encoder.layers.0.")
     if key:
-        return Identity("clip", "a CLIP text encoder (Stable Diffusion, SDXL and FLUX.1 use it)", f"it has {key}", advice="Load it with the node Load CLIP.")
+        return Identity(
+            "clip",
+            "a CLIP text encoder (Stable Diffusion, SDXL and FLUX.1 use it)",
+            f"it has {key}",
+            advice="Load it with the node Load CLIP.",
+        )
 
 
 def _t5(names):
     key = names.ending("encoder.block.0.layer.0.SelfAttention.k.weight")
     if key:
-        return Identity("t5", "a T5 text encoder (FLUX.1 and Stable Diffusion 3 use it)", f"it has {key}", advice="Load it with the node Load CLIP.")
+        return Identity(
+            "t5",
+            "a T5 text encoder (FLUX.1 and Stable Diffusion 3 use it)",
+            f"it has {key}",
+            advice="Load it with the node Load CLIP.",
+        )
 
 
 def _language_model(names):
     key = names.any("layers.0.self_attn.", "layers.0.post_feedforward_layernorm")
     if key:
-        return Identity("language-model", "a language model of another family", f"it has {key}", advice="No loader of FLUX.2 takes it.")
+        return Identity(
+            "language-model",
+            "a language model of another family",
+            f"it has {key}",
+            advice="No loader of FLUX.2 takes it.",
+        )
 
 
 def _other_model(names):
-    key = names.any("input_blocks.0.0.weight", "joint_blocks.0.", "down_blocks.0.attentions", "transformer_blocks.0.img_mod.1.", "double_blocks.0.",
-                    "blocks.0.cross_attn.", "cap_embedder.")
+    key = names.any(
+        "input_blocks.0.0.weight",
+        "joint_blocks.0.",
+        "down_blocks.0.attentions",
+        "transformer_blocks.0.img_mod.1.",
+        "double_blocks.0.",
+        "blocks.0.cross_attn.",
+        "cap_embedder.",
+    )
     if key:
-        return Identity("other-model", "a diffusion model of another family", f"it has {key}", advice="Load it with Load Checkpoint or Load Diffusion Model.")
+        return Identity(
+            "other-model",
+            "a diffusion model of another family",
+            f"it has {key}",
+            advice="Load it with Load Checkpoint or Load Diffusion Model.",
+        )
 
 
-RULES = (_lora, _flux2_original, _flux2_diffusers, _flux1, _flux3, _flux2_vae, _qwen3, _mistral3, _mistral_native, _clip, _t5, _other_vae,
-         _language_model, _other_model)
+RULES = (
+    _lora,
+    _flux2_original,
+    _flux2_diffusers,
+    _flux1,
+    _flux3,
+    _flux2_vae,
+    _qwen3,
+    _mistral3,
+    _mistral_native,
+    _clip,
+    _t5,
+    _other_vae,
+    _language_model,
+    _other_model,
+)
 
 
 def identify(checkpoint):
@@ -212,53 +358,92 @@ def identify(checkpoint):
         if found:
             return found
     some = ", ".join(list(names.tensors)[:3]) or "no tensors at all"
-    return Identity("unknown", "something that this pack does not know", f"it holds {len(names.tensors)} tensors: {some[:200]}")
+    return Identity(
+        "unknown", "something that this pack does not know", f"it holds {len(names.tensors)} tensors: {some[:200]}"
+    )
 
 
 def expect(checkpoint, slot):
-    """The Identity of a checkpoint that fits `slot` (a key of SLOTS). Raises CheckpointError that names file, finding, and the right place."""
+    """The Identity of a checkpoint that fits `slot` (a key of SLOTS). Raises CheckpointError that names file, finding,
+    and
+    the right place.
+    """
     found, wanted = identify(checkpoint), SLOTS[slot]
     shard = re.search(r"-\d{5}-of-(\d{5})\.", checkpoint.path.name)
     if shard and int(shard[1]) > 1:
-        raise CheckpointError(f"{checkpoint.name} is one of {int(shard[1])} shards of a model. Choose the folder that holds them all, with its "
-                              f"config.json, instead.")
+        raise CheckpointError(
+            f"{checkpoint.name} is one of {int(shard[1])} shards of a model. Choose the folder that holds them all, "
+            "with its "
+            f"config.json, instead."
+        )
     if found.slot == slot:
         _refuse_foreign_quantisation(checkpoint, found)
         return found
     belongs = SLOTS.get(found.slot)
     advice = f"It belongs in the node {belongs.node} (folder {belongs.folder})." if belongs else found.advice
-    raise CheckpointError(f"{checkpoint.name} is {found.title}: {found.reason}. {wanted.node} expects {wanted.expects}, "
-                          f"from the folder {wanted.folder}. {advice}".rstrip())
+    raise CheckpointError(
+        f"{checkpoint.name} is {found.title}: {found.reason}. {wanted.node} expects {wanted.expects}, "
+        f"from the folder {wanted.folder}. {advice}".rstrip()
+    )
 
 
 def _refuse_foreign_quantisation(checkpoint, found):
     """Raise for weights quantised by other libraries, which would be read as if their numbers were the weights."""
-    how = next((meaning for mark, meaning in FOREIGN_QUANTISATION if any(name.endswith(mark) for name in checkpoint.tensors)), None)
-    if how is None and not quantised_layers(checkpoint) and any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale_weight"))
-                                                                for name in checkpoint.tensors):
+    how = next(
+        (meaning for mark, meaning in FOREIGN_QUANTISATION if any(name.endswith(mark) for name in checkpoint.tensors)),
+        None,
+    )
+    if (
+        how is None
+        and not quantised_layers(checkpoint)
+        and any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale_weight")) for name in checkpoint.tensors)
+    ):
         how = "with scales that no ComfyUI metadata describes"
     if how:
-        raise CheckpointError(f"{checkpoint.name} is {found.title}, quantised {how}. ComfyUI does not read that: use the bf16 file, or one "
-                              f"quantised for ComfyUI (fp8 scaled, fp8 mixed).")
+        raise CheckpointError(
+            f"{checkpoint.name} is {found.title}, quantised {how}. ComfyUI does not read that: use the bf16 file, or "
+            "one "
+            f"quantised for ComfyUI (fp8 scaled, fp8 mixed)."
+        )
 
 
-FOREIGN_QUANTISATION = ((".absmax", "by bitsandbytes"), (".qweight", "by GPTQ, AWQ or nunchaku"), (".wscales", "by nunchaku"),
-                        (".scales", "by MLX or another library"))
+FOREIGN_QUANTISATION = (
+    (".absmax", "by bitsandbytes"),
+    (".qweight", "by GPTQ, AWQ or nunchaku"),
+    (".wscales", "by nunchaku"),
+    (".scales", "by MLX or another library"),
+)
 
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
-DTYPE_WORDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64", "F8_E4M3": "fp8 (e4m3)", "F8_E5M2": "fp8 (e5m2)", "U8": "uint8", "I8": "int8"}
+DTYPE_WORDS = {
+    "BF16": "bf16",
+    "F16": "fp16",
+    "F32": "fp32",
+    "F64": "fp64",
+    "F8_E4M3": "fp8 (e4m3)",
+    "F8_E5M2": "fp8 (e5m2)",
+    "U8": "uint8",
+    "I8": "int8",
+}
 SCALED = {"float8_e4m3fn": "fp8 scaled (e4m3)", "float8_e5m2": "fp8 scaled (e5m2)", "int8_tensorwise": "int8 scaled"}
 
 
 def number_format(checkpoint):
-    """How the weights are stored: (words, quantised). Words such as "bf16" or "mixed precision: fp8 scaled (e4m3) in 120 layers, else bf16"."""
+    """How the weights are stored: (words, quantised). Words such as "bf16" or "mixed precision: fp8 scaled (e4m3) in
+    120
+    layers, else bf16".
+    """
     kinds = quantised_layers(checkpoint)
     stored = Counter()
     for tensor in checkpoint.tensors.values():
         stored[tensor.dtype] += tensor.bytes
-    plain = [DTYPE_WORDS.get(name, name) for name, _ in stored.most_common() if name in ("BF16", "F16", "F32", "F64") or not kinds]
+    plain = [
+        DTYPE_WORDS.get(name, name)
+        for name, _ in stored.most_common()
+        if name in ("BF16", "F16", "F32", "F64") or not kinds
+    ]
     if not kinds:
         return (plain[0] if plain else "empty"), False
     layers = ", ".join(f"{SCALED.get(kind, kind)} in {count} layers" for kind, count in kinds.most_common())
@@ -266,7 +451,9 @@ def number_format(checkpoint):
 
 
 def quantised_layers(checkpoint):
-    """Counter of quantisation formats by layers: from the file's metadata, its .comfy_quant entries or the older scaled_fp8 mark."""
+    """Counter of quantisation formats by layers: from the file's metadata, its .comfy_quant entries or the older
+    scaled_fp8 mark.
+    """
     names = checkpoint.tensors
     text = checkpoint.metadata.get("_quantization_metadata")
     if text:
@@ -274,9 +461,14 @@ def quantised_layers(checkpoint):
             layers = json.loads(text)["layers"]
             return Counter(str(layer.get("format", "unknown")) for layer in layers.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(f"{checkpoint.name} is damaged: its quantisation metadata cannot be read. Download it again.") from None
+            raise CheckpointError(
+                f"{checkpoint.name} is damaged: its quantisation metadata cannot be read. Download it again."
+            ) from None
     marked = sum(name.endswith(".comfy_quant") for name in names)
     if marked:
         return Counter({"quantised": marked})
-    return Counter({"float8_e4m3fn": sum(name.endswith(".scale_weight") for name in names)}) if any(
-        name.endswith("scaled_fp8") for name in names) else Counter()
+    return (
+        Counter({"float8_e4m3fn": sum(name.endswith(".scale_weight") for name in names)})
+        if any(name.endswith("scaled_fp8") for name in names)
+        else Counter()
+    )

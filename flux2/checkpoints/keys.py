@@ -1,8 +1,10 @@
-"""Names of weights: what a FLUX.2 model must contain in ComfyUI's keys, and which of diffusers' and transformers' keys those come from.
+"""Names of weights: what a FLUX.2 model must contain in ComfyUI's keys, and which of diffusers' and transformers' keys
+those come from.
 
-All tables map *to* ComfyUI's keys, which are those of the original FLUX.2 files. In shapes h is the model's width. Names alone: no tensors
-are held here, so the same tables check headers and convert weights.
+All tables map *to* ComfyUI's keys, which are those of the original FLUX.2 files. In shapes h is the model's width.
+Names alone: no tensors are held here, so the same tables check headers and convert weights.
 """
+
 from dataclasses import dataclass
 
 from .variants import HEAD_CHANNELS, LATENT_CHANNELS
@@ -14,9 +16,10 @@ COPY, JOIN, SWAP_HALVES = "copy", "join", "swap halves"
 class Source:
     """Where one ComfyUI weight comes from: diffusers' names, and what to do with them.
 
-    JOIN stacks rows in the order given (q, k, v). SWAP_HALVES exchanges the two halves of the rows: the original final modulation is
-    (shift, scale), diffusers' is (scale, shift).
+    JOIN stacks rows in the order given (q, k, v). SWAP_HALVES exchanges the two halves of the rows: the original final
+    modulation is (shift, scale), diffusers' is (scale, shift).
     """
+
     names: tuple
     how: str = COPY
 
@@ -34,7 +37,9 @@ def _block_pairs(stream, q, k, v, out, norm_q, norm_k, feed_forward):
 
 DOUBLE_BLOCK = {
     **_block_pairs("img", "to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "ff"),
-    **_block_pairs("txt", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k", "ff_context"),
+    **_block_pairs(
+        "txt", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k", "ff_context"
+    ),
 }
 SINGLE_BLOCK = {
     "linear1.weight": Source(("attn.to_qkv_mlp_proj.weight",)),
@@ -62,34 +67,60 @@ GUIDANCE = {
 def model_sources(variant):
     """Every weight of a FLUX.2 diffusion model: ComfyUI name -> Source in diffusers' names."""
     sources = {**OUTSIDE_BLOCKS, **(GUIDANCE if variant.guidance else {})}
-    for ours, theirs, count, table in (("double_blocks", "transformer_blocks", variant.double_blocks, DOUBLE_BLOCK),
-                                       ("single_blocks", "single_transformer_blocks", variant.single_blocks, SINGLE_BLOCK)):
+    for ours, theirs, count, table in (
+        ("double_blocks", "transformer_blocks", variant.double_blocks, DOUBLE_BLOCK),
+        ("single_blocks", "single_transformer_blocks", variant.single_blocks, SINGLE_BLOCK),
+    ):
         for index in range(count):
             for name, source in table.items():
-                sources[f"{ours}.{index}.{name}"] = Source(tuple(f"{theirs}.{index}.{part}" for part in source.names), source.how)
+                sources[f"{ours}.{index}.{name}"] = Source(
+                    tuple(f"{theirs}.{index}.{part}" for part in source.names), source.how
+                )
     return sources
 
 
 def model_shapes(variant):
     """The shape of every weight in `model_sources(variant)`: ComfyUI name -> tuple."""
     h, d, c = variant.hidden, HEAD_CHANNELS, LATENT_CHANNELS
-    fixed = {"img_in": (h, c), "txt_in": (h, variant.text_width), "in_layer": (h, 256), "out_layer": (h, h), "modulation_img.lin": (6 * h, h),
-             "modulation_txt.lin": (6 * h, h), "single_stream_modulation.lin": (3 * h, h), "adaLN_modulation.1": (2 * h, h),
-             "final_layer.linear": (c, h), "attn.qkv": (3 * h, h), "attn.proj": (h, h), "query_norm": (d,), "key_norm": (d,),
-             "mlp.0": (6 * h, h), "mlp.2": (h, 3 * h), "linear1": (9 * h, h), "linear2": (h, 4 * h)}
+    fixed = {
+        "img_in": (h, c),
+        "txt_in": (h, variant.text_width),
+        "in_layer": (h, 256),
+        "out_layer": (h, h),
+        "modulation_img.lin": (6 * h, h),
+        "modulation_txt.lin": (6 * h, h),
+        "single_stream_modulation.lin": (3 * h, h),
+        "adaLN_modulation.1": (2 * h, h),
+        "final_layer.linear": (c, h),
+        "attn.qkv": (3 * h, h),
+        "attn.proj": (h, h),
+        "query_norm": (d,),
+        "key_norm": (d,),
+        "mlp.0": (6 * h, h),
+        "mlp.2": (h, 3 * h),
+        "linear1": (9 * h, h),
+        "linear2": (h, 4 * h),
+    }
     endings = tuple(fixed.items())
-    return {name: next(shape for ending, shape in endings if name.removesuffix(".weight").endswith(ending)) for name in model_sources(variant)}
+    return {
+        name: next(shape for ending, shape in endings if name.removesuffix(".weight").endswith(ending))
+        for name in model_sources(variant)
+    }
 
 
 def diffusers_shapes(variant):
     """The shape of every weight of the model in diffusers' names: a joined weight is three equal parts there."""
     shapes = model_shapes(variant)
-    return {part: (shapes[name][0] // len(source.names), *shapes[name][1:])
-            for name, source in model_sources(variant).items() for part in source.names}
+    return {
+        part: (shapes[name][0] // len(source.names), *shapes[name][1:])
+        for name, source in model_sources(variant).items()
+        for part in source.names
+    }
 
 
 def convert_model(weights, variant):
-    """A state dict in diffusers' keys -> (state dict in ComfyUI's keys, name -> parts of the weights that are stacked). Empties `weights`.
+    """A state dict in diffusers' keys -> (state dict in ComfyUI's keys, name -> parts of the weights that are stacked).
+    Empties `weights`.
 
     Nothing is copied: in the state dict, a stacked weight has a stand-in of its shape and type that takes no memory.
     """
@@ -113,30 +144,46 @@ def _stand_in(parts):
 
 # --- text encoders ---------------------------------------------------------------------------------------------------
 
+
 def encoder_shapes(sizes, query_norms=False):
     """The weights of a language model's embedding and layers with their shapes, in ComfyUI's keys.
 
-    `sizes` has ComfyUI's names of dimensions; `query_norms` adds the norms of queries and keys that Qwen3 has and Mistral 3 has not.
+    `sizes` has ComfyUI's names of dimensions; `query_norms` adds the norms of queries and keys that Qwen3 has and
+    Mistral 3 has not.
     """
     h, inner = sizes["hidden_size"], sizes["intermediate_size"]
     q, kv = HEAD_CHANNELS * sizes["num_attention_heads"], HEAD_CHANNELS * sizes["num_key_value_heads"]
-    layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h),
-             "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q), "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner)}
+    layer = {
+        "input_layernorm": (h,),
+        "post_attention_layernorm": (h,),
+        "self_attn.q_proj": (q, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q),
+        "mlp.gate_proj": (inner, h),
+        "mlp.up_proj": (inner, h),
+        "mlp.down_proj": (h, inner),
+    }
     if query_norms:
         layer |= {"self_attn.q_norm": (HEAD_CHANNELS,), "self_attn.k_norm": (HEAD_CHANNELS,)}
-    layers = {f"model.layers.{index}.{name}.weight": shape for index in range(sizes["num_hidden_layers"]) for name, shape in layer.items()}
+    layers = {
+        f"model.layers.{index}.{name}.weight": shape
+        for index in range(sizes["num_hidden_layers"])
+        for name, shape in layer.items()
+    }
     return {"model.embed_tokens.weight": (sizes["vocab_size"], h), **layers}
 
 
 def encoder_name(name, prefix, layers):
     """ComfyUI's key for a weight of a language model, or None for what FLUX.2 never reads.
 
-    `prefix` is what precedes "layers." and "embed_tokens." in the file: "model.", or "language_model.model." (transformers before 4.52), or
-    "model.language_model." (since). Dropped are the layers from number `layers` on, the final norm, lm_head and the vision tower.
+    `prefix` is what precedes "layers." and "embed_tokens." in the file: "model.", or "language_model.model."
+    (transformers before 4.52), or "model.language_model." (since). Dropped are the layers from number `layers` on, the
+    final norm, lm_head and the vision tower.
     """
     if not name.startswith(prefix):
         return None
-    rest = name[len(prefix):]
+    rest = name[len(prefix) :]
     if rest.startswith("layers."):
         number = rest.split(".")[1]
         return f"model.{rest}" if number.isdigit() and int(number) < layers else None

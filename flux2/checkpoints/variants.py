@@ -2,6 +2,7 @@
 
 A row is what can be read from the shapes in a file. Adding a variant is adding a row.
 """
+
 from dataclasses import dataclass
 
 HEAD_CHANNELS = 128  # channels of one attention head, in every variant
@@ -12,6 +13,7 @@ TEXT_TAPS = 3  # hidden states of the text encoder that are joined: the text wid
 @dataclass(frozen=True)
 class Variant:
     """One FLUX.2 diffusion model."""
+
     title: str
     hidden: int  # width of the transformer
     double_blocks: int
@@ -33,13 +35,29 @@ VARIANTS = (
 
 
 def find(hidden, double_blocks, single_blocks, text_width, guidance):
-    """The variant with these dimensions and the reason: (Variant, sentence). A model that is not in the table gets a row of its own."""
+    """The variant with these dimensions and the reason: (Variant, sentence). A model that is not in the table gets a
+    row
+    of its own.
+    """
     for variant in VARIANTS:
-        if (variant.hidden, variant.double_blocks, variant.single_blocks, variant.text_width) == (hidden, double_blocks, single_blocks, text_width):
-            return variant, f"its width {hidden}, its {double_blocks} + {single_blocks} blocks and its text width {text_width} are those of {variant.title}"
+        if (variant.hidden, variant.double_blocks, variant.single_blocks, variant.text_width) == (
+            hidden,
+            double_blocks,
+            single_blocks,
+            text_width,
+        ):
+            return (
+                variant,
+                f"its width {hidden}, its {double_blocks} + {single_blocks} blocks and its text width {text_width} "
+                f"are those of {variant.title}",
+            )
     encoder = encoder_for(text_width)
     custom = Variant("FLUX.2 (custom size)", hidden, double_blocks, single_blocks, text_width, guidance, encoder)
-    return custom, f"no published FLUX.2 is {hidden} wide with {double_blocks} + {single_blocks} blocks and text width {text_width}"
+    return (
+        custom,
+        f"no published FLUX.2 is {hidden} wide with {double_blocks} + {single_blocks} blocks and text width "
+        f"{text_width}",
+    )
 
 
 def encoder_for(text_width):
@@ -51,5 +69,9 @@ def encoder_for(text_width):
 def describe(variant):
     """One line: name, width, blocks, text width, guidance."""
     guidance = "with guidance embedding" if variant.guidance else "without guidance embedding"
-    return (f"{variant.title}: width {variant.hidden} ({variant.heads} heads of {HEAD_CHANNELS}), {variant.double_blocks} double + "
-            f"{variant.single_blocks} single blocks, reads prompts {variant.text_width} wide from {variant.text_encoder}, {guidance}")
+    return (
+        f"{variant.title}: width {variant.hidden} ({variant.heads} heads of {HEAD_CHANNELS}), {variant.double_blocks} "
+        "double + "
+        f"{variant.single_blocks} single blocks, reads prompts {variant.text_width} wide from {variant.text_encoder}, "
+        f"{guidance}"
+    )

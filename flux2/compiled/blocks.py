@@ -1,10 +1,13 @@
-"""FLUX's blocks compiled one by one with torch.compile, on a MODEL clone: one graph for all double blocks, one for all single blocks, any length.
+"""FLUX's blocks compiled one by one with torch.compile, on a MODEL clone: one graph for all double blocks, one for all
+single blocks, any length.
 
-While such a model runs, each block's `forward` is a Runner, so whoever calls core's block calls compiled code; the modules are as before when the
-forward pass ends. Blocks that another node replaces without calling core's are left to it. The length of text and picture is free in the graphs;
-batch one, larger batches, references at timestep zero and other ways of keeping weights each need a graph of their own, once. No guard is dropped:
-what varies between blocks, backends and samplings is outside the graphs (graph_ops.py). Not covered: training, CUDA graphs.
+While such a model runs, each block's `forward` is a Runner, so whoever calls core's block calls compiled code; the
+modules are as before when the forward pass ends. Blocks that another node replaces without calling core's are left to
+it. The length of text and picture is free in the graphs; batch one, larger batches, references at timestep zero and
+other ways of keeping weights each need a graph of their own, once. No guard is dropped: what varies between blocks,
+backends and samplings is outside the graphs (graph_ops.py). Not covered: training, CUDA graphs.
 """
+
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +28,8 @@ from .. import error_links
 KEY = "flux2_compile"
 MODES = ("default", "max-autotune-no-cudagraphs")
 REFUSE, EAGER = "error", "run eager and report"
-GRAPHS = 64  # of one kind of block, before torch.compile gives up: batches x ways of keeping weights x models of one session
+# of one kind of block, before torch.compile gives up: batches x ways of keeping weights x models of one session
+GRAPHS = 64
 INSTEAD = "Remove the node: ComfyUI's blocks run without it. Fast Blocks (FLUX.2) needs no compiling."
 log = logging.getLogger(__name__)
 
@@ -36,9 +40,13 @@ class CompileRefused(RuntimeError):
 
 # --- a plan, and the record of what came of it -----------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Graph:
-    """One compilation: the kind of block, seconds it took, what it is for in words, and whether its code was found on disk."""
+    """One compilation: the kind of block, seconds it took, what it is for in words, and whether its code was found on
+    disk.
+    """
+
     kind: str
     seconds: float
     described: str
@@ -61,38 +69,61 @@ class CompileLog:
 
     def headline(self):
         number, found = len(self.graphs), sum(graph.found for graph in self.graphs)
-        return f"{number} graph{'s' if number != 1 else ''} compiled in {self.seconds:.1f} s since the node ran, {found} of them found on disk"
+        return (
+            f"{number} graph{'s' if number != 1 else ''} compiled in {self.seconds:.1f} s since the node ran, "
+            f"{found} of them found on disk"
+        )
 
     def as_text(self):
         done, left = sum(self.compiled.values()), sum(self.eager.values())
-        counted = f"{done} of {done + left} block calls." if done + left else "no block of ComfyUI's own has been called."
+        counted = (
+            f"{done} of {done + left} block calls." if done + left else "no block of ComfyUI's own has been called."
+        )
         lines = [f"Compiled blocks: {counted}"]
         if self.graphs:
             lines.append(f"  {self.headline()} ({toolchain.place()}):")
             lines += [f"    {graph.kind} blocks, {graph.described}: {graph.seconds:.1f} s" for graph in self.graphs]
-        return "\n".join(lines + [f"  run eager, {count} calls: {reason}" for reason, count in self.eager.most_common()])
+        return "\n".join(
+            lines + [f"  run eager, {count} calls: {reason}" for reason, count in self.eager.most_common()]
+        )
 
     def as_data(self):
-        return {"compiled": sum(self.compiled.values()), "eager": dict(self.eager), "seconds": self.seconds,
-                "graphs": [{"kind": g.kind, "seconds": g.seconds, "for": g.described} for g in self.graphs]}
+        return {
+            "compiled": sum(self.compiled.values()),
+            "eager": dict(self.eager),
+            "seconds": self.seconds,
+            "graphs": [{"kind": g.kind, "seconds": g.seconds, "for": g.described} for g in self.graphs],
+        }
 
 
 class Plan:
-    """How the blocks of a MODEL are compiled. mode and backend: torch.compile's. on_failure: REFUSE raises CompileRefused where a block cannot be
-    compiled, EAGER runs it eager and says so in the log. tell(sentence) is called around each compilation."""
+    """How the blocks of a MODEL are compiled. mode and backend: torch.compile's. on_failure: REFUSE raises
+    CompileRefused
+    where a block cannot be compiled, EAGER runs it eager and says so in the log. tell(sentence) is called around each
+    compilation.
+    """
 
     def __init__(self, mode=MODES[0], on_failure=REFUSE, backend="inductor", tell=lambda text: None):
         if mode not in MODES or on_failure not in (REFUSE, EAGER):
-            raise ValueError(f"The mode can be {' or '.join(MODES)}, and failures can be answered by '{REFUSE}' or '{EAGER}'; "
-                             f"not '{mode}' and '{on_failure}'.")
+            raise ValueError(
+                f"The mode can be {' or '.join(MODES)}, and failures can be answered by '{REFUSE}' or '{EAGER}'; "
+                f"not '{mode}' and '{on_failure}'."
+            )
         self.mode, self.on_failure, self.backend, self.tell = mode, on_failure, backend, tell
         self.log, self.failed = CompileLog(), {}
 
     def run(self, kind, block, options, args, kwargs, described):
-        """One call of a block by compiled code. kind: "double" or "single"; described: what the graph is for, in words. The block's errors pass through."""
+        """One call of a block by compiled code. kind: "double" or "single"; described: what the graph is for, in words.
+        The block's errors pass through.
+        """
         if not any(graph.kind == kind for graph in self.log.graphs):
             self.tell(f"Compiling {kind} blocks ...")
-        function, before, hits, start = compiled(kind, self.mode, self.backend), graphs_so_far(), found_on_disk(), time.perf_counter()
+        function, before, hits, start = (
+            compiled(kind, self.mode, self.backend),
+            graphs_so_far(),
+            found_on_disk(),
+            time.perf_counter(),
+        )
         out = function(block, options, args, kwargs)
         if graphs_so_far() != before:
             self.log.graphs.append(Graph(kind, time.perf_counter() - start, described, found_on_disk() > hits))
@@ -102,7 +133,10 @@ class Plan:
         return out
 
     def fail(self, kind, error):
-        """Remember why a kind of block cannot be compiled, so that it is tried once. CompileRefused where that shall stop the run."""
+        """Remember why a kind of block cannot be compiled, so that it is tried once. CompileRefused where that shall
+        stop
+        the run.
+        """
         reason = f"torch.compile failed on the {kind} blocks: {summary(error)}"
         if self.on_failure == REFUSE:
             raise CompileRefused(f"{reason} Set failures to '{EAGER}'. {INSTEAD}") from error
@@ -119,6 +153,7 @@ def summary(error):
 def dynamo():
     """torch._dynamo, which takes a second to import."""
     import torch._dynamo
+
     return torch._dynamo
 
 
@@ -132,7 +167,9 @@ def found_on_disk():
     return dynamo().utils.counters["inductor"]["fxgraph_cache_hit"]
 
 
-# Two functions, because torch keeps what it compiled with the code of a function, and looks through all of it at every call.
+# Two functions, because torch keeps what it compiled with the code of a function, and looks through all of it at every
+# call.
+
 
 def _double(block, options, args, kwargs):
     return type(block).forward(block, *args, transformer_options=options, **kwargs)
@@ -146,10 +183,13 @@ def _single(block, options, args, kwargs):
 def compiled(kind, mode, backend):
     """The function of a kind of block, under torch.compile with free lengths and without graph breaks."""
     function = {"double": _double, "single": _single}[kind]
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=True, mode=None if mode == MODES[0] else mode)
+    return torch.compile(
+        function, backend=backend, fullgraph=True, dynamic=True, mode=None if mode == MODES[0] else mode
+    )
 
 
 # --- one block -------------------------------------------------------------------------------------------------------
+
 
 class Runner:
     """What a block's `forward` is while its model runs. layers: [(place, layer)] of the block that have weights."""
@@ -177,28 +217,46 @@ class Runner:
             return "a gradient is asked for."
         patches = sorted(names_read(type(self.block)) & set(options.get("patches", {})))
         if patches:
-            return f"another node patches the blocks from inside ({', '.join(patches)}), with code that may differ from call to call."
+            return (
+                f"another node patches the blocks from inside ({', '.join(patches)}), with code that may differ "
+                "from call to call."
+            )
         return "another pack has put a function of its own in the place of the block's." if self.foreign else None
 
     def run(self, like, options, args, kwargs):
         own = {place: layer.forward for place, layer in self.layers}
-        read = {name: value for name, value in options.items() if name in names_read(type(self.block)) and name != "patches"}
+        read = {
+            name: value for name, value in options.items() if name in names_read(type(self.block)) and name != "patches"
+        }
         with graph_ops.inside(options, own), graph_ops.stand_ins(self.layers, like) as number:
             outside = f", {number} of {len(own)} layers called outside the graph" if number else ""
             described = f"batch {like.shape[0]}, {str(like.dtype).removeprefix('torch.')}{outside}"
-            return self.plan.run(self.kind, self.block, {**read, "optimized_attention_override": graph_ops.attention}, args, kwargs, described)
+            return self.plan.run(
+                self.kind,
+                self.block,
+                {**read, "optimized_attention_override": graph_ops.attention},
+                args,
+                kwargs,
+                described,
+            )
 
 
 @lru_cache(maxsize=None)
 def names_read(block_type):
-    """The strings in the code of a block's forward. Options with other names differ from block to block and step to step, and cannot matter to it."""
+    """The strings in the code of a block's forward. Options with other names differ from block to block and step to
+    step,
+    and cannot matter to it.
+    """
     return frozenset(value for value in block_type.forward.__code__.co_consts if isinstance(value, str))
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
 
+
 class Compiling:
-    """The wrapper around a forward pass of a FLUX network, whichever copy of it runs: its blocks are Runners meanwhile."""
+    """The wrapper around a forward pass of a FLUX network, whichever copy of it runs: its blocks are Runners
+    meanwhile.
+    """
 
     def __init__(self, plan):
         self.plan, self.layers = plan, WeakKeyDictionary()
@@ -207,28 +265,38 @@ class Compiling:
         if torch.compiler.is_compiling():  # core's compile node around us compiles everything anyway
             return executor(*args, **kwargs)
         from torch.fx.experimental import _config as symbols
+
         network = executor.class_obj
         with ExitStack() as stack:
             stack.enter_context(dynamo().config.patch(recompile_limit=GRAPHS))
-            stack.enter_context(symbols.patch(use_duck_shape=False))  # two lengths that happen to be equal stay two lengths
+            # two lengths that happen to be equal stay two lengths
+            stack.enter_context(symbols.patch(use_duck_shape=False))
             for kind in ("double", "single"):
                 for block in getattr(network, f"{kind}_blocks"):
-                    stack.enter_context(graph_ops.forward_as(block, Runner(self.plan, kind, block, self.layers_of(block))))
+                    stack.enter_context(
+                        graph_ops.forward_as(block, Runner(self.plan, kind, block, self.layers_of(block)))
+                    )
             return executor(*args, **kwargs)
 
     def layers_of(self, block):
         """[(place, layer)] of the layers with weights in a block."""
         if block not in self.layers:
-            self.layers[block] = [(name, layer) for name, layer in block.named_modules() if getattr(layer, "weight", None) is not None]
+            self.layers[block] = [
+                (name, layer) for name, layer in block.named_modules() if getattr(layer, "weight", None) is not None
+            ]
         return self.layers[block]
 
 
 def install(model, plan):
-    """Compile the blocks of a MODEL clone as a Plan says, from its next forward pass on; replaces an earlier plan. ValueError for models of another kind."""
+    """Compile the blocks of a MODEL clone as a Plan says, from its next forward pass on; replaces an earlier plan.
+    ValueError for models of another kind.
+    """
     network = model.model.diffusion_model
     if not isinstance(network, comfy.ldm.flux.model.Flux):
-        raise ValueError(f"Compile Blocks knows the blocks of FLUX models, and this is a {type(model.model).__name__}. "
-                         "ComfyUI's own node TorchCompileModel compiles any model.")
+        raise ValueError(
+            f"Compile Blocks knows the blocks of FLUX models, and this is a {type(model.model).__name__}. "
+            "ComfyUI's own node TorchCompileModel compiles any model."
+        )
     for kind, wrapper in ((WrappersMP.DIFFUSION_MODEL, Compiling(plan)), (WrappersMP.OUTER_SAMPLE, counting(plan.log))):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -236,10 +304,12 @@ def install(model, plan):
 
 def counting(compile_log):
     """A sampler wrapper: a sampling begins with no calls counted."""
+
     @error_links.links()
     def wrapper(executor, *args, **kwargs):
         compile_log.begin()
         return executor(*args, **kwargs)
+
     return wrapper
 
 
@@ -250,9 +320,15 @@ def plan_of(model):
 
 
 def replaced(model):
-    """{kind: number of its blocks that other nodes replace}: those are compiled only where the replacement calls core's block."""
+    """{kind: number of its blocks that other nodes replace}: those are compiled only where the replacement calls core's
+    block.
+    """
     entries = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {})
-    return Counter(name[0].removesuffix("_block") for name in entries if isinstance(name, tuple) and str(name[0]) in ("double_block", "single_block"))
+    return Counter(
+        name[0].removesuffix("_block")
+        for name in entries
+        if isinstance(name, tuple) and str(name[0]) in ("double_block", "single_block")
+    )
 
 
 def report(model):
@@ -261,5 +337,8 @@ def report(model):
     if plan is None:
         return ""
     taken = ", ".join(f"{count} {kind}" for kind, count in replaced(model).items())
-    note = f"\n  {taken} blocks are replaced by another node (Fast Blocks, say): they are compiled only where it calls ComfyUI's block."
+    note = (
+        f"\n  {taken} blocks are replaced by another node (Fast Blocks, say): they are compiled only where it "
+        "calls ComfyUI's block."
+    )
     return plan.log.as_text() + (note if taken else "")

@@ -1,4 +1,7 @@
-"""Whether this machine can compile for torch.compile, and where what it compiled is kept. Looks for tools, compiles nothing."""
+"""Whether this machine can compile for torch.compile, and where what it compiled is kept. Looks for tools, compiles
+nothing.
+"""
+
 import os
 import shutil
 import sysconfig
@@ -18,13 +21,19 @@ def unavailable(device):
 
 def _no_triton(device):
     from torch.utils._triton import has_triton, has_triton_package
+
     if not has_triton_package():
-        return "Triton is not installed, and torch.compile writes its GPU kernels in it. Install it: pip install triton (triton-windows on Windows)."
+        return (
+            "Triton is not installed, and torch.compile writes its GPU kernels in it. Install it: pip install "
+            "triton (triton-windows on Windows)."
+        )
     if not has_triton():
         return f"this Triton does not support the device {device} ({_name(device)})."
     if os.name != "nt" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return ("there is no C compiler, and Triton needs one to start its kernels. "
-                "Install gcc (Debian, Ubuntu: apt install build-essential), or name one in CC.")
+        return (
+            "there is no C compiler, and Triton needs one to start its kernels. "
+            "Install gcc (Debian, Ubuntu: apt install build-essential), or name one in CC."
+        )
     return None
 
 
@@ -34,11 +43,14 @@ def _name(device):
 
 def _no_cpp():
     from torch._inductor import cpp_builder
+
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:  # torch has a class of its own for this, and other names for it in other versions
         line = str(error).strip().splitlines()[0]
-        return f"there is no C++ compiler that torch.compile can use on a CPU ({line}). Install g++, or name one in CXX."
+        return (
+            f"there is no C++ compiler that torch.compile can use on a CPU ({line}). Install g++, or name one in CXX."
+        )
     return None
 
 
@@ -47,14 +59,21 @@ def _no_headers():
     folder = sysconfig.get_paths()["include"]
     if os.name == "nt" or os.path.isfile(os.path.join(folder, "Python.h")):
         return None
-    return f"Python's headers are not installed ({folder} has no Python.h). Install them (Debian, Ubuntu: apt install python3-dev)."
+    return (
+        f"Python's headers are not installed ({folder} has no Python.h). Install them (Debian, Ubuntu: apt install "
+        "python3-dev)."
+    )
 
 
 def keep_on_disk(folder):
-    """Let torch keep what it compiles in `folder`, unless the user chose a place; returns the place. Concerns all compiling in this process."""
+    """Let torch keep what it compiles in `folder`, unless the user chose a place; returns the place. Concerns all
+    compiling in this process.
+    """
     from torch._inductor.runtime import cache_dir_utils
+
     chosen = os.environ.get(CACHE_VARIABLE)
-    if not chosen or chosen == cache_dir_utils.default_cache_dir():  # torch writes its default, a temporary folder, into the variable too
+    # torch writes its default, a temporary folder, into the variable too
+    if not chosen or chosen == cache_dir_utils.default_cache_dir():
         os.environ[CACHE_VARIABLE] = str(folder)
     return os.environ[CACHE_VARIABLE]
 

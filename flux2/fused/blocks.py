@@ -1,15 +1,18 @@
 """FLUX.2's transformer blocks with fused elementwise kernels, as replacements at ComfyUI's block patch points.
 
-The model's modules and weights are not touched: linear layers are called as ComfyUI's modules, attention through its attention function with
-whatever override the model carries. A block, or a call of one, that cannot be computed exactly so is left to core's block, and counted with
-the reason. What a block computes was read from comfy/ldm/flux/layers.py (DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
+The model's modules and weights are not touched: linear layers are called as ComfyUI's modules, attention through its
+attention function with whatever override the model carries. A block, or a call of one, that cannot be computed exactly
+so is left to core's block, and counted with the reason. What a block computes was read from comfy/ldm/flux/layers.py
+(DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
 """
+
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 
-from comfy.ldm.flux import layers as flux_layers, math as flux_math  # looked into at each call: packs put their own attention there
+# looked into at each call: packs put their own attention there
+from comfy.ldm.flux import layers as flux_layers, math as flux_math
 from comfy.patcher_extension import WrappersMP
 
 from . import kernels
@@ -47,9 +50,11 @@ class FastLog:
 
 
 def install(model, rows=None):
-    """Replace the blocks of a MODEL clone by fused ones; returns (FastLog, reasons). reasons: {block: why it stays core's}, a sentence each.
+    """Replace the blocks of a MODEL clone by fused ones; returns (FastLog, reasons). reasons: {block: why it stays
+    core's}, a sentence each.
 
-    rows: a row_fp8.RowFp8 to compute the products of bf16 layers in fp8, or None. Raises ValueError when no block can be replaced, with the reasons.
+    rows: a row_fp8.RowFp8 to compute the products of bf16 layers in fp8, or None. Raises ValueError when no block can
+    be replaced, with the reasons.
     """
     inner = model.model.diffusion_model
     log, tools, reasons, number = FastLog(rows), Tools(Products(rows), Handover()), {}, 0
@@ -64,7 +69,12 @@ def install(model, rows=None):
             model.set_model_patch_replace(after, "dit", kind, index)
             number += 1
     if not number:
-        raise ValueError(f"None of this model's blocks can be fused: {'; '.join(sorted(set(reasons.values()))) or 'it has no blocks of the FLUX kind'}.")
+        raise ValueError(
+            (
+                "None of this model's blocks can be fused: "
+                f"{'; '.join(sorted(set(reasons.values()))) or 'it has no blocks of the FLUX kind'}."
+            )
+        )
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counting(log, tools.handover))
     model.model_options["transformer_options"][KEY] = log
@@ -78,24 +88,36 @@ def log_of(model):
 
 def counting(log, handover):
     """A sampler wrapper: a sampling begins with an empty log, and one that was cut short leaves no tensor behind."""
+
     def wrapper(executor, *args, **kwargs):
         log.begin()
         try:
             return executor(*args, **kwargs)
         finally:
             handover.forget()
+
     return wrapper
 
 
 def replaced(model, kind, index):
-    """What somebody else has put in the place of a block, or None. A replacement of ours is not kept: installing twice replaces."""
-    before = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {}).get((kind, index))
+    """What somebody else has put in the place of a block, or None. A replacement of ours is not kept: installing twice
+    replaces.
+    """
+    before = (
+        model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {}).get((kind, index))
+    )
     return before.before if isinstance(before, Replacement) else before
 
 
 def unsuitable(block, kind):
-    """Why a block module cannot be fused, as a sentence; None when it can. Decided once, on what the module is made of."""
-    activation = getattr(block, "mlp_act", None) if kind == "single_block" else next(iter(list(getattr(block, "img_mlp", ()))[1:2]), None)
+    """Why a block module cannot be fused, as a sentence; None when it can. Decided once, on what the module is made
+    of.
+    """
+    activation = (
+        getattr(block, "mlp_act", None)
+        if kind == "single_block"
+        else next(iter(list(getattr(block, "img_mlp", ()))[1:2]), None)
+    )
     norm = getattr(block, "norm", None) or getattr(getattr(block, "img_attn", None), "norm", None)
     if type(activation).__name__ != "SiLUActivation":
         return "its feed-forward part is not FLUX.2's SwiGLU"
@@ -141,7 +163,14 @@ class Replacement:
             return original(args)
         self.count(self.log.fast, self.fast.__name__)
         with on_device(args["img"]):
-            return self.fast(block, args, segment, self.tools._replace(readers=self.readers) if block is self.block else Tools(self.tools.products, Handover()))
+            return self.fast(
+                block,
+                args,
+                segment,
+                self.tools._replace(readers=self.readers)
+                if block is self.block
+                else Tools(self.tools.products, Handover()),
+            )
 
     def cleanup(self):
         """ComfyUI calls it when a sampling ends, in the other ranks of a parallel one too."""
@@ -153,45 +182,61 @@ class Replacement:
 
 
 class Tools(NamedTuple):
-    """What a fused block computes with. readers: of the next block, by the name of the hidden states; none where nothing is to be written ahead."""
+    """What a fused block computes with. readers: of the next block, by the name of the hidden states; none where
+    nothing
+    is to be written ahead.
+    """
+
     products: Products
     handover: Handover
     readers: dict = {}
 
     def finish(self, name, given, x, delta, gate, mod, **options):
-        """x += delta * gate, the last step of a block; with what the next one reads where it may be written ahead, under `mod`.
+        """x += delta * gate, the last step of a block; with what the next one reads where it may be written ahead,
+        under
+        `mod`.
 
-        given: x as core gave it. Where x is an alias of it, somebody may yet write through the other one, uncounted: then only the next block writes ahead.
+        given: x as core gave it. Where x is an alias of it, somebody may yet write through the other one, uncounted:
+        then only the next block writes ahead.
         """
         reader = self.readers.get(name)
         if reader is None or x is not given or reader.linear in self.handover.missed:
             self.handover.add(name, x, delta, gate, **options)
         else:
-            self.handover.add_and_note(name, x, delta, gate, reader, mod, self.products.scale_for(reader.linear, x), **options)
+            self.handover.add_and_note(
+                name, x, delta, gate, reader, mod, self.products.scale_for(reader.linear, x), **options
+            )
 
 
 def readers(block):
     """{name of the hidden states: Reader} of what a block reads first."""
     if hasattr(block, "pre_norm"):
         return {"joint": Reader(block.pre_norm, block.linear1)}
-    return {name: Reader(getattr(block, f"{name}_norm1"), getattr(block, f"{name}_attn").qkv) for name in ("img", "txt")}
+    return {
+        name: Reader(getattr(block, f"{name}_norm1"), getattr(block, f"{name}_attn").qkv) for name in ("img", "txt")
+    }
 
 
 def original_call(original):
-    """(the block module, the keyword arguments) that core's own call of a block would use; None for what it does not close over.
+    """(the block module, the keyword arguments) that core's own call of a block would use; None for what it does not
+    close
+    over.
 
-    Core hands a replacement neither: they are what its inner function closes over. One that closes over no block is not core's.
+    Core hands a replacement neither: they are what its inner function closes over. One that closes over no block is not
+    core's.
     """
     names = getattr(getattr(original, "__code__", None), "co_freevars", ())
     held = dict(zip(names, (cell.cell_contents for cell in getattr(original, "__closure__", None) or ())))
     block = held.get("block")
-    return getattr(block, "_orig_mod", block), held.get("extra_kwargs")  # torch.compile wraps the modules that it is given
+    # torch.compile wraps the modules that it is given
+    return getattr(block, "_orig_mod", block), held.get("extra_kwargs")
 
 
 def changed_inside(block):
     """Why a block's own forward is not core's, or not all that a call of it does, as a sentence; None when it is."""
     foreign = getattr(block.forward, "__func__", None) is not type(block).forward
-    foreign = foreign and getattr(block.forward, "foreign", True)  # Compile Blocks puts its own there, and knows whether another's was there before
+    # Compile Blocks puts its own there, and knows whether another's was there before
+    foreign = foreign and getattr(block.forward, "foreign", True)
     if foreign or type(block).forward.__module__ != flux_layers.__name__:
         return "another pack has put a function of its own in the place of the block's"
     if block._forward_hooks or block._forward_pre_hooks:
@@ -202,9 +247,14 @@ def changed_inside(block):
 
 
 def segment_of(given, vec):
-    """((start, end) of the tokens that the modulation's second row is for, reason). reason: why a call cannot be fused, or None."""
+    """((start, end) of the tokens that the modulation's second row is for, reason). reason: why a call cannot be
+    fused, or
+    None.
+    """
     if given is None:
-        return ((0, 0), None) if rows(vec) == 1 else (None, "core does not say what tokens the second modulation is for")
+        return (
+            ((0, 0), None) if rows(vec) == 1 else (None, "core does not say what tokens the second modulation is for")
+        )
     others = sorted(set(given) - {"modulation_dims_img", "modulation_dims"})
     if others:
         return None, f"core passes arguments that the fused blocks do not know: {', '.join(others)}"
@@ -216,7 +266,10 @@ def segment_of(given, vec):
 
 
 def rows(vec):
-    """Rows of a block's modulation: 1, or 2 where some tokens have their own. vec: what core passes, a tensor or (nested) ModulationOut."""
+    """Rows of a block's modulation: 1, or 2 where some tokens have their own. vec: what core passes, a tensor or
+    (nested)
+    ModulationOut.
+    """
     while isinstance(vec, tuple):
         vec = vec[0]
     vec = getattr(vec, "shift", vec)
@@ -244,16 +297,26 @@ def on_device(tensor):
 
 
 def double_block(block, args, segment, tools=Tools(Products(), Handover())):
-    """{"img", "txt"} after a DoubleStreamBlock. args as core gives them to a replacement: img, txt, vec, pe, attn_mask, transformer_options."""
+    """{"img", "txt"} after a DoubleStreamBlock. args as core gives them to a replacement: img, txt, vec, pe, attn_mask,
+    transformer_options.
+    """
     from .kernels.qkv import joint_qkv
+
     img, txt = (counted(args[name]) if name in tools.readers else args[name] for name in ("img", "txt"))
     image, text = (block.img_mod(args["vec"]), block.txt_mod(args["vec"])) if block.modulation else args["vec"]
-    img_side, txt_side = Side(block, "img", args["img"], img, image, segment, tools), Side(block, "txt", args["txt"], txt, text, (0, 0), tools)
+    img_side, txt_side = (
+        Side(block, "img", args["img"], img, image, segment, tools),
+        Side(block, "txt", args["txt"], txt, text, (0, 0), tools),
+    )
     weights = txt_side.norm_weights(), img_side.norm_weights()
     place = [txt.shape[1], txt.shape[1] + img.shape[1]]
-    attn = attend(lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), block.num_heads, *weights, pe), args, {"img_slice": place})
-    img_side.finish(attn[:, txt.shape[1]:], finite=False)  # core mends float16 images once, after the last double block
-    txt_side.finish(attn[:, :txt.shape[1]], finite=txt.dtype == torch.float16)
+    attn = attend(
+        lambda pe: joint_qkv(txt_side.qkv(), img_side.qkv(), block.num_heads, *weights, pe), args, {"img_slice": place}
+    )
+    img_side.finish(
+        attn[:, txt.shape[1] :], finite=False
+    )  # core mends float16 images once, after the last double block
+    txt_side.finish(attn[:, : txt.shape[1]], finite=txt.dtype == torch.float16)
     return {"img": img, "txt": txt}
 
 
@@ -261,7 +324,14 @@ class Side:
     """The image or the text side of a double block: what it computes before and after the joint attention."""
 
     def __init__(self, block, name, given, x, modulations, segment, tools):
-        self.name, self.given, self.x, self.segment, (self.first, self.second), self.tools = name, given, x, segment, modulations, tools
+        self.name, self.given, self.x, self.segment, (self.first, self.second), self.tools = (
+            name,
+            given,
+            x,
+            segment,
+            modulations,
+            tools,
+        )
         self.attn, self.mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
         self.reader, self.norm2 = readers(block)[name], getattr(block, f"{name}_norm2")
 
@@ -269,18 +339,31 @@ class Side:
         return norm_weight(self.attn.norm.query_norm, self.x), norm_weight(self.attn.norm.key_norm, self.x)
 
     def qkv(self):
-        return self.tools.products.product(self.attn.qkv, self.x, lambda scale: self.tools.handover.normed(
-            self.name, self.x, self.reader, self.first, scale, segment=self.segment), f"{self.name}_attn.qkv")
+        return self.tools.products.product(
+            self.attn.qkv,
+            self.x,
+            lambda scale: self.tools.handover.normed(
+                self.name, self.x, self.reader, self.first, scale, segment=self.segment
+            ),
+            f"{self.name}_attn.qkv",
+        )
 
     def finish(self, attn, finite):
         """Add what the attention output and the feed-forward part give to x, in place."""
         from .kernels.norm import add_gated_norm_modulate, norm_modulate
         from .kernels.swiglu import swiglu
+
         products, mod, options = self.tools.products, self.second, {"segment": self.segment, "eps": self.norm2.eps}
         projected = products.projection(self.attn.proj, attn, f"{self.name}_attn.proj")
         hidden = products.product(
-            self.mlp[0], self.x, lambda scale: add_gated_norm_modulate(self.x, projected, self.first.gate, mod.shift, mod.scale, fp8_scale=scale, **options),
-            f"{self.name}_mlp.0", lambda scale: norm_modulate(self.x, mod.shift, mod.scale, fp8_scale=scale, **options))
+            self.mlp[0],
+            self.x,
+            lambda scale: add_gated_norm_modulate(
+                self.x, projected, self.first.gate, mod.shift, mod.scale, fp8_scale=scale, **options
+            ),
+            f"{self.name}_mlp.0",
+            lambda scale: norm_modulate(self.x, mod.shift, mod.scale, fp8_scale=scale, **options),
+        )
         out = products.product(self.mlp[2], self.x, lambda scale: swiglu(hidden, fp8_scale=scale), f"{self.name}_mlp.2")
         self.tools.finish(self.name, self.given, self.x, out, mod.gate, self.first, segment=self.segment, finite=finite)
 
@@ -289,12 +372,20 @@ def single_block(block, args, segment, tools=Tools(Products(), Handover())):
     """{"img"} after a SingleStreamBlock, where img is text and image joined."""
     from .kernels.qkv import single_qkv
     from .kernels.swiglu import swiglu
+
     products, x = tools.products, counted(args["img"]) if tools.readers else args["img"]
     mod = block.modulation(args["vec"])[0] if block.modulation else args["vec"]
-    both = products.product(block.linear1, x, lambda scale: tools.handover.normed("joint", x, readers(block)["joint"], mod, scale, segment=segment), "linear1")
+    both = products.product(
+        block.linear1,
+        x,
+        lambda scale: tools.handover.normed("joint", x, readers(block)["joint"], mod, scale, segment=segment),
+        "linear1",
+    )
     weights = norm_weight(block.norm.query_norm, x), norm_weight(block.norm.key_norm, x)
     attn = attend(lambda pe: single_qkv(both, block.num_heads, *weights, pe), args, {})
-    given = products.input(block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size:], attn, fp8_scale=scale), "linear2")
+    given = products.input(
+        block.linear2, x, lambda scale: swiglu(both[..., 3 * block.hidden_size :], attn, fp8_scale=scale), "linear2"
+    )
     both = attn = None  # the largest tensors of a step: gone before the product's output is allocated
     out = products.apply(block.linear2, x, given, "linear2")
     tools.finish("joint", args["img"], x, out, mod.gate, mod, segment=segment, finite=x.dtype == torch.float16)
@@ -312,11 +403,15 @@ def attend(heads, args, place):
         q, k, v = (t.transpose(1, 2) for t in heads(None))
         for patch in patches["attn1_patch"]:
             out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
-            q, k, v, pe, mask = (out.get(name, old) for name, old in zip(("q", "k", "v", "pe", "attn_mask"), (q, k, v, pe, mask)))
+            q, k, v, pe, mask = (
+                out.get(name, old) for name, old in zip(("q", "k", "v", "pe", "attn_mask"), (q, k, v, pe, mask))
+            )
         attn = flux_layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
     else:
         q, k, v = (t.transpose(1, 2) for t in heads(pe))
-        attn = flux_math.optimized_attention(q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options)
+        attn = flux_math.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options
+        )
     for patch in patches.get("attn1_output_patch", ()):
         attn = patch(attn, extra)
     return attn

@@ -1,9 +1,12 @@
-"""The matrix products of a bf16 checkpoint in fp8 e4m3, one scale per token and one per output of the weight (torch._scaled_mm's row-wise form).
+"""The matrix products of a bf16 checkpoint in fp8 e4m3, one scale per token and one per output of the weight
+(torch._scaled_mm's row-wise form).
 
-The checkpoint's weights stay as they are. Their fp8 copies are made when a product first needs them, from what ComfyUI's casting returns, so patched
-(LoRA) and offloaded weights are right. A copy is kept until the sampling ends, while there is room for it and the weights lie on the GPU unchanged;
-then what comes next, a VAE say, finds the memory that ComfyUI counts on. Where there is no copy, it is made anew for each product.
+The checkpoint's weights stay as they are. Their fp8 copies are made when a product first needs them, from what
+ComfyUI's casting returns, so patched (LoRA) and offloaded weights are right. A copy is kept until the sampling ends,
+while there is room for it and the weights lie on the GPU unchanged; then what comes next, a VAE say, finds the memory
+that ComfyUI counts on. Where there is no copy, it is made anew for each product.
 """
+
 import torch
 
 import comfy.model_management
@@ -46,14 +49,27 @@ class RowFp8:
         return reason is None
 
     def exact(self, linear, name, write):
-        """Some tokens' products (SAMPLE, out) by the layer itself, on the input that write(None) gives, for a kind of layer not seen yet; else None."""
-        return None if name in self.errors or torch.compiler.is_compiling() else linear(write(None)[:1, :SAMPLE])[0].float()
+        """Some tokens' products (SAMPLE, out) by the layer itself, on the input that write(None) gives, for a kind of
+        layer not seen yet; else None.
+        """
+        return (
+            None
+            if name in self.errors or torch.compiler.is_compiling()
+            else linear(write(None)[:1, :SAMPLE])[0].float()
+        )
 
     def product(self, linear, like, given, name):
         """The product of a products.Input, in fp8: (B, S, out)."""
         weight, weight_scale, bias = self.weight(linear, like)
-        out = torch._scaled_mm(given.data.flatten(0, 1), weight.t(), given.scale.flatten(0, 1), weight_scale, bias=bias, out_dtype=like.dtype,
-                               use_fast_accum=True)
+        out = torch._scaled_mm(
+            given.data.flatten(0, 1),
+            weight.t(),
+            given.scale.flatten(0, 1),
+            weight_scale,
+            bias=bias,
+            out_dtype=like.dtype,
+            use_fast_accum=True,
+        )
         if given.exact is not None:
             self.errors[name] = sample_error(given.exact, out)
         return out.unflatten(0, like.shape[:2])
@@ -65,6 +81,7 @@ class RowFp8:
             return kept[1:]
         self.copies.pop(linear, None)  # the weight has been moved: partial unloading calls nobody back
         from .kernels.quantise import quantise_rows
+
         weight, bias, stream = cast_bias_weight(linear, like, offloadable=True)
         scales = torch.empty((1, weight.shape[0], 1), device=like.device, dtype=torch.float32)
         made = quantise_rows(weight[None], scales)[0], scales[0].t(), bias if bias is None else bias.clone()
@@ -80,25 +97,35 @@ class RowFp8:
             return "fp8 with a scale per row: no product was computed so." + left
         kept = f"{self.kept[0]} weights were kept in fp8 meanwhile, {self.kept[1] / 2**30:.1f} GiB"
         errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        return f"fp8 with a scale per row; relative error of a product against the checkpoint's precision: {errors}. {kept}." + left
+        return (
+            f"fp8 with a scale per row; relative error of a product against the checkpoint's precision: {errors}. "
+            f"{kept}."
+        ) + left
 
 
 def resident(linear, like):
-    """True where a layer's weight lies unchanged on the GPU: not offloaded, not faulted in on demand, nothing computed at call time."""
+    """True where a layer's weight lies unchanged on the GPU: not offloaded, not faulted in on demand, nothing computed
+    at
+    call time.
+    """
     return linear.weight.device == like.device and not hasattr(linear, "_v") and not linear.weight_function
 
 
 def sample_error(exact, out):
     """Relative error of products out (B*S, N) against the exact ones of its first tokens."""
-    return ((out[:exact.shape[0]].float() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+    return ((out[: exact.shape[0]].float() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def unsuitable(linear):
     """Why a layer's product stays as the checkpoint has it, as a sentence; None when it can be fp8."""
     if getattr(linear, "layout_type", None) is not None:
-        return f"the checkpoint is quantised already ({'fp8' if linear.layout_type == FP8_LAYOUT else linear.layout_type})"
+        return (
+            f"the checkpoint is quantised already ({'fp8' if linear.layout_type == FP8_LAYOUT else linear.layout_type})"
+        )
     if type(linear.weight) not in (torch.Tensor, torch.nn.Parameter) or not linear.weight.is_floating_point():
-        return f"a layer's weight is kept in a format of its own ({type(linear.weight).__name__}, {linear.weight.dtype})"
+        return (
+            f"a layer's weight is kept in a format of its own ({type(linear.weight).__name__}, {linear.weight.dtype})"
+        )
     if linear.in_features % 16 or linear.out_features % 16:
         return f"a layer of {linear.in_features} x {linear.out_features} is no multiple of 16, which fp8 products need"
     return None

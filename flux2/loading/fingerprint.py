@@ -1,10 +1,14 @@
-"""A name for a text encoder made from what is in its files: the same weights have the same name wherever and whenever they were saved.
+"""A name for a text encoder made from what is in its files: the same weights have the same name wherever and whenever
+they
+were saved.
 
-What goes in: the family, its dimensions, quantisation marks and tokenizer; and of every weight that FLUX.2 reads, under ComfyUI's key, its
-shape, number format and bytes - all of them up to SMALL, four samples spread over it above. So a single file, a pruned file and a Hugging
-Face folder of the same weights agree, a LoRA merged into any layer shows, and 48 GB cost 35 MB of reading. Not seen: an edit confined to
-bytes between the samples, such as one row of the embedding; no training or merging tool makes such edits.
+What goes in: the family, its dimensions, quantisation marks and tokenizer; and of every weight that FLUX.2 reads, under
+ComfyUI's key, its shape, number format and bytes - all of them up to SMALL, four samples spread over it above. So a
+single file, a pruned file and a Hugging Face folder of the same weights agree, a LoRA merged into any layer shows, and
+48 GB cost 35 MB of reading. Not seen: an edit confined to bytes between the samples, such as one row of the embedding;
+no training or merging tool makes such edits.
 """
+
 import hashlib
 import json
 import struct
@@ -17,9 +21,18 @@ SAMPLE, SAMPLES = 16384, 4
 
 
 def fingerprint(checkpoint, found, family, sizes, tokenizer):
-    """Hexadecimal digest of an encoder. `tokenizer`: the bytes of the tokenizer file beside the weights, or empty when it is inside or known."""
+    """Hexadecimal digest of an encoder. `tokenizer`: the bytes of the tokenizer file beside the weights, or empty when
+    it
+    is inside or known.
+    """
     digest = hashlib.sha256()
-    about = [FORMAT, found.kind, sizes, checkpoint.metadata.get("_quantization_metadata", ""), hashlib.sha256(tokenizer).hexdigest()]
+    about = [
+        FORMAT,
+        found.kind,
+        sizes,
+        checkpoint.metadata.get("_quantization_metadata", ""),
+        hashlib.sha256(tokenizer).hexdigest(),
+    ]
     digest.update(json.dumps(about, sort_keys=True).encode())
     files = {file: open(file, "rb") for file in checkpoint.files}
     try:
@@ -38,7 +51,10 @@ TOKENIZERS = ("tekken_model", "tokenizer_json")
 
 def _read_by_flux2(checkpoint, prefix, layers):
     """The weights that FLUX.2 reads under ComfyUI's keys, and a tokenizer kept among them."""
-    named = ((name if name in TOKENIZERS else keys.encoder_name(name, prefix, layers), tensor) for name, tensor in checkpoint.tensors.items())
+    named = (
+        (name if name in TOKENIZERS else keys.encoder_name(name, prefix, layers), tensor)
+        for name, tensor in checkpoint.tensors.items()
+    )
     return {name: tensor for name, tensor in named if name}
 
 

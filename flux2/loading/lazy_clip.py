@@ -3,9 +3,11 @@
   clip = text_encoder(Source(path), lambda: load.load_text_encoder(path), when_needed=True)
   source_of(clip).fingerprint        # a name made from the content of the files; see fingerprint.py
 
-A CLIP carries its Source as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is a comfy.sd.CLIP whose patcher,
-network and tokenizer come into being when somebody first asks for one of them: to every other node it is an ordinary CLIP.
+A CLIP carries its Source as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is a
+comfy.sd.CLIP whose patcher, network and tokenizer come into being when somebody first asks for one of them: to every
+other node it is an ordinary CLIP.
 """
+
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,12 +30,16 @@ PARTS = ("patcher", "cond_stage_model", "tokenizer")  # of a CLIP; what a lazy o
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text encoder comes from and how it was asked for. `fingerprint` and `kind` are filled in by `text_encoder`."""
+    """Where a text encoder comes from and how it was asked for. `fingerprint` and `kind` are filled in by
+    `text_encoder`.
+    """
+
     path: str
     device: str = "default"
     padding: str = "zeros"
     memory: str = "auto"  # one of memory.MODES; changes nothing in what is encoded
-    options: tuple = ()  # further (name, value) pairs that may change what a prompt is encoded to, such as the attention kernel
+    # further (name, value) pairs that may change what a prompt is encoded to, such as the attention kernel
+    options: tuple = ()
     kind: str = ""  # a key of FAMILIES
     fingerprint: str = ""
 
@@ -41,6 +47,7 @@ class Source:
     def load_device(self):
         """Where ComfyUI will run the encoder, known without loading it."""
         import torch
+
         return torch.device("cpu") if self.device == "cpu" else comfy.model_management.text_encoder_device()
 
 
@@ -69,7 +76,9 @@ def text_encoder(source, build: Callable, when_needed=False):
 def source_of(clip):
     """The Source of a CLIP, or None when it is of another loader. Loads nothing. ValueError when there is no CLIP."""
     if clip is None:
-        raise ValueError("There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder.")
+        raise ValueError(
+            "There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder."
+        )
     return clip.shelf.source if not is_loaded(clip) else clip.patcher.attachments.get(ATTACHMENT)
 
 
@@ -79,7 +88,10 @@ def is_loaded(clip):
 
 
 class Shelf:
-    """The one loaded CLIP that all clones of a lazy CLIP share. The content is examined again at loading: a file may have been replaced since."""
+    """The one loaded CLIP that all clones of a lazy CLIP share. The content is examined again at loading: a file may
+    have
+    been replaced since.
+    """
 
     def __init__(self, source, build):
         self.source, self.build = source, build
@@ -100,7 +112,12 @@ class LazyCLIP(comfy.sd.CLIP):
     def __init__(self, shelf):
         super().__init__(no_init=True)
         self.shelf = shelf
-        self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds, self.tokenizer_options = None, False, None, {}
+        self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds, self.tokenizer_options = (
+            None,
+            False,
+            None,
+            {},
+        )
 
     def __getattr__(self, name):
         if name not in PARTS:
@@ -113,6 +130,10 @@ class LazyCLIP(comfy.sd.CLIP):
         if is_loaded(self) or disable_dynamic:
             return super().clone(disable_dynamic=disable_dynamic)
         copy = LazyCLIP(self.shelf)
-        copy.layer_idx, copy.use_clip_schedule, copy.apply_hooks_to_conds = self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds
+        copy.layer_idx, copy.use_clip_schedule, copy.apply_hooks_to_conds = (
+            self.layer_idx,
+            self.use_clip_schedule,
+            self.apply_hooks_to_conds,
+        )
         copy.tokenizer_options = self.tokenizer_options.copy()
         return copy

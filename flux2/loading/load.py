@@ -4,10 +4,12 @@
   clip = load_text_encoder("mistral_3_small_flux2_bf16.safetensors")
   vae = load_vae("flux2-vae.safetensors", "auto")
 
-The results are plain ComfyUI types. Each patcher carries `cached_patcher_init`, with which ComfyUI loads the same weights again (for
-torch.compile, and for other devices). Files are mapped by ComfyUI, so tensors that are not used are never read. What a file is, and what
-is wrong with it, is settled from its header before anything is loaded: every failure is a CheckpointError with a sentence.
+The results are plain ComfyUI types. Each patcher carries `cached_patcher_init`, with which ComfyUI loads the same
+weights again (for torch.compile, and for other devices). Files are mapped by ComfyUI, so tensors that are not used are
+never read. What a file is, and what is wrong with it, is settled from its header before anything is loaded: every
+failure is a CheckpointError with a sentence.
 """
+
 import logging
 import math
 
@@ -25,7 +27,15 @@ from ..checkpoints import identify, keys, variants
 from . import memory, reference_padding as prompt_padding, tekken as tokenizer
 from ..checkpoints.header import CheckpointError, open_checkpoint
 from .encoder_families import FAMILIES, dimensions
-from ..checkpoints.validate import check_config, check_floats, check_model, check_present, gigabytes, summary, used_bytes
+from ..checkpoints.validate import (
+    check_config,
+    check_floats,
+    check_model,
+    check_present,
+    gigabytes,
+    summary,
+    used_bytes,
+)
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,8 +76,11 @@ def _on_this_machine(checkpoint, found):
     if found.slot == identify.TEXT_ENCODER:
         last = FAMILIES[found.kind].last_tap
         kept = used_bytes(checkpoint, found, last)
-        return [f"Loaded: {min(last, found.layers)} of {found.layers} layers, {gigabytes(kept)} of {gigabytes(checkpoint.bytes)}. FLUX.2 never reads "
-                f"layers above {last}."]
+        return [
+            f"Loaded: {min(last, found.layers)} of {found.layers} layers, {gigabytes(kept)} of "
+            f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads "
+            f"layers above {last}."
+        ]
     return []
 
 
@@ -77,14 +90,21 @@ def _arithmetic(checkpoint):
     stored, quantised = identify.number_format(checkpoint)
     if quantised:
         native = "fp8" not in stored or comfy.model_management.supports_fp8_compute(device)
-        return (f"On this device ({device}): " + ("quantised layers use low precision matrix products where the device has them." if native else
-                "no fp8 matrix products that ComfyUI uses, so weights are widened for each product. That saves memory, not time."))
+        return f"On this device ({device}): " + (
+            "quantised layers use low precision matrix products where the device has them."
+            if native
+            else "no fp8 matrix products that ComfyUI uses, so weights are widened for each product. That saves "
+            "memory, not time."
+        )
     fp8 = {"fp8 (e4m3)": torch.float8_e4m3fn, "fp8 (e5m2)": torch.float8_e5m2}.get(stored)
     numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     supported = [torch.bfloat16, torch.float16, torch.float32]
     kept = comfy.model_management.unet_dtype(model_params=numbers, supported_dtypes=supported, weight_dtype=fp8)
     used = comfy.model_management.unet_manual_cast(kept, device, supported) or kept
-    return f"On this device ({device}): weights kept as {str(kept).removeprefix('torch.')}, computed in {str(used).removeprefix('torch.')}."
+    return (
+        f"On this device ({device}): weights kept as {str(kept).removeprefix('torch.')}, computed in "
+        f"{str(used).removeprefix('torch.')}."
+    )
 
 
 def _built(checkpoint, build):
@@ -94,11 +114,14 @@ def _built(checkpoint, build):
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "shape" not in str(error):
             raise
-        raise CheckpointError(f"{checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. "
-                              f"It is damaged or pieced together: download it again.") from error
+        raise CheckpointError(
+            f"{checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. "
+            f"It is damaged or pieced together: download it again."
+        ) from error
 
 
 # --- diffusion model -------------------------------------------------------------------------------------------------
+
 
 def load_model(path, weight_dtype="as stored", memory_mode="auto", disable_dynamic=False):
     """MODEL from a FLUX.2 diffusion model: a file, or a diffusers folder. `weight_dtype` is a key of WEIGHT_DTYPES.
@@ -111,8 +134,13 @@ def load_model(path, weight_dtype="as stored", memory_mode="auto", disable_dynam
     log.info("%s", describe(checkpoint, found))
     weights, joined = read(checkpoint), {}
     if found.layout == "diffusers":
-        weights, joined = keys.convert_model({name.removeprefix(found.prefix): value for name, value in weights.items()}, found.variant)
-    patcher = _built(checkpoint, lambda: _model(weights, checkpoint, weight_dtype, disable_dynamic or memory.needs_plain_patcher(memory_mode)))
+        weights, joined = keys.convert_model(
+            {name.removeprefix(found.prefix): value for name, value in weights.items()}, found.variant
+        )
+    patcher = _built(
+        checkpoint,
+        lambda: _model(weights, checkpoint, weight_dtype, disable_dynamic or memory.needs_plain_patcher(memory_mode)),
+    )
     _join(patcher, joined)
     patcher = memory.manage(patcher, memory_mode)
     patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, memory_mode))
@@ -125,13 +153,17 @@ def _model(weights, checkpoint, weight_dtype, disable_dynamic):
     options = {} if WEIGHT_DTYPES[weight_dtype] is None else {"dtype": WEIGHT_DTYPES[weight_dtype]}
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, dict(checkpoint.metadata), disable_dynamic)
     if patcher is None:
-        raise CheckpointError(f"ComfyUI does not recognise {checkpoint.name}, although it looks like a FLUX.2 model. Update ComfyUI.")
+        raise CheckpointError(
+            f"ComfyUI does not recognise {checkpoint.name}, although it looks like a FLUX.2 model. Update ComfyUI."
+        )
     return patcher
 
 
 @torch.no_grad()
 def _join(patcher, joined):
-    """Put weights that are stacked from several tensors (name -> parts) into a loaded model, one after another, without a copy beside the model's.
+    """Put weights that are stacked from several tensors (name -> parts) into a loaded model, one after another,
+    without a
+    copy beside the model's.
 
     A dynamic patcher's model holds the mapped tensors themselves: there the stack takes the place of the stand-in.
     """
@@ -147,19 +179,25 @@ def _join(patcher, joined):
 
 def _check_text_width(patcher, variant, name):
     """Make sampling refuse a prompt of another text encoder by name, where ComfyUI would report two matrix shapes."""
+
     def check(executor, *args, **kwargs):
         for conds in executor.class_obj.conds.values():
             for width in {cond["cross_attn"].shape[-1] for cond in conds if cond.get("cross_attn") is not None}:
                 if width != variant.text_width:
-                    raise error_links.link(CheckpointError(
-                        f"{name} ({variant.title}) reads prompts {variant.text_width} wide, from {variant.text_encoder}; this prompt is {width} wide, "
-                        f"from {variants.encoder_for(width)}. Load the text encoder that belongs to the model."))
+                    raise error_links.link(
+                        CheckpointError(
+                            f"{name} ({variant.title}) reads prompts {variant.text_width} wide, from "
+                            f"{variant.text_encoder}; this prompt is {width} wide, "
+                            f"from {variants.encoder_for(width)}. Load the text encoder that belongs to the model."
+                        )
+                    )
         return executor(*args, **kwargs)
 
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flux2_text_width", check)
 
 
 # --- text encoder ----------------------------------------------------------------------------------------------------
+
 
 class Target:
     """What comfy.sd.CLIP asks of the text encoder that it builds."""
@@ -168,12 +206,16 @@ class Target:
         self.clip, self.tokenizer, self.params = clip, tokenizer, {}
 
 
-def load_text_encoder(path, device="default", padding="zeros", embedding_directory=None, memory_mode="auto", disable_dynamic=False):
-    """CLIP from Mistral 3 (FLUX.2 dev) or Qwen3 (klein): a file, or a Hugging Face folder. Layers above the last one used are not loaded.
+def load_text_encoder(
+    path, device="default", padding="zeros", embedding_directory=None, memory_mode="auto", disable_dynamic=False
+):
+    """CLIP from Mistral 3 (FLUX.2 dev) or Qwen3 (klein): a file, or a Hugging Face folder. Layers above the last one
+    used
+    are not loaded.
 
-    `device` is "default" (where ComfyUI keeps text encoders) or "cpu". `padding` says what fills short prompts up to 512 tokens: "zeros" as
-    ComfyUI does, or what the "reference" (diffusers) has there, which also cuts longer ones. `embedding_directory` is where prompts find
-    embeddings. `memory_mode` is one of memory.MODES.
+    `device` is "default" (where ComfyUI keeps text encoders) or "cpu". `padding` says what fills short prompts up to
+    512 tokens: "zeros" as ComfyUI does, or what the "reference" (diffusers) has there, which also cuts longer ones.
+    `embedding_directory` is where prompts find embeddings. `memory_mode` is one of memory.MODES.
     """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
@@ -185,16 +227,30 @@ def load_text_encoder(path, device="default", padding="zeros", embedding_directo
     options = {f"{family.name}_model_config": sizes, **_text_devices(device, memory_mode)}
     target = Target(_text_model(family, weights, padding, memory_mode), family.tokenizer(comfy.text_encoders.flux))
     log.info("%s", describe(checkpoint, found))
-    clip = _built(checkpoint, lambda: comfy.sd.CLIP(
-        target, embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, parameters=comfy.utils.calculate_parameters(weights),
-        state_dict=[weights], model_options=options, disable_dynamic=disable_dynamic or memory.needs_plain_patcher(memory_mode)))
+    clip = _built(
+        checkpoint,
+        lambda: comfy.sd.CLIP(
+            target,
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data,
+            parameters=comfy.utils.calculate_parameters(weights),
+            state_dict=[weights],
+            model_options=options,
+            disable_dynamic=disable_dynamic or memory.needs_plain_patcher(memory_mode),
+        ),
+    )
     clip.patcher = memory.manage(clip.patcher, memory_mode)
-    clip.patcher.cached_patcher_init = (_text_encoder_patcher, (str(path), device, padding, embedding_directory, memory_mode))
+    clip.patcher.cached_patcher_init = (
+        _text_encoder_patcher,
+        (str(path), device, padding, embedding_directory, memory_mode),
+    )
     return clip
 
 
 def _text_devices(device, memory_mode):
-    """ComfyUI's options for where a text encoder is run and kept. Left alone, it loads a large one to the GPU at once."""
+    """ComfyUI's options for where a text encoder is run and kept. Left alone, it loads a large one to the GPU at
+    once.
+    """
     cpu = torch.device("cpu")
     if device == "cpu":
         return {"load_device": cpu, "offload_device": cpu}
@@ -221,23 +277,30 @@ def _language_weights(weights, metadata, prefix, family):
 
 
 def _tokenizer_data(checkpoint, family, weights, width):
-    """What the tokenizer classes need: nothing for Qwen3, whose tokenizer ComfyUI ships; Mistral's is in the file or beside it."""
+    """What the tokenizer classes need: nothing for Qwen3, whose tokenizer ComfyUI ships; Mistral's is in the file or
+    beside it.
+    """
     if not family.needs_tokenizer:
         return {}
     name = next((name for name in tokenizer.TENSORS if name in weights), None)
     file = tokenizer.find(checkpoint.path) if name is None and checkpoint.path.is_dir() else None
     if name is None and file is None:
         raise CheckpointError(
-            f"{checkpoint.name} is {family.title} without its tokenizer, so no prompt can be read. Use the file made for ComfyUI "
-            f"(mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a Hugging Face folder with tekken.json or "
-            f"tokenizer.json in it or in tokenizer/ beside it.")
+            f"{checkpoint.name} is {family.title} without its tokenizer, so no prompt can be read. Use the file made "
+            "for ComfyUI "
+            "(mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a Hugging "
+            "Face folder with tekken.json or "
+            f"tokenizer.json in it or in tokenizer/ beside it."
+        )
     data = weights[name].numpy().tobytes() if name else file.read_bytes()
     ready = tokenizer.build(data, checkpoint.name if name else file)
     return {f"{family.name}_tokenizer_class": _mistral_tokenizer(ready, data, width)}
 
 
 def _mistral_tokenizer(ready, data, width):
-    """A ComfyUI tokenizer class around a `tokenizers.Tokenizer`: no weights in prompts, no end token, padding on the left."""
+    """A ComfyUI tokenizer class around a `tokenizers.Tokenizer`: no weights in prompts, no end token, padding on the
+    left.
+    """
     from transformers import PreTrainedTokenizerFast
 
     class Wrapped:
@@ -247,10 +310,23 @@ def _mistral_tokenizer(ready, data, width):
 
     class MistralTokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
-            super().__init__("", tokenizer_class=Wrapped, start_token=ready.token_to_id("<s>"), pad_token=ready.token_to_id("<pad>"),
-                             has_end_token=False, pad_with_end=False, pad_to_max_length=False, pad_left=True, min_length=1, max_length=2 ** 31,
-                             disable_weights=True, embedding_directory=embedding_directory, embedding_size=width, embedding_key="mistral3_24b",
-                             tokenizer_data=tokenizer_data)
+            super().__init__(
+                "",
+                tokenizer_class=Wrapped,
+                start_token=ready.token_to_id("<s>"),
+                pad_token=ready.token_to_id("<pad>"),
+                has_end_token=False,
+                pad_with_end=False,
+                pad_to_max_length=False,
+                pad_left=True,
+                min_length=1,
+                max_length=2**31,
+                disable_weights=True,
+                embedding_directory=embedding_directory,
+                embedding_size=width,
+                embedding_key="mistral3_24b",
+                tokenizer_data=tokenizer_data,
+            )
 
         def tokenize_with_weights(self, text, *args, **kwargs):
             # "[IMG]" stands for a picture that does not come: the reference drops it from prompts too.
@@ -265,8 +341,10 @@ def _mistral_tokenizer(ready, data, width):
 
 # --- VAE -------------------------------------------------------------------------------------------------------------
 
+
 def load_vae(path, precision="auto", memory_mode="auto"):
-    """VAE from a FLUX.2 autoencoder: a file, or a diffusers folder. `precision` is a key of PRECISIONS; "auto" is ComfyUI's choice.
+    """VAE from a FLUX.2 autoencoder: a file, or a diffusers folder. `precision` is a key of PRECISIONS; "auto" is
+    ComfyUI's choice.
 
     `memory_mode` is one of memory.MODES.
     """
@@ -277,7 +355,10 @@ def load_vae(path, precision="auto", memory_mode="auto"):
     weights = read(checkpoint)
     if found.layout == "diffusers":
         weights = comfy.diffusers_convert.convert_vae_state_dict(weights)
-    names = {name.replace("decoder.post_quant_conv.", "post_quant_conv.").replace("encoder.quant_conv.", "quant_conv.") for name in weights}
+    names = {
+        name.replace("decoder.post_quant_conv.", "post_quant_conv.").replace("encoder.quant_conv.", "quant_conv.")
+        for name in weights
+    }
     check_floats(checkpoint)
     vae = _built(checkpoint, lambda: _vae(weights, dtype=PRECISIONS[precision], metadata=dict(checkpoint.metadata)))
     vae.throw_exception_if_invalid()
@@ -288,14 +369,31 @@ def load_vae(path, precision="auto", memory_mode="auto"):
 
 
 def _vae(weights, **options):
-    """ComfyUI's VAE. Version 0.30 finds the width of the decoder in the file but takes the encoder's as 128: another width it must be told."""
+    """ComfyUI's VAE. Version 0.30 finds the width of the decoder in the file but takes the encoder's as 128: another
+    width
+    it must be told.
+    """
     encoder, decoder = weights["encoder.conv_in.weight"].shape[0], weights["decoder.conv_in.weight"].shape[0] // 4
     if encoder == 128:
         return comfy.sd.VAE(sd=weights, **options)
-    sizes = {"double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-             "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True}
-    config = {"params": {"ddconfig": sizes | {"ch": encoder}, "decoder_ddconfig": sizes | {"ch": decoder}, "embed_dim": 32}}
-    renamed = comfy.utils.state_dict_prefix_replace(dict(weights), {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."})
+    sizes = {
+        "double_z": True,
+        "z_channels": 32,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "batch_norm_latent": True,
+    }
+    config = {
+        "params": {"ddconfig": sizes | {"ch": encoder}, "decoder_ddconfig": sizes | {"ch": decoder}, "embed_dim": 32}
+    }
+    renamed = comfy.utils.state_dict_prefix_replace(
+        dict(weights), {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}
+    )
     vae = comfy.sd.VAE(sd=renamed, config=config, **options)
     vae.downscale_ratio = vae.upscale_ratio = 16
     vae.latent_channels = 128
@@ -305,5 +403,8 @@ def _vae(weights, **options):
 
 
 def _vae_patcher(path, precision, memory_mode, disable_dynamic=False):
-    """ComfyUI's VAE decides by itself whether its patcher is dynamic (0.30 has no argument for it, and reloads VAEs this way too)."""
+    """ComfyUI's VAE decides by itself whether its patcher is dynamic (0.30 has no argument for it, and reloads VAEs
+    this
+    way too).
+    """
     return load_vae(path, precision, memory_mode).patcher

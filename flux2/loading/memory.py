@@ -1,12 +1,14 @@
-"""Memory modes: where the weights of one component are between and during its runs, on top of ComfyUI's own memory management.
+"""Memory modes: where the weights of one component are between and during its runs, on top of ComfyUI's own memory
+management.
 
   patcher = manage(patcher, "CPU when idle")     # a MODEL, or the patcher of a CLIP or VAE
 
-"auto" leaves everything to ComfyUI: weights come to the GPU when they are needed and go when the room is needed. The other modes go through
-what ComfyUI asks of every patcher, so its accounting stays true, and clones (LoRA, attention, other devices) keep the mode. Without a GPU they
-change nothing. They are kinds of ModelPatcher rather than offload devices, because with the GPU as offload device ComfyUI moves even the weights
-that did not fit there.
+"auto" leaves everything to ComfyUI: weights come to the GPU when they are needed and go when the room is needed. The
+other modes go through what ComfyUI asks of every patcher, so its accounting stays true, and clones (LoRA, attention,
+other devices) keep the mode. Without a GPU they change nothing. They are kinds of ModelPatcher rather than offload
+devices, because with the GPU as offload device ComfyUI moves even the weights that did not fit there.
 """
+
 import logging
 
 import comfy.model_management
@@ -24,13 +26,17 @@ log = logging.getLogger(__name__)
 
 
 class Kept(ModelPatcher):
-    """A patcher whose weights stay on the GPU once they are there, whoever needs the room. They go when the last clone is dropped."""
+    """A patcher whose weights stay on the GPU once they are there, whoever needs the room. They go when the last clone
+    is
+    dropped.
+    """
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         return 0
 
     def detach(self, unpatch_all=True):
-        return super().detach(unpatch_all and not self.loaded_size())  # nothing counted as loaded: a load that failed half-way
+        # nothing counted as loaded: a load that failed half-way
+        return super().detach(unpatch_all and not self.loaded_size())
 
 
 class Streamed(ModelPatcher):
@@ -45,12 +51,17 @@ KINDS = {ON_GPU: Kept, LAYERS: Streamed}
 
 
 def needs_plain_patcher(mode):
-    """Whether a mode needs ComfyUI's plain patcher, not the dynamic one, which moves weights during the forward pass as it sees fit."""
+    """Whether a mode needs ComfyUI's plain patcher, not the dynamic one, which moves weights during the forward pass
+    as it
+    sees fit.
+    """
     return mode in KINDS
 
 
 def manage(patcher, mode):
-    """The patcher in a memory mode: the one given, which must be fresh from its loader, or a plain one of the same model."""
+    """The patcher in a memory mode: the one given, which must be fresh from its loader, or a plain one of the same
+    model.
+    """
     if mode == AUTO:
         return patcher
     if comfy.model_management.is_device_cpu(patcher.load_device):
@@ -70,12 +81,18 @@ def free(patcher):
     """Take the weights of a patcher's model off its GPU, through ComfyUI's list of what is loaded."""
     management = comfy.model_management
     if not management.is_device_cpu(patcher.load_device):
-        others = [loaded for loaded in management.current_loaded_models if loaded.model is None or not patcher.is_clone(loaded.model)]
+        others = [
+            loaded
+            for loaded in management.current_loaded_models
+            if loaded.model is None or not patcher.is_clone(loaded.model)
+        ]
         management.free_memory(1e30, patcher.load_device, keep_loaded=others)
 
 
 def free_module(module):
-    """`free` for a module whose patcher is not at hand. Kept while prompts are scheduled by hooks, which encode several times in a row."""
+    """`free` for a module whose patcher is not at hand. Kept while prompts are scheduled by hooks, which encode several
+    times in a row.
+    """
     for loaded in list(comfy.model_management.current_loaded_models):
         patcher = loaded.model
         if patcher is not None and patcher.model is module and patcher.forced_hooks is None:

@@ -1,8 +1,10 @@
-"""The shapes a MODEL really attends with, caught in one step of it, and the time of its whole steps. Models are cloned, never changed.
+"""The shapes a MODEL really attends with, caught in one step of it, and the time of its whole steps. Models are cloned,
+never changed.
 
-Any MODEL with a conditioning of its own works; for FLUX.2 a random conditioning is made when none is given, which costs the same time. Not covered:
-text encoders and VAEs.
+Any MODEL with a conditioning of its own works; for FLUX.2 a random conditioning is made when none is given, which costs
+the same time. Not covered: text encoders and VAEs.
 """
+
 from dataclasses import dataclass
 import re
 import time
@@ -14,12 +16,16 @@ from . import sampling
 from .. import attention_slot
 
 TEXT_TOKENS, LARGEST_SIDE, PATCH = 512, 16384, 16
-SIZE_HELP = "Sizes are written like 1024x1024, with +1 behind it for one reference picture of 1024 x 1024, and separated by commas: 1024x1024, 1024x1024+1."
+SIZE_HELP = (
+    "Sizes are written like 1024x1024, with +1 behind it for one reference picture of 1024 x 1024, and "
+    "separated by commas: 1024x1024, 1024x1024+1."
+)
 
 
 @dataclass(frozen=True)
 class Size:
     """A picture in pixels, and how many references of 1024 x 1024 it is drawn with."""
+
     width: int
     height: int
     references: int = 0
@@ -43,7 +49,10 @@ def one_size(text):
     width, height, references = (int(n or 0) for n in found.groups())
     for side in (width, height):
         if not PATCH <= side <= LARGEST_SIDE or side % PATCH:
-            raise ValueError(f"'{text}' is not a size that can be drawn: both sides must be multiples of {PATCH} from {PATCH} to {LARGEST_SIDE}.")
+            raise ValueError(
+                f"'{text}' is not a size that can be drawn: both sides must be multiples of {PATCH} from {PATCH} to "
+                f"{LARGEST_SIDE}."
+            )
     return Size(width, height, references)
 
 
@@ -51,27 +60,48 @@ def random_conditioning(model, seed=0):
     """A CONDITIONING of noise for models of Flux's shape. ValueError for others: they need a real one."""
     width = getattr(getattr(model.model.diffusion_model, "params", None), "context_in_dim", None)
     if width is None:
-        raise ValueError("This model does not say how wide its prompts are. Connect a conditioning (any prompt will do).")
+        raise ValueError(
+            "This model does not say how wide its prompts are. Connect a conditioning (any prompt will do)."
+        )
     return [[torch.randn(1, TEXT_TOKENS, width, generator=torch.Generator().manual_seed(seed)), {"guidance": 4.0}]]
 
 
 def job(model, size, positive, steps, seed=0):
     """compare.Job: `steps` steps of euler at a Size, from the noise of `seed`."""
     formats = model.model.latent_format
-    shape = 1, formats.latent_channels, size.height // formats.spacial_downscale_ratio, size.width // formats.spacial_downscale_ratio
+    shape = (
+        1,
+        formats.latent_channels,
+        size.height // formats.spacial_downscale_ratio,
+        size.width // formats.spacial_downscale_ratio,
+    )
     if size.references:
         side = 1024 // formats.spacial_downscale_ratio
-        references = [torch.randn(1, formats.latent_channels, side, side, generator=torch.Generator().manual_seed(n)) for n in range(size.references)]
+        references = [
+            torch.randn(1, formats.latent_channels, side, side, generator=torch.Generator().manual_seed(n))
+            for n in range(size.references)
+        ]
         positive = [[context, {**values, "reference_latents": references}] for context, values in positive]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    return sampling.Job(sampling.guider_of(model, positive), {"samples": torch.zeros(shape)}, comfy.samplers.sampler_object("euler"), sigmas, seed)
+    return sampling.Job(
+        sampling.guider_of(model, positive),
+        {"samples": torch.zeros(shape)},
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        seed,
+    )
 
 
 # --- attention calls -------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Captured:
-    """One kind of attention call of a model, with the tensors of its first one: q, k, v (B, H, S, D). count: how often a step makes it."""
+    """One kind of attention call of a model, with the tensors of its first one: q, k, v (B, H, S, D). count: how often
+    a
+    step makes it.
+    """
+
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -82,8 +112,11 @@ class Captured:
     @property
     def text(self):
         keys = "" if self.q.shape[2] == self.k.shape[2] else f" x {self.k.shape[2]} keys"
-        return (f"{self.q.shape[2]} tokens{keys}, {self.q.shape[1]} heads of {self.q.shape[3]}, {str(self.q.dtype).removeprefix('torch.')}, "
-                f"batch {self.q.shape[0]}{', mask' if self.mask is not None else ''}, {self.count} times a step")
+        return (
+            f"{self.q.shape[2]} tokens{keys}, {self.q.shape[1]} heads of {self.q.shape[3]}, "
+            f"{str(self.q.dtype).removeprefix('torch.')}, "
+            f"batch {self.q.shape[0]}{', mask' if self.mask is not None else ''}, {self.count} times a step"
+        )
 
 
 class Capture:
@@ -92,11 +125,33 @@ class Capture:
     def __init__(self, occupant):
         self.occupant, self.step, self.kinds = occupant, 0, {}
 
-    def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+    def __call__(
+        self,
+        func,
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
         if not torch.compiler.is_compiling():
-            tensors = (q, k, v) if skip_reshape else (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
+            tensors = (
+                (q, k, v)
+                if skip_reshape
+                else (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
+            )
             self.keep(*tensors, mask, kwargs.get("scale"))
-        rest = dict(kwargs, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+        rest = dict(
+            kwargs,
+            mask=mask,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
         return self.occupant(func, q, k, v, heads, **rest) if self.occupant else func(q, k, v, heads, **rest)
 
     def keep(self, q, k, v, mask, scale):
@@ -118,6 +173,7 @@ def captured(model, size, positive):
 
 # --- whole steps -----------------------------------------------------------------------------------------------------
 
+
 def step_times(model, size, positive, repeat, tick=lambda: None):
     """Milliseconds of `repeat` steps after a first one that warms up. tick() is called after each."""
     times, last = [], None
@@ -130,5 +186,6 @@ def step_times(model, size, positive, repeat, tick=lambda: None):
             times.append((now - last) * 1e3)
         tick()
         last = time.perf_counter()
+
     sampling.run(model, job(model, size, positive, repeat + 1), callback)
     return times

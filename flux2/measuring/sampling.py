@@ -1,8 +1,11 @@
-"""The same noise through variants of a MODEL: what each predicts in every step, how long a step takes, and the pictures.
+"""The same noise through variants of a MODEL: what each predicts in every step, how long a step takes, and the
+pictures.
 
-A variant is a Candidate: a name and a transform of the MODEL, so backends, fused blocks, more GPUs or a LoRA are all compared in the same way. Who looks
-at attention calls is an argument (`make_probe`). Models are cloned, never changed. Not covered: video and other nested latents.
+A variant is a Candidate: a name and a transform of the MODEL, so backends, fused blocks, more GPUs or a LoRA are all
+compared in the same way. Who looks at attention calls is an argument (`make_probe`). Models are cloned, never changed.
+Not covered: video and other nested latents.
 """
+
 from dataclasses import dataclass, field, replace
 import copy
 import statistics
@@ -22,8 +25,10 @@ COMPILED = "torch_compile_kwargs"  # what core's helper for compiling leaves in 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant of a model: transform(MODEL) -> MODEL. Whatever it raises is the reason why the candidate did not run. selects: whether the transform puts
-    every attention call of the model on a backend, so that their number is known."""
+    """A variant of a model: transform(MODEL) -> MODEL. Whatever it raises is the reason why the candidate did not run.
+    selects: whether the transform puts every attention call of the model on a backend, so that their number is known.
+    """
+
     name: str
     transform: object
     selects: bool = False
@@ -31,7 +36,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Job:
-    """One sampling. guider: a GUIDER whose conditions and settings are used, its model replaced. latent: ComfyUI's dict. sigmas: (steps + 1,)."""
+    """One sampling. guider: a GUIDER whose conditions and settings are used, its model replaced. latent: ComfyUI's
+    dict.
+    sigmas: (steps + 1,).
+    """
+
     guider: object
     latent: dict
     sampler: object
@@ -45,9 +54,13 @@ class Job:
 
 @dataclass
 class Recording:
-    """One sampling as it went. predicted: per step the denoised latent, float32 on the CPU; latent: the last one; seconds: {step: time} of the steps that
-    were timed; model: what was sampled; probe: what looked at its attention; error: why it stopped; ran, calls: which kernels computed, in words, and how many
-    calls of attention they counted, where the model keeps a log (filled in by the caller)."""
+    """One sampling as it went. predicted: per step the denoised latent, float32 on the CPU; latent: the last one;
+    seconds:
+    {step: time} of the steps that were timed; model: what was sampled; probe: what looked at its attention; error: why
+    it stopped; ran, calls: which kernels computed, in words, and how many calls of attention they counted, where the
+    model keeps a log (filled in by the caller).
+    """
+
     name: str
     predicted: list = field(default_factory=list)
     latent: torch.Tensor | None = None
@@ -83,19 +96,26 @@ def guided(guider, model):
 
 
 def checked_steps(steps):
-    """The steps in which attention is looked at, and which are therefore not timed: first, middle and last, as long as one is left to time."""
+    """The steps in which attention is looked at, and which are therefore not timed: first, middle and last, as long as
+    one
+    is left to time.
+    """
     return {0, steps // 2, steps - 1} if steps > 3 else {0, steps - 1} if steps == 3 else {0}
 
 
 def record(candidate, model, job, make_probe, on_step=lambda: None):
-    """Recording of `job` with a Candidate of `model`. make_probe(occupant, steps) makes the guest of the override slot, whose `step` is set here."""
+    """Recording of `job` with a Candidate of `model`. make_probe(occupant, steps) makes the guest of the override slot,
+    whose `step` is set here.
+    """
     found = Recording(candidate.name)
     try:
         found.model = candidate.transform(model)
         settle(model if candidate.selects else found.model, job)
         found.probe = make_probe(attention_slot.occupant(found.model), checked_steps(job.steps))
         sample(watched(found.model, found.probe), job, found, on_step)
-    except Exception as error:  # whatever it is, it is this candidate's reason; a cancel is no Exception and ends everything
+    except (
+        Exception
+    ) as error:  # whatever it is, it is this candidate's reason; a cancel is no Exception and ends everything
         found.error = reason_of(error)
         comfy.model_management.soft_empty_cache()
     return found
@@ -108,8 +128,10 @@ def reason_of(error):
 
 
 def settle(model, job):
-    """Run one step of a MODEL that core's helper has compiled, as it came. Its graphs are traced in the first run and never look at transformer_options
-    again: traced with a guest of ours they would keep it, and the user's next picture would fail or come from another kernel."""
+    """Run one step of a MODEL that core's helper has compiled, as it came. Its graphs are traced in the first run and
+    never look at transformer_options again: traced with a guest of ours they would keep it, and the user's next picture
+    would fail or come from another kernel.
+    """
     if COMPILED in model.model_options:
         run(model, replace(job, sigmas=job.sigmas[:2]), None)
 
@@ -122,12 +144,16 @@ def watched(model, probe):
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         probe.step = attention_slot.step_of(transformer_options)[0] or 0
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     return clone
 
 
 def sample(model, job, found, on_step):
-    """Run the job and fill in the Recording. A step's time runs from the end of the model's work in the step before to its end in this one."""
+    """Run the job and fill in the Recording. A step's time runs from the end of the model's work in the step before to
+    its
+    end in this one.
+    """
     skipped, last = getattr(found.probe, "steps", ()), None
 
     def callback(step, denoised, x, steps):
@@ -139,6 +165,7 @@ def sample(model, job, found, on_step):
         found.predicted.append(denoised.detach().float().cpu())
         on_step()
         last = time.perf_counter()
+
     found.latent = run(model, job, callback)
 
 
@@ -147,10 +174,20 @@ def run(model, job, callback):
     ratios = (job.latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
     latent = comfy.sample.fix_empty_latent_channels(model, job.latent["samples"], *ratios)
     if latent.is_nested:
-        raise ValueError("This compares pictures: a latent with several parts (video with sound, say) cannot be compared yet.")
+        raise ValueError(
+            "This compares pictures: a latent with several parts (video with sound, say) cannot be compared yet."
+        )
     noise = comfy.sample.prepare_noise(latent, job.seed, job.latent.get("batch_index"))
-    samples = guided(job.guider, model).sample(noise, latent, job.sampler, job.sigmas, denoise_mask=job.latent.get("noise_mask"),
-                                               callback=callback, disable_pbar=True, seed=job.seed)
+    samples = guided(job.guider, model).sample(
+        noise,
+        latent,
+        job.sampler,
+        job.sigmas,
+        denoise_mask=job.latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=True,
+        seed=job.seed,
+    )
     return samples.detach().float().cpu()
 
 
@@ -166,7 +203,10 @@ def decode(vae, latent):
 
 
 def rough_picture(model, latent):
-    """A small picture (B, h, w, 3) of a latent without its VAE, by the colour table that ComfyUI previews with; its mean as grey for formats without one."""
+    """A small picture (B, h, w, 3) of a latent without its VAE, by the colour table that ComfyUI previews with; its
+    mean
+    as grey for formats without one.
+    """
     formats = model.model.latent_format
     if formats.latent_rgb_factors is None:
         grey = latent.reshape(latent.shape[0], latent.shape[1], -1, latent.shape[-1]).mean(dim=1)

@@ -1,8 +1,11 @@
-"""Steps of a MODEL before the first picture, so that what happens once per size (compiling, tuning, allocation) is over when it is drawn.
+"""Steps of a MODEL before the first picture, so that what happens once per size (compiling, tuning, allocation) is over
+when it is drawn.
 
-The model samples as it is, with all that other nodes did to it, from noise that nobody sees; its weights and options are not changed, and random
-numbers go on afterwards as if nothing had run. A text encoder and a VAE are run once, if given. Not covered: guiders with a negative prompt.
+The model samples as it is, with all that other nodes did to it, from noise that nobody sees; its weights and options
+are not changed, and random numbers go on afterwards as if nothing had run. A text encoder and a VAE are run once, if
+given. Not covered: guiders with a negative prompt.
 """
+
 from dataclasses import dataclass, field, replace
 import statistics
 import time
@@ -13,13 +16,17 @@ import torch
 
 from . import capture, sampling
 
-PROMPT = "A lighthouse on a cliff in the evening, waves below, photograph."  # about as long as prompts are: encoders compile for lengths too
+# about as long as prompts are: encoders compile for lengths too
+PROMPT = "A lighthouse on a cliff in the evening, waves below, photograph."
 REFERENCE_SIDE = 1024
 
 
 @dataclass
 class Row:
-    """One thing that was run. loading: seconds before the first step; steps: seconds of each; seconds: of what has no steps; error: why it did not."""
+    """One thing that was run. loading: seconds before the first step; steps: seconds of each; seconds: of what has no
+    steps; error: why it did not.
+    """
+
     what: str
     seconds: float | None = None
     loading: float = 0.0
@@ -38,10 +45,11 @@ class Row:
 
 
 def warm_up(model, sizes, steps, positive=None, clip=None, vae=None, batch=1, tick=lambda: None):
-    """[Row] of what was run: the text encoder, `steps` steps of a MODEL at each bench.Size, the VAE. tick() is called between, and after each step.
+    """[Row] of what was run: the text encoder, `steps` steps of a MODEL at each bench.Size, the VAE. tick() is called
+    between, and after each step.
 
-    positive: a CONDITIONING; without one clip makes it, and without that noise stands in. A size for which memory is short becomes a row with its
-    reason; whatever else goes wrong passes through.
+    positive: a CONDITIONING; without one clip makes it, and without that noise stands in. A size for which memory is
+    short becomes a row with its reason; whatever else goes wrong passes through.
     """
     rows = []
     with same_random_numbers(model.load_device):
@@ -85,8 +93,11 @@ def sampled(model, size, positive, steps, batch, tick):
     def callback(*_):
         row.steps.append(clock.lap())
         tick()
+
     job = capture.job(model, size, positive, steps)
-    job = replace(job, latent={"samples": job.latent["samples"].repeat(batch, 1, 1, 1)}, sampler=clocked(job.sampler, clock, row))
+    job = replace(
+        job, latent={"samples": job.latent["samples"].repeat(batch, 1, 1, 1)}, sampler=clocked(job.sampler, clock, row)
+    )
     try:
         sampling.run(model, job, callback)
     except comfy.model_management.OOM_EXCEPTION as error:
@@ -109,9 +120,11 @@ class Clock:
 
 def clocked(sampler, clock, row):
     """A sampler that starts the clock of the first step: loading comes before it."""
+
     def function(*args, **kwargs):
         row.loading = clock.lap()
         return sampler.sampler_function(*args, **kwargs)
+
     return comfy.samplers.KSAMPLER(function, sampler.extra_options, sampler.inpaint_options)
 
 
@@ -120,4 +133,8 @@ def decoded(rows, model, vae, size, batch):
     latent = capture.job(model, size, [], 1).latent["samples"].repeat(batch, 1, 1, 1)
     timed(rows, f"VAE, decoding {size.width}x{size.height}", lambda: vae.decode(latent))
     if size.references and not any("encoding" in row.what for row in rows):
-        timed(rows, "VAE, encoding a reference", lambda: vae.encode(torch.full((1, REFERENCE_SIDE, REFERENCE_SIDE, 3), 0.5)))
+        timed(
+            rows,
+            "VAE, encoding a reference",
+            lambda: vae.encode(torch.full((1, REFERENCE_SIDE, REFERENCE_SIDE, 3), 0.5)),
+        )

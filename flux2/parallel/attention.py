@@ -1,8 +1,10 @@
 """Attention of one rank during a shared forward pass: the exchange around whatever computes attention on this MODEL.
 
-Sits in the override slot for the length of a forward pass, in front of the occupant that it finds there (a Select Attention node's, another pack's,
-or none: then core's own function). That one sees what one rank computes: the tokens of all ranks and a share of the heads.
+Sits in the override slot for the length of a forward pass, in front of the occupant that it finds there (a Select
+Attention node's, another pack's, or none: then core's own function). That one sees what one rank computes: the tokens
+of all ranks and a share of the heads.
 """
+
 import torch
 
 SLOT = "optimized_attention_override"
@@ -20,24 +22,46 @@ class SharedAttention:
         begun.compute()
         return begun.finish()
 
-    def begin(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, wait=False, **kwargs):
-        """The same call as core makes, in three parts: returns an object with compute() and finish() -> what a call returns.
+    def begin(
+        self,
+        func,
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        wait=False,
+        **kwargs,
+    ):
+        """The same call as core makes, in three parts: returns an object with compute() and finish() -> what a call
+        returns.
 
-        For blocks with something else to compute, their feed-forward part say: after `begin` q, k and v are on their way to the other ranks, after
-        `compute` the result is on its way back. Between begin and finish no other attention call may begin.
+        For blocks with something else to compute, their feed-forward part say: after `begin` q, k and v are on their
+        way to the other ranks, after `compute` the result is on its way back. Between begin and finish no other
+        attention call may begin.
         """
         plan, mesh = self.state.plan, self.state.mesh
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v)) if skip_reshape else (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        q, k, v = (
+            (t.transpose(1, 2) for t in (q, k, v))
+            if skip_reshape
+            else (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        )
         lengths, keys = plan.lengths(), plan.lengths(references=True)
         keys = keys if k.shape[1] == keys[mesh.rank] else lengths
         local = self._local(func, attn_precision, kwargs)
         mask = self._in_rank_order(mask, lengths, keys)
-        self.state.begun = mesh.begin(local, q, k, v, lengths, kv_lengths=keys, mask=mask, scale=kwargs.get("scale"), wait=wait)
+        self.state.begun = mesh.begin(
+            local, q, k, v, lengths, kv_lengths=keys, mask=mask, scale=kwargs.get("scale"), wait=wait
+        )
         return Begun(self.state.begun, skip_output_reshape)
 
     def _local(self, func, attn_precision, kwargs):
         """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the occupant."""
-        options = {key: value for key, value in (kwargs.get("transformer_options") or {}).items() if key != "img_slice"}  # of another sequence
+        # of another sequence
+        options = {key: value for key, value in (kwargs.get("transformer_options") or {}).items() if key != "img_slice"}
         rest = dict(kwargs, attn_precision=attn_precision, transformer_options=options)
 
         def local(q, k, v, *, mask, scale, need_lse):
@@ -49,24 +73,38 @@ class SharedAttention:
             else:
                 out = func(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
             return out.unflatten(-1, (q.shape[2], -1)), None
+
         return local
 
     def _with_lse(self, q, k, v, mask, scale, rest):
         selection = selection_of(self.previous) or (None if self.previous else selection_of(self.fallback))
         if selection is None:
-            raise ValueError("A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own does not. "
-                             "Put Select Attention (FLUX.2) on this model, or use a ring degree of 1.")
+            raise ValueError(
+                "A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own "
+                "does not. "
+                "Put Select Attention (FLUX.2) on this model, or use a ring degree of 1."
+            )
         options = rest["transformer_options"]
-        block = (options["block_type"], options["block_index"]) if "block_type" in options and "block_index" in options else None
+        block = (
+            (options["block_type"], options["block_index"])
+            if "block_type" in options and "block_index" in options
+            else None
+        )
         precise = rest.get("low_precision_attention", True) is False
         result = selection.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
         if result is None:
-            raise ValueError("This model asks for full precision in some calls, and the chosen attention is quantised: a ring degree above 1 cannot "
-                             "hand such a call back. Choose an exact backend, or use a ring degree of 1.")
+            raise ValueError(
+                "This model asks for full precision in some calls, and the chosen attention is quantised: a ring "
+                "degree above 1 cannot "
+                "hand such a call back. Choose an exact backend, or use a ring degree of 1."
+            )
         return result
 
     def _in_rank_order(self, mask, queries, keys):
-        """A mask over the whole sequence with its rows and columns in the order in which the ranks hold the tokens; (B or 1, H or 1, Sq or 1, Sk)."""
+        """A mask over the whole sequence with its rows and columns in the order in which the ranks hold the tokens; (B
+        or
+        1, H or 1, Sq or 1, Sk).
+        """
         if mask is None:
             return None
         if id(mask) not in self._masks:  # the same tensor for every block: kept, so that its id stays its own
@@ -75,11 +113,16 @@ class SharedAttention:
 
     def _reordered(self, mask, queries, keys):
         if mask.shape[-1] != keys or mask.shape[-2] not in (1, queries):
-            raise ValueError(f"The attention mask is for {tuple(mask.shape[-2:])} queries and keys, and the sequence has {queries} and {keys}. "
-                             "Such a mask cannot be shared by several GPUs.")
+            raise ValueError(
+                f"The attention mask is for {tuple(mask.shape[-2:])} queries and keys, and the sequence has {queries} "
+                f"and {keys}. "
+                "Such a mask cannot be shared by several GPUs."
+            )
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 3 else mask.unsqueeze(1) if mask.ndim == 3 else mask
-        rows, columns = (torch.tensor(self.state.plan.order(with_references), device=mask.device) for with_references in
-                         (None, keys == sum(self.state.plan.lengths(references=True))))
+        rows, columns = (
+            torch.tensor(self.state.plan.order(with_references), device=mask.device)
+            for with_references in (None, keys == sum(self.state.plan.lengths(references=True)))
+        )
         mask = mask.index_select(3, columns)
         return mask if mask.shape[2] == 1 else mask.index_select(2, rows)
 
@@ -99,7 +142,9 @@ class Begun:
 
 
 def selection_of(occupant):
-    """The Selection behind an occupant of the slot, also behind guests that only look on (whom they look at is their `occupant`); or None."""
+    """The Selection behind an occupant of the slot, also behind guests that only look on (whom they look at is their
+    `occupant`); or None.
+    """
     while occupant is not None and not hasattr(occupant, "selection"):
         occupant = getattr(occupant, "occupant", None)
     return getattr(occupant, "selection", None)

@@ -1,15 +1,17 @@
 """A forward pass of FLUX.2 shared by several ranks, through ComfyUI's patch points.
 
-Every rank calls the same diffusion model with the same inputs. What happens then: `forward_orig`, replaced for the call, sees the arguments; a
-`post_input` patch, run after everybody else's, keeps this rank's tokens of the text, the picture and the references together with their position
-ids, so that everything that works on single tokens is done once in all, position embedding included; the attention override exchanges (override.py);
-what `forward_orig` returns is gathered, so every rank returns the whole. The blocks, patches that replace blocks and the attention backend do not
+Every rank calls the same diffusion model with the same inputs. What happens then: `forward_orig`, replaced for the
+call, sees the arguments; a `post_input` patch, run after everybody else's, keeps this rank's tokens of the text, the
+picture and the references together with their position ids, so that everything that works on single tokens is done once
+in all, position embedding included; the attention override exchanges (override.py); what `forward_orig` returns is
+gathered, so every rank returns the whole. The blocks, patches that replace blocks and the attention backend do not
 know.
 
-Core facts this rests on (ComfyUI 0.30, comfy/ldm/flux/model.py): post_input patches run after img_in and txt_in, before the position embedding and
-the slices for index_timestep_zero are made, with the transformer_options that the blocks get; the slices are a list that is read after the patches;
-`control` is added to the first tokens of the picture.
+Core facts this rests on (ComfyUI 0.30, comfy/ldm/flux/model.py): post_input patches run after img_in and txt_in, before
+the position embedding and the slices for index_timestep_zero are made, with the transformer_options that the blocks
+get; the slices are a list that is read after the patches; `control` is added to the first tokens of the picture.
 """
+
 from contextlib import contextmanager
 import inspect
 
@@ -27,11 +29,16 @@ REFERENCES = "reference_image_num_tokens"
 
 
 def unsupported(network, ulysses=1):
-    """Sentences why the forward passes of a diffusion model cannot be shared with this Ulysses degree; empty means they can."""
+    """Sentences why the forward passes of a diffusion model cannot be shared with this Ulysses degree; empty means they
+    can.
+    """
     missing = [name for name in ATTRIBUTES if not hasattr(network, name)]
     missing += [name for name in NEEDED if not missing and name not in parameters(network.forward_orig)]
     if missing:
-        return [f"Several GPUs can share models of FLUX.2's shape; this one ({type(network).__name__}) lacks {', '.join(missing)}."]
+        return [
+            f"Several GPUs can share models of FLUX.2's shape; this one ({type(network).__name__}) lacks "
+            f"{', '.join(missing)}."
+        ]
     if network.num_heads % ulysses:
         return [f"Ulysses degree {ulysses} does not divide the {network.num_heads} attention heads of this model."]
     return []
@@ -43,15 +50,16 @@ def parameters(function):
 
 @contextmanager
 def shared(network, mesh, transformer_options=None, *, fallback=None):
-    """Around ONE call of a diffusion model, which every rank of `mesh` (attention.parallel.Mesh) makes with the same inputs:
+    """Around ONE call of a diffusion model, which every rank of `mesh` (attention.parallel.Mesh) makes with the same
+    inputs:
 
       with shared(network, mesh, transformer_options) as options:
           network(x, timestep, context, ..., transformer_options=options)
 
-    While the block runs, `forward_orig` of this network is a Shared; afterwards it is what it was. The options are handed on as they are: who holds
-    the attention slot and which post_input patches there are is looked up inside, so they may still change on the way. fallback: an attention
-    override with a `selection`, used when the slot is empty and a ring degree above 1 needs a log-sum-exp. ValueError when the network cannot be
-    shared.
+    While the block runs, `forward_orig` of this network is a Shared; afterwards it is what it was. The options are
+    handed on as they are: who holds the attention slot and which post_input patches there are is looked up inside, so
+    they may still change on the way. fallback: an attention override with a `selection`, used when the slot is empty
+    and a ring degree above 1 needs a log-sum-exp. ValueError when the network cannot be shared.
     """
     reasons = unsupported(network, mesh.ulysses)
     if reasons:
@@ -67,7 +75,10 @@ def shared(network, mesh, transformer_options=None, *, fallback=None):
 
 
 def split(model, mesh, *, fallback=None):
-    """Share every forward pass of a MODEL clone: for programs in which each rank runs the whole sampling itself. Splitting twice replaces."""
+    """Share every forward pass of a MODEL clone: for programs in which each rank runs the whole sampling itself.
+    Splitting
+    twice replaces.
+    """
     reasons = unsupported(model.model.diffusion_model, mesh.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
@@ -75,21 +86,30 @@ def split(model, mesh, *, fallback=None):
     def wrapper(executor, *args, **kwargs):
         with shared(executor.class_obj, mesh, fallback=fallback):
             return executor(*args, **kwargs)
+
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, wrapper)
 
 
 class Shared:
-    """Takes the place of forward_orig for one call. inner: what was there; calls: how many attention calls one pass makes, as far as is known."""
+    """Takes the place of forward_orig for one call. inner: what was there; calls: how many attention calls one pass
+    makes,
+    as far as is known.
+    """
 
     def __init__(self, inner, network, mesh, fallback=None):
         self.inner, self.mesh, self.fallback, self.names = inner, mesh, fallback, parameters(inner)
-        self.heads, self.head_dim, self.out_channels = network.num_heads, network.hidden_size // network.num_heads, network.out_channels
+        self.heads, self.head_dim, self.out_channels = (
+            network.num_heads,
+            network.hidden_size // network.num_heads,
+            network.out_channels,
+        )
         self.calls = len(network.double_blocks) + len(network.single_blocks)
 
     def __call__(self, *args, **kwargs):
-        """The whole output, on every rank. An exception on one rank does not leave the others waiting: this rank takes part in the exchanges that
-        are left, with zeros, and raises then. (RanksLost and Interrupted raise at once.)"""
+        """The whole output, on every rank. An exception on one rank does not leave the others waiting: this rank takes
+        part in the exchanges that are left, with zeros, and raises then. (RanksLost and Interrupted raise at once.)
+        """
         state = Pass(self, {**dict(zip(self.names, args)), **kwargs})
         try:
             with self.mesh.stats.forward():
@@ -100,8 +120,10 @@ class Shared:
 
 
 class Pass:
-    """One forward pass on one rank. plan: whose tokens are whose, known once the inputs are cut; begun: the last attention call; finished: whether
-    the output is gathered."""
+    """One forward pass on one rank. plan: whose tokens are whose, known once the inputs are cut; begun: the last
+    attention
+    call; finished: whether the output is gathered.
+    """
 
     def __init__(self, shared, named):
         self.shared, self.mesh, self.named = shared, shared.mesh, named
@@ -111,35 +133,55 @@ class Pass:
         self.control = None if named.get("control") is None else dict(named["control"])
 
     def arguments(self):
-        """What forward_orig is called with: the same, our patch behind the other post_input patches, the exchange around the occupant of the slot."""
+        """What forward_orig is called with: the same, our patch behind the other post_input patches, the exchange
+        around
+        the occupant of the slot.
+        """
         options = dict(self.options)
         patches = dict(options.get("patches", {}))
         options["patches"] = {**patches, "post_input": [*patches.get("post_input", []), self.cut]}
         options[SLOT] = SharedAttention(self, options.get(SLOT), self.shared.fallback)
         changed = {"transformer_options": options, "timestep_zero_index": self.zero_slices, "control": self.control}
-        return {**self.named, **{name: value for name, value in changed.items() if name in self.named or name == "transformer_options"}}
+        return {
+            **self.named,
+            **{name: value for name, value in changed.items() if name in self.named or name == "transformer_options"},
+        }
 
     def expected(self, text, picture, ids, options):
-        """The Plan for so many tokens. ids: positions in the picture stream, with those of references that come from a cache and are not in it."""
+        """The Plan for so many tokens. ids: positions in the picture stream, with those of references that come from a
+        cache and are not in it.
+        """
         references = sum(options.get(REFERENCES, ())) or sum(end - begin for begin, end in self.zero_slices or ())
         if self.zero_slices not in (None, [], [[ids - references, ids]]):
-            raise ValueError(f"Tokens {self.zero_slices} of {ids} are at another timestep; several GPUs can share that only for the reference "
-                             "pictures, at the end.")
+            raise ValueError(
+                f"Tokens {self.zero_slices} of {ids} are at another timestep; several GPUs can share that only for "
+                "the reference "
+                "pictures, at the end."
+            )
         if picture not in (ids, ids - references):
-            raise ValueError(f"The picture has {picture} tokens and {ids} positions, {references} of them of reference pictures: another patch "
-                             "changed it in a way that several GPUs cannot share.")
+            raise ValueError(
+                f"The picture has {picture} tokens and {ids} positions, {references} of them of reference pictures: "
+                "another patch "
+                "changed it in a way that several GPUs cannot share."
+            )
         return Plan.of(text, ids - references, references, self.mesh.size, attended=picture == ids)
 
     def cut(self, inputs):
         """The post_input patch: this rank's part of img, txt (B, S, C), img_ids, txt_ids (B, S, axes)."""
-        img, txt, ids, options = inputs["img"], inputs["txt"], inputs["img_ids"], inputs["transformer_options"]  # the options that the blocks get
+        # the options that the blocks get
+        img, txt, ids, options = inputs["img"], inputs["txt"], inputs["img_ids"], inputs["transformer_options"]
         rank, plan = self.mesh.rank, self.expected(txt.shape[1], img.shape[1], ids.shape[1], options)
         self.plan = plan
         self.mesh.stats.set_tokens(plan.lengths())
         self._cut_rest(plan, rank, options)
         text = slice(*plan.text[rank])
-        return {**inputs, "img": taken(img, plan.picture_ranges(rank)), "img_ids": taken(ids, plan.picture_ranges(rank, references=True)),
-                "txt": txt[:, text].contiguous(), "txt_ids": inputs["txt_ids"][:, text]}
+        return {
+            **inputs,
+            "img": taken(img, plan.picture_ranges(rank)),
+            "img_ids": taken(ids, plan.picture_ranges(rank, references=True)),
+            "txt": txt[:, text].contiguous(),
+            "txt_ids": inputs["txt_ids"][:, text],
+        }
 
     def _cut_rest(self, plan, rank, options):
         """What speaks of token positions beside the tokens: core reads all of it after the patches."""
@@ -150,26 +192,39 @@ class Pass:
         if self.zero_slices is not None:
             self.zero_slices[:] = [[end - begin, end - begin + referenced]]
         if self.control is not None:
-            self.control.update({side: [controlled(add, plan, rank) for add in adds] for side, adds in self.control.items()})
+            self.control.update(
+                {side: [controlled(add, plan, rank) for add in adds] for side, adds in self.control.items()}
+            )
 
     def gathered(self, out):
-        """What forward_orig returns on one GPU, from this rank's part (B, S, C): the picture's tokens of all ranks, then those of the references."""
+        """What forward_orig returns on one GPU, from this rank's part (B, S, C): the picture's tokens of all ranks,
+        then
+        those of the references.
+        """
         if self.plan is None:
-            raise RuntimeError("This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share it.")
+            raise RuntimeError(
+                "This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share it."
+            )
         made, calls = self.mesh.attended - self.before, self.shared.calls
         if made != calls and self.mesh.size > 1:  # the other ranks are in another exchange than this one
-            raise RuntimeError(f"In this pass attention was called {made} times, and the blocks of this model call it {calls} times: another node skips or "
-                               "repeats blocks, and the other GPUs do not know. Remove that node, or set gpus to 1.")
+            raise RuntimeError(
+                f"In this pass attention was called {made} times, and the blocks of this model call it {calls} times: "
+                "another node skips or "
+                "repeats blocks, and the other GPUs do not know. Remove that node, or set gpus to 1."
+            )
         whole = self.mesh.gather(out, self.plan.picture_lengths())
         self.finished = True
         if not self.plan.attended or not self.plan.references[-1][1]:
             return whole
-        pieces = whole.split([end - begin for rank in range(self.mesh.size) for begin, end in self.plan.picture_ranges(rank)], dim=1)
+        pieces = whole.split(
+            [end - begin for rank in range(self.mesh.size) for begin, end in self.plan.picture_ranges(rank)], dim=1
+        )
         return torch.cat([*pieces[::2], *pieces[1::2]], dim=1)
 
     def drain(self, error):
-        """Take part in what is left of this pass, so that the other ranks come to its end. What this rank sends is worthless; NaN in the output
-        shows it."""
+        """Take part in what is left of this pass, so that the other ranks come to its end. What this rank sends is
+        worthless; NaN in the output shows it.
+        """
         mesh = self.mesh
         if mesh.size == 1 or mesh.broken is not None or self.finished:
             return
@@ -183,9 +238,19 @@ class Pass:
             mesh.broken = mesh.broken or another
 
     def _cut_nothing(self):
-        """Find the plan as the other ranks do: by the other patches, which may change the lengths, and ours; on zeros. False when there is none."""
-        wide = {name: self.named[name].new_zeros((*self.named[name].shape[:2], self.shared.heads * self.shared.head_dim)) for name in ("img", "txt")}
-        inputs = {**wide, "img_ids": self.named["img_ids"], "txt_ids": self.named["txt_ids"], "transformer_options": dict(self.options)}
+        """Find the plan as the other ranks do: by the other patches, which may change the lengths, and ours; on zeros.
+        False when there is none.
+        """
+        wide = {
+            name: self.named[name].new_zeros((*self.named[name].shape[:2], self.shared.heads * self.shared.head_dim))
+            for name in ("img", "txt")
+        }
+        inputs = {
+            **wide,
+            "img_ids": self.named["img_ids"],
+            "txt_ids": self.named["txt_ids"],
+            "transformer_options": dict(self.options),
+        }
         for patch in self.options.get("patches", {}).get("post_input", ()):
             inputs = patch(inputs)
         try:
@@ -200,7 +265,10 @@ class Pass:
         q, k = (img.new_zeros((img.shape[0], of[mesh.rank], shared.heads, shared.head_dim)) for of in (lengths, keys))
         while mesh.attended - self.before < shared.calls:
             mesh.attend(nothing, q, k, k, lengths, kv_lengths=keys)
-        mesh.gather(img.new_full((img.shape[0], plan.picture_lengths()[mesh.rank], shared.out_channels), float("nan")), plan.picture_lengths())
+        mesh.gather(
+            img.new_full((img.shape[0], plan.picture_lengths()[mesh.rank], shared.out_channels), float("nan")),
+            plan.picture_lengths(),
+        )
 
 
 def nothing(q, k, v, *, mask, scale, need_lse):
@@ -214,7 +282,9 @@ def taken(tensor, ranges):
 
 
 def controlled(add, plan, rank):
-    """A control network's addition to the first tokens of the picture stream (B, S, C), or None: this rank's part of it."""
+    """A control network's addition to the first tokens of the picture stream (B, S, C), or None: this rank's part of
+    it.
+    """
     if add is None:
         return None
     return taken(add, [(min(begin, add.shape[1]), min(end, add.shape[1])) for begin, end in plan.picture_ranges(rank)])

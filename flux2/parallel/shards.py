@@ -1,23 +1,31 @@
 """Which tokens of a picture belong to which rank. Numbers only: no tensors are touched and nothing is imported.
 
-Text, picture and reference pictures are cut separately, so every rank has its share of each: the parts of the model that treat them differently (two
-streams of blocks, two timesteps, cached references) stay balanced and need nobody else's tokens. Shares differ by at most one token, in the sum too.
+Text, picture and reference pictures are cut separately, so every rank has its share of each: the parts of the model
+that treat them differently (two streams of blocks, two timesteps, cached references) stay balanced and need nobody
+else's tokens. Shares differ by at most one token, in the sum too.
 """
+
 from dataclasses import dataclass
 
 
 def shares(length, ranks, first=0):
-    """(begin, end) of each rank in a run of `length` tokens. The ranks from `first` on, round the circle, get the tokens that are left over."""
+    """(begin, end) of each rank in a run of `length` tokens. The ranks from `first` on, round the circle, get the
+    tokens
+    that are left over.
+    """
     base, over = divmod(length, ranks)
     sizes = [base + ((rank - first) % ranks < over) for rank in range(ranks)]
-    ends = [sum(sizes[:rank + 1]) for rank in range(ranks)]
+    ends = [sum(sizes[: rank + 1]) for rank in range(ranks)]
     return tuple((end - size, end) for size, end in zip(sizes, ends))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """text, picture, references: (begin, end) of each rank, each counted from the beginning of its own kind of token. attended: whether the reference
-    pictures are part of the sequence; False when their keys and values come from a cache."""
+    """text, picture, references: (begin, end) of each rank, each counted from the beginning of its own kind of token.
+    attended: whether the reference pictures are part of the sequence; False when their keys and values come from a
+    cache.
+    """
+
     text: tuple
     picture: tuple
     references: tuple
@@ -28,8 +36,15 @@ class Plan:
         """Plan for so many tokens of each kind. ValueError when a rank would have no share of one of them."""
         for name, length in (("text", text), ("the picture", picture), ("the reference pictures", references)):
             if 0 < length < ranks or (length == 0 and name == "the picture"):
-                raise ValueError(f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger picture.")
-        return cls(shares(text, ranks), shares(picture, ranks, text % ranks), shares(references, ranks, (text + picture) % ranks), attended)
+                raise ValueError(
+                    f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger picture."
+                )
+        return cls(
+            shares(text, ranks),
+            shares(picture, ranks, text % ranks),
+            shares(references, ranks, (text + picture) % ranks),
+            attended,
+        )
 
     @property
     def ranks(self):
@@ -48,16 +63,28 @@ class Plan:
         return tuple(map(sum, zip(self.text_lengths(), self.picture_lengths(references))))
 
     def picture_ranges(self, rank, references=None):
-        """(begin, end) of a rank's tokens in the picture stream of the whole model, in which the references follow the picture."""
+        """(begin, end) of a rank's tokens in the picture stream of the whole model, in which the references follow the
+        picture.
+        """
         whole = self.picture[-1][1]
         here = [self.picture[rank]]
         return here + [tuple(whole + at for at in self.references[rank])] if self._with(references) else here
 
     def order(self, references=None):
-        """Positions in the whole sequence (text, picture, references) of the tokens of rank 0, then of rank 1 and so on."""
+        """Positions in the whole sequence (text, picture, references) of the tokens of rank 0, then of rank 1 and so
+        on.
+        """
         text = self.text[-1][1]
-        after_text = [[(text + begin, text + end) for begin, end in self.picture_ranges(rank, references)] for rank in range(self.ranks)]
-        return [at for own, others in zip(self.text, after_text) for begin, end in (own, *others) for at in range(begin, end)]
+        after_text = [
+            [(text + begin, text + end) for begin, end in self.picture_ranges(rank, references)]
+            for rank in range(self.ranks)
+        ]
+        return [
+            at
+            for own, others in zip(self.text, after_text)
+            for begin, end in (own, *others)
+            for at in range(begin, end)
+        ]
 
     def _with(self, references):
         return self.attended if references is None else references

@@ -4,10 +4,12 @@
   cache.write(key, conditioning, notes)      # key: any JSON value; conditioning as CLIPTextEncode gives it
   cache.read(key)                            # (conditioning, notes), or None
 
-Nothing in a file is executable and nothing is believed: header, key and a digest of the content are checked, and what does not fit is a miss
-that the next write replaces. Files appear whole (written beside, then renamed), so processes share a folder without locks. Above the limit the
-entries that were used least recently go. Only files named like entries are ever removed. Needs torch and safetensors alone.
+Nothing in a file is executable and nothing is believed: header, key and a digest of the content are checked, and what
+does not fit is a miss that the next write replaces. Files appear whole (written beside, then renamed), so processes
+share a folder without locks. Above the limit the entries that were used least recently go. Only files named like
+entries are ever removed. Needs torch and safetensors alone.
 """
+
 import hashlib
 import json
 import os
@@ -38,12 +40,19 @@ class PromptCache:
         return self.folder / f"{name_of(key)}.safetensors"
 
     def read(self, key):
-        """(conditioning, notes) of an entry, or None when it is absent, damaged or not what its name says. Marks the entry as used."""
+        """(conditioning, notes) of an entry, or None when it is absent, damaged or not what its name says. Marks the
+        entry
+        as used.
+        """
         path = self.path(key)
         try:
             _, metadata = read_header(path)
             tensors = safetensors.torch.load(path.read_bytes())
-            if metadata.get("format") != FORMAT or metadata.get("key") != name_of(key) or metadata.get("digest") != digest_of(tensors, metadata["plain"], metadata["notes"]):
+            if (
+                metadata.get("format") != FORMAT
+                or metadata.get("key") != name_of(key)
+                or metadata.get("digest") != digest_of(tensors, metadata["plain"], metadata["notes"])
+            ):
                 return None
             plain, notes = json.loads(metadata["plain"]), json.loads(metadata["notes"])
             cond = tensors.pop(MAIN)
@@ -53,10 +62,14 @@ class PromptCache:
         return [[cond, {**plain, **tensors}]], notes
 
     def write(self, key, conditioning, notes=()):
-        """Keep an encoded prompt; returns its size in bytes. ValueError when it cannot be kept, OSError when the disk refuses."""
+        """Keep an encoded prompt; returns its size in bytes. ValueError when it cannot be kept, OSError when the disk
+        refuses.
+        """
         data = packed(name_of(key), conditioning, notes)
         if len(data) > self.limit:
-            raise ValueError(f"it takes {len(data) / 2**20:.1f} MiB and the cache may hold {self.limit / 2**20:.1f} MiB")
+            raise ValueError(
+                f"it takes {len(data) / 2**20:.1f} MiB and the cache may hold {self.limit / 2**20:.1f} MiB"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{name_of(key)}.{uuid.uuid4().hex}.part"
         try:
@@ -77,7 +90,9 @@ class PromptCache:
         return len(found), sum(size for _, size, _ in found)
 
     def trim(self):
-        """Remove the least recently used entries until the rest fits, and files that a killed process left unfinished."""
+        """Remove the least recently used entries until the rest fits, and files that a killed process left
+        unfinished.
+        """
         found = self.entries()
         total = sum(size for _, size, _ in found)
         for _, size, path in found:
@@ -107,7 +122,9 @@ def packed(name, conditioning, notes):
     cond, extra = conditioning[0]
     tensors = {MAIN: cond} | {name: value for name, value in extra.items() if torch.is_tensor(value)}
     plain = {name: value for name, value in extra.items() if not torch.is_tensor(value)}
-    strange = [name for name, value in plain.items() if not (value is None or isinstance(value, (bool, int, float, str)))]
+    strange = [
+        name for name, value in plain.items() if not (value is None or isinstance(value, (bool, int, float, str)))
+    ]
     if strange or MAIN in extra:
         raise ValueError(f"it carries {', '.join(strange) or MAIN}, which cannot be kept")
     tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
@@ -126,9 +143,15 @@ def digest_of(tensors, *texts):
 
 
 def _described(folder, pattern):
-    """(time of last use, bytes, path) of the files in a folder whose names match; files that vanish meanwhile are left out."""
+    """(time of last use, bytes, path) of the files in a folder whose names match; files that vanish meanwhile are left
+    out.
+    """
     try:
-        names = [entry.name for entry in os.scandir(folder) if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+        names = [
+            entry.name
+            for entry in os.scandir(folder)
+            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+        ]
     except FileNotFoundError:
         return
     for name in names:

@@ -3,10 +3,12 @@
   done = encode(clip, "a cat", PromptCache(folder, limit))
   done.conditioning, done.hit, done.report
 
-For an ordinary prompt the conditioning is bit for bit what core's CLIPTextEncode gives with the same CLIP. What the key of an entry holds: the
-prompt, the encoder's fingerprint and how it was loaded, the token limit, the device, and the versions of ComfyUI and PyTorch. A CLIP whose
-content is not known here (another loader, a LoRA, hooks) is encoded and not kept, and the report says why.
+For an ordinary prompt the conditioning is bit for bit what core's CLIPTextEncode gives with the same CLIP. What the key
+of an entry holds: the prompt, the encoder's fingerprint and how it was loaded, the token limit, the device, and the
+versions of ComfyUI and PyTorch. A CLIP whose content is not known here (another loader, a LoRA, hooks) is encoded and
+not kept, and the report says why.
 """
+
 import logging
 import time
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Done:
     """An encoded prompt."""
+
     conditioning: list
     hit: bool
     report: str
@@ -37,7 +40,9 @@ def encode(clip, text, cache=None, limit=prompt_tokens.LIMIT):
 
 
 def encode_all(clip, texts, cache=None, limit=prompt_tokens.LIMIT):
-    """[Done] for several prompts: those on disk are read, the others go through the encoder together, with a progress bar."""
+    """[Done] for several prompts: those on disk are read, the others go through the encoder together, with a progress
+    bar.
+    """
     lazy_clip.source_of(clip)  # refuses a CLIP that is not there
     several = len(set(texts)) > 1
     jobs = {text: Job(clip, text, cache, limit, several) for text in dict.fromkeys(texts)}
@@ -47,7 +52,11 @@ def encode_all(clip, texts, cache=None, limit=prompt_tokens.LIMIT):
     for group in _groups(clip, waiting):
         comfy.model_management.throw_exception_if_processing_interrupted()
         start = time.perf_counter()
-        results = one_pass(clip, [job.tokens for job in group]) if len(group) > 1 else [clip.encode_from_tokens_scheduled(group[0].tokens)]
+        results = (
+            one_pass(clip, [job.tokens for job in group])
+            if len(group) > 1
+            else [clip.encode_from_tokens_scheduled(group[0].tokens)]
+        )
         for job, conditioning in zip(group, results):
             job.keep(conditioning, time.perf_counter() - start, len(group))
         bar.update(len(group))
@@ -64,7 +73,9 @@ class Job:
         self.tokens, self.done = None, None
 
     def find(self):
-        """Whether the prompt is on disk. If not, it is tokenised, which is the first thing that needs a lazy encoder."""
+        """Whether the prompt is on disk. If not, it is tokenised, which is the first thing that needs a lazy
+        encoder.
+        """
         start = time.perf_counter()
         found = None if self.reason else next(filter(None, map(self.cache.read, self.keys())), None)
         if found is None:
@@ -73,13 +84,22 @@ class Job:
             return False
         conditioning, self.notes = found
         device = comfy.model_management.intermediate_device()
-        conditioning = [[cond.to(device), {k: v.to(device) if torch.is_tensor(v) else v for k, v in extra.items()}] for cond, extra in conditioning]
-        self.finish(conditioning, True, f"Hit: read from disk in {time.perf_counter() - start:.2f} s. The text encoder was not used.")
+        conditioning = [
+            [cond.to(device), {k: v.to(device) if torch.is_tensor(v) else v for k, v in extra.items()}]
+            for cond, extra in conditioning
+        ]
+        self.finish(
+            conditioning,
+            True,
+            f"Hit: read from disk in {time.perf_counter() - start:.2f} s. The text encoder was not used.",
+        )
         return True
 
     def keys(self):
-        """Where the prompt may be. One encoded together with others differs from one encoded alone by rounding, so it has an entry of its own, which
-        only other lists of prompts read: for a single prompt a hit is exact."""
+        """Where the prompt may be. One encoded together with others differs from one encoded alone by rounding, so it
+        has
+        an entry of its own, which only other lists of prompts read: for a single prompt a hit is exact.
+        """
         exact = key(self.clip, self.text, self.limit)
         return [exact, {**exact, "together": True}] if self.several else [exact]
 
@@ -100,21 +120,35 @@ class Job:
         log.info("%s", self.done.report)
 
 
-# --- what is kept ------------------------------------------------------------------------------------------------------
+# --- what is kept
+# ------------------------------------------------------------------------------------------------------
+
 
 def key(clip, text, limit):
     """Everything that decides what a prompt is encoded to, as a JSON value."""
     import comfyui_version
+
     source = lazy_clip.source_of(clip)
     device = clip.patcher.load_device if lazy_clip.is_loaded(clip) else source.load_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"format": FORMAT, "prompt": text, "encoder": source.fingerprint, "padding": source.padding, "options": source.options, "limit": limit,
-            "device": name, "dtype": str(comfy.model_management.text_encoder_dtype(device)), "comfyui": comfyui_version.__version__,
-            "torch": torch.__version__}
+    return {
+        "format": FORMAT,
+        "prompt": text,
+        "encoder": source.fingerprint,
+        "padding": source.padding,
+        "options": source.options,
+        "limit": limit,
+        "device": name,
+        "dtype": str(comfy.model_management.text_encoder_dtype(device)),
+        "comfyui": comfyui_version.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def unkept(clip, text):
-    """Why an encoded prompt cannot be kept under this encoder's name, as part of a sentence; empty when it can. Loads nothing."""
+    """Why an encoded prompt cannot be kept under this encoder's name, as part of a sentence; empty when it can. Loads
+    nothing.
+    """
     if not lazy_clip.is_loaded(clip):
         patched = ""
     elif lazy_clip.source_of(clip) is None:
@@ -140,22 +174,35 @@ def _changed(clip):
     return ""
 
 
-# --- several prompts in one pass -----------------------------------------------------------------------------------------
+# --- several prompts in one pass
+# -----------------------------------------------------------------------------------------
+
 
 def _groups(clip, jobs):
-    """Jobs in lists that are encoded together, of similar lengths; alone where this encoder takes one prompt at a time."""
+    """Jobs in lists that are encoded together, of similar lengths; alone where this encoder takes one prompt at a
+    time.
+    """
     if not all(_can_join(clip, job.tokens) for job in jobs):
         return [[job] for job in jobs]
     ordered = sorted(jobs, key=lambda job: _length(job.tokens))
-    return [ordered[first:first + ROWS] for first in range(0, len(ordered), ROWS)]
+    return [ordered[first : first + ROWS] for first in range(0, len(ordered), ROWS)]
 
 
 def _can_join(clip, tokens):
-    """Whether tokens may share a pass: one row of plain ids, of an encoder that adds nothing per prompt (as padding 'reference' does)."""
+    """Whether tokens may share a pass: one row of plain ids, of an encoder that adds nothing per prompt (as padding
+    'reference' does).
+    """
     source = lazy_clip.source_of(clip)
     rows = next(iter(tokens.values()))
-    return (source is not None and source.padding == "zeros" and prompt_tokens.is_flux2(clip) and not clip.patcher.forced_hooks
-            and clip.apply_hooks_to_conds is None and len(tokens) == len(rows) == 1 and all(isinstance(entry[0], int) for entry in rows[0]))
+    return (
+        source is not None
+        and source.padding == "zeros"
+        and prompt_tokens.is_flux2(clip)
+        and not clip.patcher.forced_hooks
+        and clip.apply_hooks_to_conds is None
+        and len(tokens) == len(rows) == 1
+        and all(isinstance(entry[0], int) for entry in rows[0])
+    )
 
 
 def _length(tokens):
@@ -165,12 +212,18 @@ def _length(tokens):
 def one_pass(clip, tokens):
     """Conditionings of several prompts from one pass through the encoder.
 
-    Shorter rows are filled on the right: attention is causal, so nothing in front of the filling changes. Core lays the rows behind one another.
+    Shorter rows are filled on the right: attention is causal, so nothing in front of the filling changes. Core lays the
+    rows behind one another.
     """
     name = clip.tokenizer.clip_name
     pad = getattr(clip.cond_stage_model, clip.tokenizer.clip).special_tokens["pad"]
     rows = [entry[name][0] for entry in tokens]
     longest = max(map(len, rows))
-    (cond, extra), = clip.encode_from_tokens_scheduled({name: [row + [(pad, 1.0)] * (longest - len(row)) for row in rows]})
+    ((cond, extra),) = clip.encode_from_tokens_scheduled(
+        {name: [row + [(pad, 1.0)] * (longest - len(row)) for row in rows]}
+    )
     places = [slice(number * longest, number * longest + len(row)) for number, row in enumerate(rows)]
-    return [[[cond[:, place].clone(), {k: v[:, place].clone() if torch.is_tensor(v) else v for k, v in extra.items()}]] for place in places]
+    return [
+        [[cond[:, place].clone(), {k: v[:, place].clone() if torch.is_tensor(v) else v for k, v in extra.items()}]]
+        for place in places
+    ]

@@ -2,6 +2,7 @@
 
 `clean(text)` gives the text that is encoded and the sentences to show. Nothing is dropped without a sentence.
 """
+
 import re
 import unicodedata
 
@@ -15,10 +16,14 @@ def clean(text):
     """(text without control characters, notes). ValueError for anything but text."""
     if not isinstance(text, str):
         raise ValueError(f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.")
-    kept = "".join(letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs"))
+    kept = "".join(
+        letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs")
+    )
     notes = []
     if len(kept) < len(text):
-        notes.append(f"{count(len(text) - len(kept), 'control character')} removed: no tokenizer has a meaning for them.")
+        notes.append(
+            f"{count(len(text) - len(kept), 'control character')} removed: no tokenizer has a meaning for them."
+        )
     return kept, notes + remarks(kept)
 
 
@@ -28,11 +33,16 @@ def remarks(text):
     if not text.strip():
         notes.append("The prompt is empty: FLUX.2 gets its system message alone.")
     if WEIGHT.search(text):
-        notes.append(f"FLUX.2 has no prompt weights: {quoted(WEIGHT, text)} is read as it stands, brackets and number included. "
-                     "Say in words what matters more.")
+        notes.append(
+            f"FLUX.2 has no prompt weights: {quoted(WEIGHT, text)} is read as it stands, brackets and number included. "
+            "Say in words what matters more."
+        )
     if EMBEDDING.search(text):
-        notes.append(f"FLUX.2 was trained without embeddings: {quoted(EMBEDDING, text)} is handled as CLIP Text Encode does, which leaves out the "
-                     "name, and puts in the vectors of a file if there is one of this encoder's width.")
+        notes.append(
+            f"FLUX.2 was trained without embeddings: {quoted(EMBEDDING, text)} is handled as CLIP Text Encode does, "
+            "which leaves out the "
+            "name, and puts in the vectors of a file if there is one of this encoder's width."
+        )
     if LORA.search(text):
         notes.append(f"A prompt loads no LoRA: {quoted(LORA, text)} is read as text. Use a LoRA loader node.")
     return notes
@@ -66,8 +76,13 @@ def read_file(path, limit=16 * 2**20):
     except OSError as error:
         raise ValueError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.") from None
     if data is None:
-        raise ValueError(f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file or split it.")
+        raise ValueError(
+            f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file "
+            "or split it."
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"The prompt file {path.name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        raise ValueError(
+            f"The prompt file {path.name} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from None

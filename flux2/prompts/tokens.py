@@ -1,9 +1,10 @@
 """Prompts -> tokens of a CLIP, with two things that core's CLIPTextEncode does not do.
 
-A special token written out in a prompt ("[/INST]", "<|im_end|>") stays text: core tokenises the filled template in one piece, so there such a
-text ends the user's turn. And a prompt longer than the reference's 512 tokens is cut where the reference cuts it. Other prompts are tokenised by
-the CLIP itself, so they are core's tokens by construction.
+A special token written out in a prompt ("[/INST]", "<|im_end|>") stays text: core tokenises the filled template in one
+piece, so there such a text ends the user's turn. And a prompt longer than the reference's 512 tokens is cut where the
+reference cuts it. Other prompts are tokenised by the CLIP itself, so they are core's tokens by construction.
 """
+
 import re
 
 from .text import count
@@ -45,8 +46,11 @@ def cut(tokens, name, limit, notes):
     """The tokens, at most `limit` of them; says so in `notes`."""
     (row,) = tokens[name]
     if limit and len(row) > limit:
-        notes.append(f"The prompt is too long: with its template it has {len(row)} tokens, and only the first {limit} were read, as in the reference. "
-                     f"{count(len(row) - limit, 'token')} at its end had no effect.")
+        notes.append(
+            f"The prompt is too long: with its template it has {len(row)} tokens, and only the first {limit} were "
+            "read, as in the reference. "
+            f"{count(len(row) - limit, 'token')} at its end had no effect."
+        )
         return {name: [row[:limit]]}
     return tokens
 
@@ -59,9 +63,14 @@ def look_alikes(inner, text):
 def literal(tokenizer, inner, text):
     """One row of tokens for a prompt in its template, none of the prompt's own text read as a special token."""
     from comfy.sd1_clip import escape_important, unescape_important
+
     before, after = tokenizer.llama_template.split("{}")
     end = max((before.rfind(mark) + len(mark) for mark in look_alikes(inner, before)), default=0)
-    ids = [*encode(inner, before[:end]), *plain_ids(inner, before[end:] + unescape_important(escape_important(text))), *encode(inner, after)]
+    ids = [
+        *encode(inner, before[:end]),
+        *plain_ids(inner, before[end:] + unescape_important(escape_important(text))),
+        *encode(inner, after),
+    ]
     row = [(token, 1.0) for token in ([] if inner.start_token is None else [inner.start_token]) + ids]
     padding = [(inner.pad_token, 1.0)] * ((inner.min_length or 0) - len(row))
     return padding + row if inner.pad_left else row + padding
@@ -70,14 +79,19 @@ def literal(tokenizer, inner, text):
 def plain_ids(inner, text):
     """Tokens of a text in which every special token's name is broken in two, so that none can be recognised."""
     marks = look_alikes(inner, text)
-    starts = {found.start() + 1 for found in re.finditer(f"(?={'|'.join(map(re.escape, marks))})", text)} if marks else set()
+    starts = (
+        {found.start() + 1 for found in re.finditer(f"(?={'|'.join(map(re.escape, marks))})", text)} if marks else set()
+    )
     edges = [0, *sorted(starts), len(text)]
     ids = [token for first, last in zip(edges, edges[1:]) for token in encode(inner, text[first:last])]
     if not set(ids).isdisjoint(inner.tokenizer.get_added_vocab().values()):
-        raise ValueError("The prompt contains the name of a special token that cannot be read as plain text. Take it out of the prompt.")
+        raise ValueError(
+            "The prompt contains the name of a special token that cannot be read as plain text. Take it out of the "
+            "prompt."
+        )
     return ids
 
 
 def encode(inner, text):
     """Ids of a text without the start token; names of special tokens become those tokens."""
-    return inner.tokenizer(text)["input_ids"][inner.tokens_start:] if text else []
+    return inner.tokenizer(text)["input_ids"][inner.tokens_start :] if text else []

@@ -1,4 +1,5 @@
-"""The worker moved to flux2/parallel/workers/worker.py. This file stays because it stands in users' torchrun commands."""
+"""The worker is ../parallel/workers/worker.py. This file stays because it stands in users' torchrun commands."""
+
 from pathlib import Path
 import runpy
 

@@ -1,10 +1,12 @@
 """transformers' Mistral 3 as a writer, built around the layers that a CLIP has already loaded.
 
-FLUX.2 reads 30 layers of Mistral 3; writing takes all of them, the final norm, lm_head, and for pictures the vision tower. `Writer` makes
-transformers' network without memory, puts the CLIP's own modules in where they are the same, and loads the rest from the same file or folder.
-Both halves are ModelPatchers, so ComfyUI moves and unloads them like any model and no weight exists twice. All products go through ComfyUI's
-layers, which take weights that stay in main memory, and which stop the moment that the user cancels.
+FLUX.2 reads 30 layers of Mistral 3; writing takes all of them, the final norm, lm_head, and for pictures the vision
+tower. `Writer` makes transformers' network without memory, puts the CLIP's own modules in where they are the same, and
+loads the rest from the same file or folder. Both halves are ModelPatchers, so ComfyUI moves and unloads them like any
+model and no weight exists twice. All products go through ComfyUI's layers, which take weights that stay in main memory,
+and which stop the moment that the user cancels.
 """
+
 import math
 import weakref
 from dataclasses import dataclass
@@ -24,15 +26,22 @@ from ..checkpoints.variants import HEAD_CHANNELS
 VISION_HEAD = 64  # channels of a head in the vision tower
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e9}
 GROUPS = ("vision_tower", "multi_modal_projector")
-ADVICE = ("Choose the folder text_encoder of FLUX.2-dev from Hugging Face, or another Mistral Small 3.1 or 3.2 with all its weights, in Load FLUX.2 "
-          "Text Encoder.")
-TOO_OLD = "This version of the Python package transformers has no Mistral 3 that can be used here; 4.52 is the first. Update it: pip install -U transformers."
+ADVICE = (
+    "Choose the folder text_encoder of FLUX.2-dev from Hugging Face, or another Mistral Small 3.1 or 3.2 with all its "
+    "weights, in Load FLUX.2 "
+    "Text Encoder."
+)
+TOO_OLD = (
+    "This version of the Python package transformers has no Mistral 3 that can be used here; 4.52 is the first. "
+    "Update it: pip install -U transformers."
+)
 _writers = weakref.WeakKeyDictionary()  # a CLIP's network -> its Writer
 
 
 @dataclass(frozen=True)
 class Parts:
     """A checkpoint that can write: where its weights are. `vision`: it can look at pictures."""
+
     checkpoint: object
     found: identify.Identity
     sizes: dict  # of the language model, in ComfyUI's names
@@ -41,31 +50,47 @@ class Parts:
 
 
 def parts_of(source):
-    """Parts of the file or folder that a CLIP was loaded from, by its header alone. CheckpointError when it cannot write."""
+    """Parts of the file or folder that a CLIP was loaded from, by its header alone. CheckpointError when it cannot
+    write.
+    """
     if source is None:
-        raise CheckpointError("This CLIP is not from Load FLUX.2 Text Encoder, so the rest of its language model cannot be found. Use that node.")
+        raise CheckpointError(
+            "This CLIP is not from Load FLUX.2 Text Encoder, so the rest of its language model cannot be found. Use "
+            "that node."
+        )
     checkpoint = open_checkpoint(source.path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
     if found.kind != "mistral3":
-        raise CheckpointError(f"{checkpoint.name} is {found.title}: prompts are improved by Mistral 3, the text encoder of FLUX.2 dev. {ADVICE}")
+        raise CheckpointError(
+            f"{checkpoint.name} is {found.title}: prompts are improved by Mistral 3, the text encoder of FLUX.2 dev. "
+            f"{ADVICE}"
+        )
     names = own_names(checkpoint.tensors, found)
     if "lm_head.weight" not in names or "norm.weight" not in names:
         missing = "lm_head" if "lm_head.weight" not in names else "final norm"
-        raise CheckpointError(f"{checkpoint.name} can read prompts but not write them: it has {found.layers} layers and no {missing}. {ADVICE}")
+        raise CheckpointError(
+            f"{checkpoint.name} can read prompts but not write them: it has {found.layers} layers and no {missing}. "
+            f"{ADVICE}"
+        )
     if identify.number_format(checkpoint)[1]:
-        raise CheckpointError(f"{checkpoint.name} is quantised, which the layers that only writing needs cannot be. Use the bf16 weights. {ADVICE}")
+        raise CheckpointError(
+            f"{checkpoint.name} is quantised, which the layers that only writing needs cannot be. Use the bf16 "
+            f"weights. {ADVICE}"
+        )
     vision = all(any(name.startswith(f"{group}.") for name in names) for group in GROUPS)
     return Parts(checkpoint, found, dimensions(checkpoint, found, FAMILIES[found.kind]), names, vision)
 
 
 def own_names(tensors, found):
-    """What a CLIP leaves in its file: name in `own` -> name in the file. Layers keep their numbers less those that the CLIP has."""
+    """What a CLIP leaves in its file: name in `own` -> name in the file. Layers keep their numbers less those that the
+    CLIP has.
+    """
     names, read = {}, FAMILIES[found.kind].last_tap
     for name in tensors:
         rest = name.removeprefix(found.prefix) if name.startswith(found.prefix) else ""
         group = next((group for group in GROUPS if f"{group}." in name), None)
         if group:
-            names[name[name.index(group):]] = name
+            names[name[name.index(group) :]] = name
         elif name.endswith("lm_head.weight"):
             names["lm_head.weight"] = name
         elif rest == "norm.weight":
@@ -77,24 +102,44 @@ def own_names(tensors, found):
 
 
 def configuration(parts, image_token):
-    """transformers' configuration of the network: sizes from the weights, the rest from config.json where there is one."""
+    """transformers' configuration of the network: sizes from the weights, the rest from config.json where there is
+    one.
+    """
     try:
         from transformers import Mistral3Config
     except ImportError:
         raise CheckpointError(TOO_OLD) from None
     said, sizes, tensors = parts.checkpoint.config, parts.sizes, parts.checkpoint.tensors
     theta = sizes.get("rope_theta", DEFAULTS["rope_theta"])
-    text = {"model_type": "mistral", "head_dim": HEAD_CHANNELS, "hidden_act": "silu", "sliding_window": None, "max_position_embeddings": 131072,
-            "num_hidden_layers": parts.found.layers, "rms_norm_eps": sizes.get("rms_norm_eps", DEFAULTS["rms_norm_eps"]),
-            "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "tie_word_embeddings": False}
-    text |= {name: sizes[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
+    text = {
+        "model_type": "mistral",
+        "head_dim": HEAD_CHANNELS,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": parts.found.layers,
+        "rms_norm_eps": sizes.get("rms_norm_eps", DEFAULTS["rms_norm_eps"]),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": False,
+    }
+    text |= {
+        name: sizes[name]
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    }
     shape = {name: tensors[inside].shape for name, inside in parts.names.items()}
     vision = vision_configuration(shape, said.get("vision_config") or {}) if parts.vision else None
     merged = shape["multi_modal_projector.patch_merger.merging_layer.weight"] if parts.vision else (1, 4)
-    return Mistral3Config(text_config=text, vision_config=vision, image_token_index=image_token, tie_word_embeddings=False,
-                          spatial_merge_size=math.isqrt(merged[1] // merged[0]), projector_hidden_act=said.get("projector_hidden_act", "gelu"),
-                          vision_feature_layer=said.get("vision_feature_layer", -1),
-                          multimodal_projector_bias="multi_modal_projector.linear_1.bias" in shape)
+    return Mistral3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token,
+        tie_word_embeddings=False,
+        spatial_merge_size=math.isqrt(merged[1] // merged[0]),
+        projector_hidden_act=said.get("projector_hidden_act", "gelu"),
+        vision_feature_layer=said.get("vision_feature_layer", -1),
+        multimodal_projector_bias="multi_modal_projector.linear_1.bias" in shape,
+    )
 
 
 def vision_configuration(shape, said):
@@ -102,11 +147,22 @@ def vision_configuration(shape, said):
     width, channels, patch, _ = shape["vision_tower.patch_conv.weight"]
     layers = {name.split(".")[3] for name in shape if name.startswith("vision_tower.transformer.layers.")}
     theta, head = (said.get("rope_parameters") or said).get("rope_theta", 10000.0), said.get("head_dim", VISION_HEAD)
-    # transformers leaves out of config.json what is its default; a file without config.json is the published model, whose towers use silu
-    return {"model_type": "pixtral", "hidden_size": width, "num_channels": channels, "patch_size": patch, "num_hidden_layers": len(layers),
-            "intermediate_size": shape["vision_tower.transformer.layers.0.feed_forward.gate_proj.weight"][0], "hidden_act": said.get("hidden_act", "gelu" if said else "silu"),
-            "head_dim": head, "num_attention_heads": said.get("num_attention_heads", width // head), "image_size": said.get("image_size", 1540),
-            "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    # transformers leaves out of config.json what is its default; a file without config.json is the published model,
+    # whose towers use silu
+    return {
+        "model_type": "pixtral",
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": patch,
+        "num_hidden_layers": len(layers),
+        "intermediate_size": shape["vision_tower.transformer.layers.0.feed_forward.gate_proj.weight"][0],
+        "hidden_act": said.get("hidden_act", "gelu" if said else "silu"),
+        "head_dim": head,
+        "num_attention_heads": said.get("num_attention_heads", width // head),
+        "image_size": said.get("image_size", 1540),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
 
 
 def writer_of(clip, parts, image_token, memory_mode=memory.AUTO):
@@ -118,7 +174,10 @@ def writer_of(clip, parts, image_token, memory_mode=memory.AUTO):
 
 
 class Writer:
-    """A language model that writes: `network` is transformers' model, `patcher` the ModelPatcher of what the CLIP does not hold."""
+    """A language model that writes: `network` is transformers' model, `patcher` the ModelPatcher of what the CLIP does
+    not
+    hold.
+    """
 
     def __init__(self, clip, parts, image_token, memory_mode):
         config = configuration(parts, image_token)
@@ -133,14 +192,21 @@ class Writer:
         own = owned(self.network, len(shared.layers))
         fill(own, load.read(parts.checkpoint), parts)
         self.rotary = fresh_rotary(self.network, config)
-        patcher = comfy.model_patcher.ModelPatcher(own, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device)
+        patcher = comfy.model_patcher.ModelPatcher(
+            own, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device
+        )
         self.patcher, self.memory_mode = memory.manage(patcher, memory_mode), memory_mode
 
     def load(self, clip, tokens):
         """Bring both halves to the device, with room for the memory of `tokens` tokens."""
         text = self.network.config.text_config
-        each = 2 * text.num_hidden_layers * text.num_key_value_heads * HEAD_CHANNELS + 8 * (text.intermediate_size + text.hidden_size)  # numbers per token
-        comfy.model_management.load_models_gpu([clip.patcher, self.patcher], memory_required=each * tokens * self.dtype.itemsize)
+        # numbers per token
+        each = 2 * text.num_hidden_layers * text.num_key_value_heads * HEAD_CHANNELS + 8 * (
+            text.intermediate_size + text.hidden_size
+        )
+        comfy.model_management.load_models_gpu(
+            [clip.patcher, self.patcher], memory_required=each * tokens * self.dtype.itemsize
+        )
         self.network.run_on, self.network.run_as = clip.patcher.load_device, self.dtype
         for module in self.rotary:
             module.to(clip.patcher.load_device)
@@ -153,15 +219,19 @@ class Writer:
 
 
 class direct:
-    """Inside a with block, the layers of a Writer whose weights lie on the device in the calculation's format use them as they are.
+    """Inside a with block, the layers of a Writer whose weights lie on the device in the calculation's format use them
+    as
+    they are.
 
-    ComfyUI's casting asks every layer at every token whether its weight must be fetched or changed: three quarters of a token's time on an H200
-    (benchmarks/results/upsample-h200.json). Layers that are offloaded, quantised or patched at call time keep it. Nothing is loaded or moved meanwhile:
-    ComfyUI does that between nodes.
+    ComfyUI's casting asks every layer at every token whether its weight must be fetched or changed: three quarters of a
+    token's time on an H200 (benchmarks/results/upsample-h200.json). Layers that are offloaded, quantised or patched at
+    call time keep it. Nothing is loaded or moved meanwhile: ComfyUI does that between nodes.
     """
 
     def __init__(self, writer):
-        self.modules = [module for module in writer.network.modules() if as_it_is(module, writer.network.run_on, writer.dtype)]
+        self.modules = [
+            module for module in writer.network.modules() if as_it_is(module, writer.network.run_on, writer.dtype)
+        ]
 
     def __enter__(self):
         for module in self.modules:
@@ -174,10 +244,17 @@ class direct:
 
 def as_it_is(module, device, dtype):
     """True for a layer of ComfyUI's that casts, and whose weights need none."""
-    if not getattr(module, "comfy_cast_weights", False) or hasattr(module, "layout_type") or hasattr(module, "_v") or isinstance(module, torch.nn.Embedding):
+    if (
+        not getattr(module, "comfy_cast_weights", False)
+        or hasattr(module, "layout_type")
+        or hasattr(module, "_v")
+        or isinstance(module, torch.nn.Embedding)
+    ):
         return False
     weights = [w for w in (getattr(module, "weight", None), getattr(module, "bias", None)) if w is not None]
-    return not (module.weight_function or module.bias_function) and all(w.device == device and w.dtype == dtype for w in weights)
+    return not (module.weight_function or module.bias_function) and all(
+        w.device == device and w.dtype == dtype for w in weights
+    )
 
 
 class Embedding(torch.nn.Module):
@@ -216,12 +293,18 @@ def in_comfyuis_layers(network):
     for parent in list(network.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, torch.nn.Linear):
-                setattr(parent, name, comfy.ops.manual_cast.Linear(module.in_features, module.out_features, bias=module.bias is not None))
+                setattr(
+                    parent,
+                    name,
+                    comfy.ops.manual_cast.Linear(module.in_features, module.out_features, bias=module.bias is not None),
+                )
             elif isinstance(module, torch.nn.Conv2d):
                 sizes = module.in_channels, module.out_channels, module.kernel_size, module.stride
                 setattr(parent, name, comfy.ops.manual_cast.Conv2d(*sizes, bias=module.bias is not None))
             elif type(module).__name__.endswith("RMSNorm"):
-                setattr(parent, name, comfy.text_encoders.llama.RMSNorm(len(module.weight), eps=module.variance_epsilon))
+                setattr(
+                    parent, name, comfy.text_encoders.llama.RMSNorm(len(module.weight), eps=module.variance_epsilon)
+                )
 
 
 def adopt(theirs, ours):
@@ -232,7 +315,10 @@ def adopt(theirs, ours):
 
 
 def owned(network, shared):
-    """The modules that the CLIP does not have, as one module: the layers from number `shared` on, the final norm, lm_head, the vision tower."""
+    """The modules that the CLIP does not have, as one module: the layers from number `shared` on, the final norm,
+    lm_head,
+    the vision tower.
+    """
     language = network.model.language_model
     parts = {"layers": torch.nn.ModuleList(language.layers[shared:]), "norm": language.norm, "lm_head": network.lm_head}
     own = torch.nn.Module()
@@ -244,18 +330,28 @@ def owned(network, shared):
 
 def fill(own, weights, parts):
     """Give our own modules their weights, mapped from the file. CheckpointError when some are missing or do not fit."""
-    mine = {name: weights[inside] for name, inside in parts.names.items() if parts.vision or not name.startswith(GROUPS)}
+    mine = {
+        name: weights[inside] for name, inside in parts.names.items() if parts.vision or not name.startswith(GROUPS)
+    }
     try:
         missing, _ = own.load_state_dict(mine, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{parts.checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. Download it again.") from error
+        raise CheckpointError(
+            f"{parts.checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. Download it "
+            "again."
+        ) from error
     if missing:
-        raise CheckpointError(f"{parts.checkpoint.name} is incomplete: {len(missing)} weights that writing needs are missing, such as {missing[0]}. {ADVICE}")
+        raise CheckpointError(
+            f"{parts.checkpoint.name} is incomplete: {len(missing)} weights that writing needs are missing, such as "
+            f"{missing[0]}. {ADVICE}"
+        )
     own.requires_grad_(False)
 
 
 def fresh_rotary(network, config):
-    """Replace the tables of rotary angles, which the skeleton made without content; they come from no file. Returns the modules."""
+    """Replace the tables of rotary angles, which the skeleton made without content; they come from no file. Returns the
+    modules.
+    """
     language = network.model.language_model
     language.rotary_emb = type(language.rotary_emb)(config.text_config)
     if network.model.vision_tower is None:

@@ -1,4 +1,5 @@
 """Gated residual, LayerNorm and modulation in one pass over a token's row."""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +11,37 @@ PER_TENSOR, PER_ROW = tl.constexpr(1), tl.constexpr(2)  # kinds of fp8 scale
 
 
 @triton.jit
-def _residual_norm(X, DELTA, GATE, SHIFT, SCALE, OUT, FP8_SCALE, rows, tokens, N, eps, start, end,
-                   x_b, x_s, d_b, d_s, g_b, g_m, n_b, n_m, ADD: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, FINITE: tl.constexpr,
-                   SHARED: tl.constexpr, TO16: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _residual_norm(
+    X,
+    DELTA,
+    GATE,
+    SHIFT,
+    SCALE,
+    OUT,
+    FP8_SCALE,
+    rows,
+    tokens,
+    N,
+    eps,
+    start,
+    end,
+    x_b,
+    x_s,
+    d_b,
+    d_s,
+    g_b,
+    g_m,
+    n_b,
+    n_m,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    FINITE: tl.constexpr,
+    SHARED: tl.constexpr,
+    TO16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch, token = row // tokens, row % tokens
     at = tl.arange(0, BLOCK)
@@ -20,7 +49,9 @@ def _residual_norm(X, DELTA, GATE, SHIFT, SCALE, OUT, FP8_SCALE, rows, tokens, N
     x_at = X + (batch * x_b + token * x_s)[:, None] + at[None, :]
     x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        delta = tl.load(DELTA + (batch * d_b + token * d_s)[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        delta = tl.load(DELTA + (batch * d_b + token * d_s)[:, None] + at[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         x += delta * modulation(GATE, batch, token, at, inside, N, start, end, g_b, g_m, SHARED)
         if FINITE:
             x = tl.where(x == x, tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX), 0.0)
@@ -47,16 +78,20 @@ def _residual_norm(X, DELTA, GATE, SHIFT, SCALE, OUT, FP8_SCALE, rows, tokens, N
 def norm_modulate(x, shift, scale, *, segment=(0, 0), eps=1e-6, fp8_scale=None):
     """LayerNorm(x) * (1 + scale) + shift, without the norm's own weights: (B, S, N) contiguous, in x's dtype or in fp8.
 
-    x: (B, S, N), any batch and token stride. shift, scale: (B or 1, 1 or 2, N), two views of one tensor (equal strides).
-    segment: (start, end) of the tokens that row 1 of the modulation is for (ComfyUI's index_timestep_zero).
-    fp8_scale: None keeps x's dtype; a float32 scalar tensor gives fp8 e4m3 of the result over it (the input scale of the product that
-    follows); one of (B, S, 1) is filled with a scale for each token, its largest magnitude over 448, and the result is fp8 over that.
+    x: (B, S, N), any batch and token stride. shift, scale: (B or 1, 1 or 2, N), two views of one tensor (equal
+    strides). segment: (start, end) of the tokens that row 1 of the modulation is for (ComfyUI's index_timestep_zero).
+    fp8_scale: None keeps x's dtype; a float32 scalar tensor gives fp8 e4m3 of the result over it (the input scale of
+    the product that follows); one of (B, S, 1) is filled with a scale for each token, its largest magnitude over 448,
+    and the result is fp8 over that.
     """
     return _launch(x, None, None, shift, scale, segment, eps, fp8_scale, False)
 
 
 def add_gated(x, delta, gate, *, segment=(0, 0), finite=False):
-    """x += delta * gate in place. finite: replace what float16 cannot hold (nan by 0, infinities by the largest value), as core does."""
+    """x += delta * gate in place. finite: replace what float16 cannot hold (nan by 0, infinities by the largest
+    value), as
+    core does.
+    """
     _launch(x, delta, gate, None, None, segment, 0.0, None, finite)
     return x
 
@@ -69,7 +104,11 @@ def add_gated_norm_modulate(x, delta, gate, shift, scale, *, segment=(0, 0), eps
 def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
     batch, tokens, width, x_b, x_s = token_rows(x)
     count, add, norm = batch * tokens, delta is not None, scale is not None
-    out = torch.empty(x.shape, device=x.device, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn) if norm else x
+    out = (
+        torch.empty(x.shape, device=x.device, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn)
+        if norm
+        else x
+    )
     d_b, d_s = token_rows(delta)[3:] if add else (0, 0)
     g, n = mod_strides(gate) if add else (0, 0), mod_strides(scale) if norm else (0, 0)
     if norm and mod_strides(shift) != n:
@@ -78,11 +117,37 @@ def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
     shared = segment[0] >= segment[1] and (batch == 1 or tokens % ROWS == 0)
     fp8 = 0 if fp8_scale is None else PER_ROW.value if fp8_scale.ndim == 3 else PER_TENSOR.value
     _residual_norm[(triton.cdiv(count, ROWS),)](
-        x, delta if add else x, gate if add else x, shift if norm else x, scale if norm else x, out, x if fp8_scale is None else fp8_scale,
-        count, tokens, width, eps, *segment, x_b, x_s, d_b, d_s, *g, *n, ADD=add, NORM=norm, FP8=fp8, FINITE=finite, SHARED=shared,
-        TO16=to16(x.dtype), ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=WARPS)
+        x,
+        delta if add else x,
+        gate if add else x,
+        shift if norm else x,
+        scale if norm else x,
+        out,
+        x if fp8_scale is None else fp8_scale,
+        count,
+        tokens,
+        width,
+        eps,
+        *segment,
+        x_b,
+        x_s,
+        d_b,
+        d_s,
+        *g,
+        *n,
+        ADD=add,
+        NORM=norm,
+        FP8=fp8,
+        FINITE=finite,
+        SHARED=shared,
+        TO16=to16(x.dtype),
+        ROWS=ROWS,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=WARPS,
+    )
     if add and not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # PyTorch does not see what a kernel of ours writes, and fused/handover.py asks it
+        # PyTorch does not see what a kernel of ours writes, and fused/handover.py asks it
+        torch.autograd.graph.increment_version(x)
     return out
 
 

@@ -1,4 +1,5 @@
 """q/k RMSNorm, RoPE and the joint q, k, v of text and image, straight from the outputs of the qkv products."""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +11,10 @@ RMS_EPS = torch.finfo(torch.float32).eps  # torch's default for rms_norm compute
 
 @triton.jit
 def _normed_rotated(SRC, weight, c00, c01, c10, c11, at, inside, eps, D: tl.constexpr, ROPE: tl.constexpr):
-    """RMSNorm over the head axis of a (HEADS, D) tile, times weight, then pairs of elements turned by 2 x 2 matrices (D/2 of each entry)."""
+    """RMSNorm over the head axis of a (HEADS, D) tile, times weight, then pairs of elements turned by 2 x 2 matrices
+    (D/2
+    of each entry).
+    """
     x = tl.load(SRC + at, mask=inside, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
@@ -23,8 +27,31 @@ def _normed_rotated(SRC, weight, c00, c01, c10, c11, at, inside, eps, D: tl.cons
 
 
 @triton.jit
-def _qkv(TXT, IMG, TXT_Q, TXT_K, IMG_Q, IMG_K, PE, Q, K, V, tokens, text, eps, t_b, t_s, i_b, i_s, pe_b,
-         H: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ROPE: tl.constexpr, COPY_V: tl.constexpr):
+def _qkv(
+    TXT,
+    IMG,
+    TXT_Q,
+    TXT_K,
+    IMG_Q,
+    IMG_K,
+    PE,
+    Q,
+    K,
+    V,
+    tokens,
+    text,
+    eps,
+    t_b,
+    t_s,
+    i_b,
+    i_s,
+    pe_b,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROPE: tl.constexpr,
+    COPY_V: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     source, q_row, k_row = IMG + batch * i_b + (token - text) * i_s, IMG_Q, IMG_K
@@ -43,7 +70,11 @@ def _qkv(TXT, IMG, TXT_Q, TXT_K, IMG_Q, IMG_K, PE, Q, K, V, tokens, text, eps, t
         inside = (head < H)[:, None] & (lane >= 0)[None, :]
         out = row * (H * D) + at
         tl.store(Q + out, _normed_rotated(source, q_weight, c00, c01, c10, c11, at, inside, eps, D, ROPE), mask=inside)
-        tl.store(K + out, _normed_rotated(source + H * D, k_weight, c00, c01, c10, c11, at, inside, eps, D, ROPE), mask=inside)
+        tl.store(
+            K + out,
+            _normed_rotated(source + H * D, k_weight, c00, c01, c10, c11, at, inside, eps, D, ROPE),
+            mask=inside,
+        )
         if COPY_V:
             tl.store(V + out, tl.load(source + 2 * H * D + at, mask=inside, other=0.0), mask=inside)
 
@@ -51,12 +82,13 @@ def _qkv(TXT, IMG, TXT_Q, TXT_K, IMG_Q, IMG_K, PE, Q, K, V, tokens, text, eps, t
 def single_qkv(qkv, heads, q_weight, k_weight, pe):
     """q, k, v (B, S, H, D) of a single block: q and k normalised and turned, v a view of `qkv`.
 
-    qkv: (B, S, >= 3*H*D), q, k and v first, any token stride. q_weight, k_weight: (D,). pe: (B or 1, 1, S, D/2, 2, 2) float32 or None (not turned).
+    qkv: (B, S, >= 3*H*D), q, k and v first, any token stride. q_weight, k_weight: (D,). pe: (B or 1, 1, S, D/2, 2, 2)
+    float32 or None (not turned).
     """
     size = q_weight.shape[0]
     q, k = (qkv.new_empty((*qkv.shape[:2], heads, size)) for _ in range(2))
     _launch(qkv, qkv, (q_weight, k_weight), (q_weight, k_weight), pe, q, k, q, text=0, copy_v=False)
-    return q, k, qkv[..., 2 * heads * size:3 * heads * size].unflatten(-1, (heads, size))
+    return q, k, qkv[..., 2 * heads * size : 3 * heads * size].unflatten(-1, (heads, size))
 
 
 def joint_qkv(txt, img, heads, txt_weights, img_weights, pe):
@@ -77,8 +109,30 @@ def _launch(txt, img, txt_weights, img_weights, pe, q, k, v, *, text, copy_v):
     pe_b = pe.stride(0) if pe is not None and pe.shape[0] > 1 else 0
     group = min(GROUP, triton.next_power_of_2(heads))
     _qkv[(batch * tokens,)](
-        txt, img, *txt_weights, *img_weights, q if pe is None else pe, q, k, v, tokens, text, RMS_EPS, t_b, t_s, i_b, i_s, pe_b,
-        H=heads, D=size, GROUP=group, ROPE=pe is not None, COPY_V=copy_v, num_warps=WARPS)
+        txt,
+        img,
+        *txt_weights,
+        *img_weights,
+        q if pe is None else pe,
+        q,
+        k,
+        v,
+        tokens,
+        text,
+        RMS_EPS,
+        t_b,
+        t_s,
+        i_b,
+        i_s,
+        pe_b,
+        H=heads,
+        D=size,
+        GROUP=group,
+        ROPE=pe is not None,
+        COPY_V=copy_v,
+        num_warps=WARPS,
+    )
 
 
-GROUP, WARPS = 32, 4  # heads at a time, and warps, of a program: the fastest of those that benchmarks/fast_check.py times on an H200
+# heads at a time, and warps, of a program: the fastest of those that benchmarks/fast_check.py times on an H200
+GROUP, WARPS = 32, 4

@@ -1,4 +1,5 @@
 """fp8 e4m3 with one scale per row: of weights, of activations, and of SwiGLU as it is computed."""
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +14,11 @@ def _part(BASE, column, width, GATED: tl.constexpr):
     """One chunk of a row as float32, 0 beyond width: as it is, or silu(gate) * up where the row holds gate and up."""
     value = tl.load(BASE + column, mask=column < width, other=0.0).to(tl.float32)
     if GATED:
-        value = value / (1.0 + tl.exp(-value)) * tl.load(BASE + width + column, mask=column < width, other=0.0).to(tl.float32)
+        value = (
+            value
+            / (1.0 + tl.exp(-value))
+            * tl.load(BASE + width + column, mask=column < width, other=0.0).to(tl.float32)
+        )
     return value
 
 
@@ -41,7 +46,9 @@ def _store(OUT, BASE, width, scale, GATED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantise(MLP, ATTN, OUT, SCALES, tokens, width, attn_width, m_b, m_s, a_b, a_s, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise(
+    MLP, ATTN, OUT, SCALES, tokens, width, attn_width, m_b, m_s, a_b, a_s, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     mlp, attn, out = MLP + batch * m_b + token * m_s, ATTN + batch * a_b + token * a_s, OUT + row * (attn_width + width)
@@ -53,7 +60,9 @@ def _quantise(MLP, ATTN, OUT, SCALES, tokens, width, attn_width, m_b, m_s, a_b, 
 
 
 def quantise_rows(x, scales):
-    """fp8 e4m3 (B, S, N) of x over a scale for each row, its largest magnitude over 448, which fills scales, float32 (B, S, 1).
+    """fp8 e4m3 (B, S, N) of x over a scale for each row, its largest magnitude over 448, which fills scales, float32
+    (B,
+    S, 1).
 
     x: (B, S, N) with any batch and token stride.
     """
@@ -70,6 +79,20 @@ def _launch(mlp, attn, scales, width, attn_width, *, gated):
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
     block = min(2048, triton.next_power_of_2(width))
     out = torch.empty((batch, tokens, attn_width + width), device=mlp.device, dtype=torch.float8_e4m3fn)
-    _quantise[(batch * tokens,)](mlp, mlp if attn is None else attn, out, scales, tokens, width, attn_width, m_b, m_s, a_b, a_s,
-                                 GATED=gated, BLOCK=block, num_warps=max(1, block // 256))
+    _quantise[(batch * tokens,)](
+        mlp,
+        mlp if attn is None else attn,
+        out,
+        scales,
+        tokens,
+        width,
+        attn_width,
+        m_b,
+        m_s,
+        a_b,
+        a_s,
+        GATED=gated,
+        BLOCK=block,
+        num_warps=max(1, block // 256),
+    )
     return out

@@ -1,4 +1,5 @@
 """What the kernels share: modulation rows, fp8 rounding, how a token's row is addressed."""
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +10,8 @@ FP16_MAX = tl.constexpr(65504.0)
 
 @triton.jit
 def modulation(BASE, batch, token, at, inside, N, start, end, stride_b, stride_m, SHARED: tl.constexpr):
-    """Modulation of a tile of tokens as float32, (1 or ROWS, BLOCK), from (B, 1 or 2, N) whose row 1 is for the tokens start <= s < end.
+    """Modulation of a tile of tokens as float32, (1 or ROWS, BLOCK), from (B, 1 or 2, N) whose row 1 is for the tokens
+    start <= s < end.
 
     SHARED: all tokens of the tile have the same one, that of the first token.
     """
@@ -35,7 +37,10 @@ def rounded(value, TO16: tl.constexpr):
 
 @triton.jit
 def as_fp8(value, scale, TO16: tl.constexpr):
-    """fp8 e4m3 of value / scale, clamped to its largest finite value. The source dtype rounds first, as it does in core's chain."""
+    """fp8 e4m3 of value / scale, clamped to its largest finite value. The source dtype rounds first, as it does in
+    core's
+    chain.
+    """
     scaled = rounded(value, TO16) / scale
     return tl.minimum(tl.maximum(scaled, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
@@ -46,12 +51,16 @@ def to16(dtype):
 
 
 def mod_strides(mod):
-    """(batch stride, row stride) of a modulation (B or 1, 1 or 2, N); 0 where it is broadcast. The last axis must be contiguous."""
+    """(batch stride, row stride) of a modulation (B or 1, 1 or 2, N); 0 where it is broadcast. The last axis must be
+    contiguous.
+    """
     return (mod.stride(0) if mod.shape[0] > 1 else 0), (mod.stride(1) if mod.shape[1] > 1 else 0)
 
 
 def token_rows(x):
     """(B, S, N, batch stride, token stride) of a (B, S, N) tensor whose last axis is contiguous."""
     if x.stride(2) != 1:
-        raise ValueError(f"The fused kernels take tensors whose last axis is contiguous; this one has strides {tuple(x.stride())}.")
+        raise ValueError(
+            f"The fused kernels take tensors whose last axis is contiguous; this one has strides {tuple(x.stride())}."
+        )
     return (*x.shape, x.stride(0), x.stride(1))

@@ -1,4 +1,5 @@
 """SwiGLU, written beside the attention output so that the second product of a single block needs no concatenation."""
+
 import torch
 import triton
 import triton.language as tl
@@ -8,8 +9,22 @@ from .rows import as_fp8, to16, token_rows
 
 
 @triton.jit
-def _swiglu(MLP, ATTN, OUT, FP8_SCALE, tokens, width, attn_width, m_b, m_s, a_b, a_s,
-            FP8: tl.constexpr, TO16: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(
+    MLP,
+    ATTN,
+    OUT,
+    FP8_SCALE,
+    tokens,
+    width,
+    attn_width,
+    m_b,
+    m_s,
+    a_b,
+    a_s,
+    FP8: tl.constexpr,
+    TO16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = row // tokens, row % tokens
     at = part * BLOCK + tl.arange(0, BLOCK)  # column of the output row: attention first
@@ -29,7 +44,9 @@ def _swiglu(MLP, ATTN, OUT, FP8_SCALE, tokens, width, attn_width, m_b, m_s, a_b,
 
 
 def swiglu(mlp, attn=None, *, fp8_scale=None):
-    """silu(first half of mlp) * second half: (B, S, M), or (B, S, A + M) with attn copied in front, in mlp's dtype or in fp8.
+    """silu(first half of mlp) * second half: (B, S, M), or (B, S, A + M) with attn copied in front, in mlp's dtype or
+    in
+    fp8.
 
     mlp: (B, S, 2*M), any batch and token stride. attn: (B, S, A) or None. fp8_scale: as in norm.norm_modulate.
     """
@@ -39,15 +56,33 @@ def swiglu(mlp, attn=None, *, fp8_scale=None):
     width, attn_width = double // 2, 0 if attn is None else attn.shape[2]
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
     block = block_size(width, attn_width)
-    out = mlp.new_empty((batch, tokens, attn_width + width), dtype=mlp.dtype if fp8_scale is None else torch.float8_e4m3fn)
+    out = mlp.new_empty(
+        (batch, tokens, attn_width + width), dtype=mlp.dtype if fp8_scale is None else torch.float8_e4m3fn
+    )
     _swiglu[(batch * tokens, triton.cdiv(attn_width + width, block))](
-        mlp, mlp if attn is None else attn, out, mlp if fp8_scale is None else fp8_scale, tokens, width, attn_width, m_b, m_s, a_b, a_s,
-        FP8=fp8_scale is not None, TO16=to16(mlp.dtype), BLOCK=block, num_warps=max(1, block // (32 * ELEMENTS)))
+        mlp,
+        mlp if attn is None else attn,
+        out,
+        mlp if fp8_scale is None else fp8_scale,
+        tokens,
+        width,
+        attn_width,
+        m_b,
+        m_s,
+        a_b,
+        a_s,
+        FP8=fp8_scale is not None,
+        TO16=to16(mlp.dtype),
+        BLOCK=block,
+        num_warps=max(1, block // (32 * ELEMENTS)),
+    )
     return out
 
 
 def block_size(width, attn_width):
-    """The largest power of two up to LARGEST that divides the attention's width, so that no program sees both sources."""
+    """The largest power of two up to LARGEST that divides the attention's width, so that no program sees both
+    sources.
+    """
     block = min(LARGEST, triton.next_power_of_2(width))
     while attn_width % block:
         block //= 2

@@ -1,13 +1,16 @@
-"""Messages between rank 0 and a worker: JSON with raw tensor bytes behind it, over a socket whose two ends proved that they know the group's secret.
+"""Messages between rank 0 and a worker: JSON with raw tensor bytes behind it, over a socket whose two ends proved that
+they know the group's secret.
 
   channel = connect(address, secret)                    # a worker
   channel = welcome(accepted_socket, secret)            # rank 0
   channel.send({"do": "load", ...}, [tensor, ...]);  message, tensors = channel.receive()
 
-Nothing is unpickled, ever, and nothing but 96 bytes of fixed size is read from a peer before it is known. The proof: each side sends a nonce and then
-HMAC-SHA256(secret, own role, both nonces). The content is not encrypted: between hosts, use a network that you trust (the tensors of NCCL are not
-encrypted either). Needs the standard library alone until a tensor is sent, because a worker reports before it imports torch.
+Nothing is unpickled, ever, and nothing but 96 bytes of fixed size is read from a peer before it is known. The proof:
+each side sends a nonce and then HMAC-SHA256(secret, own role, both nonces). The content is not encrypted: between
+hosts, use a network that you trust (the tensors of NCCL are not encrypted either). Needs the standard library alone
+until a tensor is sent, because a worker reports before it imports torch.
 """
+
 import hashlib
 import hmac
 import json
@@ -18,7 +21,7 @@ import threading
 
 GREETING = b"flux2-attention ranks 1\n".ljust(32)
 SERVER, CLIENT = b"rank 0", b"worker"
-LONGEST_HEADER = 64 * 2 ** 20
+LONGEST_HEADER = 64 * 2**20
 SIZES = struct.Struct(">QQ")  # bytes of the header, bytes of the tensors
 
 
@@ -38,7 +41,9 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message, tensors=()):
-        """message: anything JSON takes. tensors: of any device and dtype; they arrive on the CPU. Closed when the other end is gone."""
+        """message: anything JSON takes. tensors: of any device and dtype; they arrive on the CPU. Closed when the other
+        end is gone.
+        """
         parts = [to_bytes(tensor) for tensor in tensors]
         header = json.dumps({"message": message, "tensors": [description(tensor) for tensor in tensors]}).encode()
         with self._sending:
@@ -58,7 +63,8 @@ class Channel:
         return header["message"], [from_bytes(self.socket, *kind) for kind in header["tensors"]]
 
     def close(self):
-        for finish in (lambda: self.socket.shutdown(socket.SHUT_RDWR), self.socket.close):  # shutdown wakes a thread that is receiving
+        # shutdown wakes a thread that is receiving
+        for finish in (lambda: self.socket.shutdown(socket.SHUT_RDWR), self.socket.close):
             try:
                 finish()
             except OSError:
@@ -67,6 +73,7 @@ class Channel:
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
+
 def description(tensor):
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
@@ -74,11 +81,17 @@ def description(tensor):
 def to_bytes(tensor):
     """The bytes of a tensor, as a memoryview; without a copy where it lies on the CPU in one piece."""
     import torch
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+    return (
+        memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if tensor.numel()
+        else memoryview(b"")
+    )
 
 
 def from_bytes(sock, dtype, shape):
     import torch
+
     empty = torch.empty(shape, dtype=getattr(torch, dtype))
     if empty.numel():
         fill(sock, memoryview(empty.reshape(-1).view(torch.uint8).numpy()))
@@ -87,6 +100,7 @@ def from_bytes(sock, dtype, shape):
 
 # --- the connection --------------------------------------------------------------------------------------------------
 
+
 def connect(address, secret, timeout=20):
     """A worker's Channel to rank 0 at (host, port). OSError when nobody listens, Stranger when it is somebody else."""
     sock = socket.create_connection(address, timeout=timeout)
@@ -94,12 +108,16 @@ def connect(address, secret, timeout=20):
 
 
 def welcome(sock, secret, timeout=10):
-    """Rank 0's Channel on an accepted socket. Stranger when the peer does not know the secret or says nothing for `timeout` seconds."""
+    """Rank 0's Channel on an accepted socket. Stranger when the peer does not know the secret or says nothing for
+    `timeout` seconds.
+    """
     return prove(sock, secret, SERVER, CLIENT, timeout)
 
 
 def prove(sock, secret, own, other, timeout):
-    """The handshake, the same on both sides. Returns the Channel; closes the socket and raises Stranger when it fails."""
+    """The handshake, the same on both sides. Returns the Channel; closes the socket and raises Stranger when it
+    fails.
+    """
     try:
         sock.settimeout(timeout)
         nonce = os.urandom(32)
@@ -116,17 +134,31 @@ def prove(sock, secret, own, other, timeout):
         return Channel(sock)
     except OSError as error:
         sock.close()
-        raise error if isinstance(error, Stranger) else Stranger(f"The other end did not prove that it belongs to this group: {error}") from error
+        raise (
+            error
+            if isinstance(error, Stranger)
+            else Stranger(f"The other end did not prove that it belongs to this group: {error}")
+        ) from error
 
 
 def proof(secret, role, nonces):
-    return hmac.new(secret.encode(), role + b"".join(nonces[side] for side in (SERVER, CLIENT)), hashlib.sha256).digest()
+    return hmac.new(
+        secret.encode(), role + b"".join(nonces[side] for side in (SERVER, CLIENT)), hashlib.sha256
+    ).digest()
 
 
 def keep_alive(sock):
-    """Notice within ten seconds that another host is gone, also while something is on its way there; a dead process is noticed at once."""
+    """Notice within ten seconds that another host is gone, also while something is on its way there; a dead process is
+    noticed at once.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 10_000)):
+    for name, value in (
+        ("TCP_NODELAY", 1),
+        ("TCP_KEEPIDLE", 3),
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 10_000),
+    ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

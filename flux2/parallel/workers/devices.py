@@ -1,4 +1,5 @@
 """Which GPUs ranks can be put on, and in how many of them one image is to be split."""
+
 from collections import Counter
 from dataclasses import dataclass
 import os
@@ -11,8 +12,10 @@ from .pool import Plan
 
 @dataclass(frozen=True)
 class Found:
-    """Where ranks can run. device: "cuda" or "cpu"; places: index of each GPU, rank 0's first, or None for each rank on the CPU; text: what there is,
-    a phrase."""
+    """Where ranks can run. device: "cuda" or "cpu"; places: index of each GPU, rank 0's first, or None for each rank on
+    the CPU; text: what there is, a phrase.
+    """
+
     device: str
     places: tuple
     text: str
@@ -33,8 +36,9 @@ def found(device):
 
 
 def plan(device, gpus, degrees):
-    """(Plan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with ulysses, ring and why. Plan is None for
-    one GPU.
+    """(Plan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with ulysses,
+    ring
+    and why. Plan is None for one GPU.
 
     ValueError, in words, when there are fewer, or when these devices cannot exchange data.
     """
@@ -44,8 +48,14 @@ def plan(device, gpus, degrees):
         return None, f"One rank: {here.text}."
     elsewhere = max(0, number - len(here.places))
     if elsewhere and not os.environ.get(launch.LISTEN):
-        raise ValueError(f"{number} GPUs were asked for, and there is {here.text}. Set gpus to {len(here.places)} or less, or to 0 for all of them. "
-                         + hint(here))
+        raise ValueError(
+            (
+                f"{number} GPUs were asked for, and there is {here.text}. Set gpus to {len(here.places)} or less, or "
+                "to 0 "
+                "for all of them. "
+            )
+            + hint(here)
+        )
     reason = process_groups.unavailable(here.device)
     if reason:
         raise ValueError(reason)
@@ -56,4 +66,7 @@ def plan(device, gpus, degrees):
 def hint(here):
     if here.device == "cuda":
         return f"GPUs of other hosts can join when ComfyUI is started with {launch.LISTEN} (see the README)."
-    return f"Without GPUs it can only be tried out: start ComfyUI with {launch.CPU_RANKS}=2, and two processes share the CPU."
+    return (
+        f"Without GPUs it can only be tried out: start ComfyUI with {launch.CPU_RANKS}=2, and two processes share "
+        "the CPU."
+    )

@@ -1,9 +1,12 @@
-"""Sequence parallel on a ComfyUI MODEL: install(model, request) on a clone, and every forward pass of its network is shared with the workers.
+"""Sequence parallel on a ComfyUI MODEL: install(model, request) on a clone, and every forward pass of its network is
+shared with the workers.
 
-What is wrapped is the network's forward pass, innermost of all wrappers, and not the sampler: so samplers, guiders, CFG, previews and every wrapper
-of somebody else (EasyCache skips whole passes) run on rank 0 as ever and see whole tensors. To be innermost wherever the node stands in the graph,
-the wrapper is put at the end of the list in each call, by one around the model.
+What is wrapped is the network's forward pass, innermost of all wrappers, and not the sampler: so samplers, guiders,
+CFG, previews and every wrapper of somebody else (EasyCache skips whole passes) run on rank 0 as ever and see whole
+tensors. To be innermost wherever the node stands in the graph, the wrapper is put at the end of the list in each call,
+by one around the model.
 """
+
 from dataclasses import dataclass
 import logging
 import sys
@@ -25,8 +28,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Request:
-    """What a Sequence Parallel node decided. plan: who takes part; tools: make_mesh and fallback() of the attention package; why: the reason for the
-    degrees."""
+    """What a Sequence Parallel node decided. plan: who takes part; tools: make_mesh and fallback() of the attention
+    package; why: the reason for the degrees.
+    """
+
     plan: Plan
     tools: object
     why: str = ""
@@ -35,13 +40,23 @@ class Request:
     def group(self, base, device):
         """The Group of a loaded model, made if need be."""
         reference = weakref.ref(base)
-        return ranks.group_of(base, self.plan, self.tools, device, cancelled=management.processing_interrupted, in_use=lambda: is_loaded(reference()))
+        return ranks.group_of(
+            base,
+            self.plan,
+            self.tools,
+            device,
+            cancelled=management.processing_interrupted,
+            in_use=lambda: is_loaded(reference()),
+        )
 
 
 def install(model, request):
     """Share the forward passes of a MODEL clone as requested. Installing twice replaces."""
     request.patcher = weakref.ref(model)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, around_sampling(request)), (WrappersMP.APPLY_MODEL, around_model(request))):
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, around_sampling(request)),
+        (WrappersMP.APPLY_MODEL, around_model(request)),
+    ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
     model.model_options.setdefault("transformer_options", {})[KEY] = request
@@ -54,11 +69,14 @@ def request_of(model):
 
 def is_loaded(base):
     """Whether ComfyUI has a model (BaseModel) loaded, under whichever clone."""
-    return any(loaded.model is not None and loaded.model.model is base for loaded in list(management.current_loaded_models))
+    return any(
+        loaded.model is not None and loaded.model.model is base for loaded in list(management.current_loaded_models)
+    )
 
 
 def around_sampling(request):
     """A wrapper around one whole sampling: the ranks are there before it, and rank 0 hears how they fared after it."""
+
     def wrapper(executor, *args, **kwargs):
         guider = executor.class_obj
         patcher = guider.model_patcher
@@ -74,15 +92,19 @@ def around_sampling(request):
             raise
         finally:
             group.at_rest()
+
     return error_links.links()(wrapper)
 
 
 def give_up(group):
-    """A sampling ended early: the ranks forget what they kept between its steps (reference caches), unless they are gone."""
+    """A sampling ended early: the ranks forget what they kept between its steps (reference caches), unless they are
+    gone.
+    """
     group.unused()
     try:
         if group.crew is not None and group.crew.started and group.share is not None:
-            group.finish(ranks.STOPPING / 2)  # a cancelled pass may have taken STOPPING already, and a cancel is to end within two seconds
+            # a cancelled pass may have taken STOPPING already, and a cancel is to end within two seconds
+            group.finish(ranks.STOPPING / 2)
     except (RanksFailed, OSError):
         pass
 
@@ -98,29 +120,38 @@ def told(work):
 
 def around_model(request):
     """A wrapper around the model that puts `share` behind every other wrapper of the network."""
+
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         base = executor.class_obj
         patcher = base.current_patcher or (request.patcher and request.patcher())
         wrappers = dict(transformer_options.get("wrappers", {}))
         kind = WrappersMP.DIFFUSION_MODEL
-        wrappers[kind] = {**{key: those for key, those in wrappers.get(kind, {}).items() if key != KEY}, KEY: [share(request, base, patcher)]}
+        wrappers[kind] = {
+            **{key: those for key, those in wrappers.get(kind, {}).items() if key != KEY},
+            KEY: [share(request, base, patcher)],
+        }
         return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, "wrappers": wrappers}, **kwargs)
+
     return wrapper
 
 
 def share(request, base, patcher):
     """The wrapper around the network itself."""
+
     def wrapper(executor, *args, **kwargs):
         inputs, options = arguments(executor.class_obj, args, kwargs)
         group = request.group(base, patcher.load_device)
         return told(lambda: passed(group, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
+
     return wrapper
 
 
 def passed(group, executor, patcher, inputs, options, work):
     """One forward pass on every rank."""
     if group.sampling:
-        group.crew.check()  # ranks lost since the last pass: what that gave is worthless, so the sampling ends instead of going on with new ones
+        # ranks lost since the last pass: what that gave is worthless, so the sampling ends instead of going on with new
+        # ones
+        group.crew.check()
     elif not group.begun:  # no sampler has: a benchmark, or a pack that calls the model itself
         group.begin(patcher, Progress())
         group.at_rest()
@@ -132,7 +163,10 @@ def passed(group, executor, patcher, inputs, options, work):
 
 
 def moment_of(options):
-    """(step, steps) for a Select Attention with a schedule on the other ranks. Only then: a look at the sigmas waits for the GPU."""
+    """(step, steps) for a Select Attention with a schedule on the other ranks. Only then: a look at the sigmas waits
+    for
+    the GPU.
+    """
     selection = getattr(options.get(attention_slot.SLOT), "selection", None)
     return attention_slot.step_of(options) if getattr(selection, "schedule", None) else (None, 0)
 
@@ -158,6 +192,10 @@ def say(text):
     """A line of text on the node that is executing, where ComfyUI's page shows such lines, and in the log."""
     log.info("Sequence parallel: %s", text)
     from comfy_execution.utils import get_executing_context
-    context, page = get_executing_context(), getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+    context, page = (
+        get_executing_context(),
+        getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None),
+    )
     if context is not None and page is not None:
         page.send_progress_text(text, context.node_id)

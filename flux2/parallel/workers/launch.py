@@ -1,4 +1,8 @@
-"""Starting worker processes on this machine: which GPUs there are, the command line and environment of a worker, and what became of it."""
+"""Starting worker processes on this machine: which GPUs there are, the command line and environment of a worker, and
+what
+became of it.
+"""
+
 import os
 from pathlib import Path
 import signal
@@ -14,54 +18,89 @@ LOOPBACK = "127.0.0.1"
 
 
 def visible(index):
-    """What to make visible to a process that shall see only GPU `index` of this one, which may itself see a selection."""
+    """What to make visible to a process that shall see only GPU `index` of this one, which may itself see a
+    selection.
+    """
     shown = os.environ.get(VISIBLE[0], "") or os.environ.get(VISIBLE[1], "")
     tokens = [token.strip() for token in shown.split(",") if token.strip()]
     return tokens[index] if index < len(tokens) else str(index)
 
 
 def environment_of(rank, size, gpu, address, secret, ranks_here):
-    """The environment of a worker: torchrun's variables, the secret, and one visible GPU (gpu: its index here, None for the CPU)."""
+    """The environment of a worker: torchrun's variables, the secret, and one visible GPU (gpu: its index here, None for
+    the CPU).
+    """
     host, port = address
     host = LOOPBACK if host in ("0.0.0.0", "::") else host
-    values = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port),
-              SECRET: secret}
+    values = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        SECRET: secret,
+    }
     if gpu is None:
-        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks_here))
+        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // ranks_here)
+        )
     else:
         values.update(dict.fromkeys(VISIBLE, visible(gpu)))
     return values
 
 
 def start(rank, size, gpu, address, secret, ranks_here):
-    """Popen of one worker; its output comes through .stdout as lines. Call it from a thread that outlives the worker: Linux ends the worker with
-    it."""
-    return subprocess.Popen([sys.executable, "-u", str(WORKER)], env=environment_of(rank, size, gpu, address, secret, ranks_here),
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    """Popen of one worker; its output comes through .stdout as lines. Call it from a thread that outlives the worker:
+    Linux ends the worker with it.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-u", str(WORKER)],
+        env=environment_of(rank, size, gpu, address, secret, ranks_here),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def listening_at():
-    """(host, port, whether other hosts may join). FLUX2_RANKS_LISTEN=host:port in ComfyUI's environment opens it to other hosts; a workflow
-    cannot."""
+    """(host, port, whether other hosts may join). FLUX2_RANKS_LISTEN=host:port in ComfyUI's environment opens it to
+    other
+    hosts; a workflow cannot.
+    """
     where = os.environ.get(LISTEN)
     if not where:
         return LOOPBACK, 0, False
     host, _, port = where.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"{LISTEN} is '{where}'. It should be an address of this machine and a port, such as 10.0.0.1:29511.")
+        raise ValueError(
+            f"{LISTEN} is '{where}'. It should be an address of this machine and a port, such as 10.0.0.1:29511."
+        )
     if len(os.environ.get(SECRET, "")) < 16:
-        raise ValueError(f"{LISTEN} is set, so other hosts may join, and {SECRET} is missing or shorter than 16 characters. Set the same long random text "
-                         "for ComfyUI and for the workers on the other hosts.")
+        raise ValueError(
+            f"{LISTEN} is set, so other hosts may join, and {SECRET} is missing or shorter than 16 characters. Set "
+            "the same long random text "
+            "for ComfyUI and for the workers on the other hosts."
+        )
     return host, int(port), True
 
 
 def listen(host, port):
     """A listening socket. OSError with a sentence when the port is taken or the address is not this machine's."""
     try:
-        return socket.create_server((host, port), backlog=128, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server(
+            (host, port), backlog=128, family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except OSError as error:
-        raise OSError(error.errno, f"Rank 0 cannot listen at {host}:{port}: {error.strerror}. Another program has that port, or the address is not this "
-                                   f"machine's: set {LISTEN} to another one.") from error
+        raise OSError(
+            error.errno,
+            f"Rank 0 cannot listen at {host}:{port}: {error.strerror}. Another program has that port, or the address "
+            "is not this "
+            f"machine's: set {LISTEN} to another one.",
+        ) from error
 
 
 def ending_of(process):
@@ -72,11 +111,15 @@ def ending_of(process):
     if code >= 0:
         return f"it ended with status {code}"
     name = signal.Signals(-code).name if -code in [s.value for s in signal.Signals] else f"signal {-code}"
-    return f"it was killed ({name})" + (", by hand or by the system when host memory ran out" if name == "SIGKILL" else "")
+    return f"it was killed ({name})" + (
+        ", by hand or by the system when host memory ran out" if name == "SIGKILL" else ""
+    )
 
 
 def end(processes, patience=2.0):
-    """End processes that were asked to stop: wait a little for all of them together, then kill. Returns when they are gone."""
+    """End processes that were asked to stop: wait a little for all of them together, then kill. Returns when they are
+    gone.
+    """
     deadline = time.monotonic() + patience
     for process in processes:
         try:

@@ -1,15 +1,19 @@
-"""What of a MODEL reaches the workers. A worker runs the same network, so whatever works INSIDE the network's forward pass has to be there too.
+"""What of a MODEL reaches the workers. A worker runs the same network, so whatever works INSIDE the network's forward
+pass
+has to be there too.
 
-  specs = carried(patcher, transformer_options)      # rank 0, before each forward pass: [[row, spec], ...] in JSON; Refused names what cannot be carried
+  specs = carried(patcher, transformer_options)      # rank 0, before each forward pass: [[row, spec], ...] in JSON;
+                                                     Refused names what cannot be carried
   model = applied(model, specs, tools)               # a worker: a clone of its replica with the same things on it
 
-Outside the forward pass is everything that samplers, guiders, schedules, previews, CFG and caches of whole steps (EasyCache) do: rank 0 alone runs
-it, around a network that happens to compute on several GPUs. So wrappers of every kind may stay where they are; rows may carry those that reach
-inside.
+Outside the forward pass is everything that samplers, guiders, schedules, previews, CFG and caches of whole steps
+(EasyCache) do: rank 0 alone runs it, around a network that happens to compute on several GPUs. So wrappers of every
+kind may stay where they are; rows may carry those that reach inside.
 
-One row of ROWS for each thing that is known. To add one: what it looks like on rank 0 (`find`) and how a worker gets the same (`apply`, usually the
-function that its node calls). Weights are not here: replica.py sends LoRA patches.
+One row of ROWS for each thing that is known. To add one: what it looks like on rank 0 (`find`) and how a worker gets
+the same (`apply`, usually the function that its node calls). Weights are not here: replica.py sends LoRA patches.
 """
+
 from dataclasses import dataclass
 import os
 from typing import Callable
@@ -18,8 +22,24 @@ from .serialize import Unsendable, flatten, restore
 
 SLOT, OPTIONS = "optimized_attention_override", "options"
 # set per rank by core, or read by wrappers, which only rank 0 runs
-LOCAL_OPTIONS = {"wrappers", "callbacks", "patches", "patches_replace", SLOT, "uuids", "cond_or_uncond", "sigmas", "sample_sigmas", "prefetch_dynamic_vbars",
-                 "easycache", "reference_image_num_tokens", "block_type", "block_index", "total_blocks", "img_slice"}
+LOCAL_OPTIONS = {
+    "wrappers",
+    "callbacks",
+    "patches",
+    "patches_replace",
+    SLOT,
+    "uuids",
+    "cond_or_uncond",
+    "sigmas",
+    "sample_sigmas",
+    "prefetch_dynamic_vbars",
+    "easycache",
+    "reference_image_num_tokens",
+    "block_type",
+    "block_index",
+    "total_blocks",
+    "img_slice",
+}
 # callbacks at these moments can change modules and weights behind the patcher's back, on rank 0 alone
 CHANGING_CALLBACKS = ("on_load_after", "on_pre_run", "on_prepare_state", "on_inject_model")
 OURS = ("flux2_",)  # keys of this pack's own wrappers and callbacks, none of which changes what a forward pass computes
@@ -31,8 +51,10 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing on a MODEL. place: "patch", "replacement", "attention", "object", "option", "wrapper"; key: under which name it is there; value:
-    it."""
+    """One thing on a MODEL. place: "patch", "replacement", "attention", "object", "option", "wrapper"; key: under which
+    name it is there; value: it.
+    """
+
     place: str
     key: object
     value: object
@@ -40,16 +62,22 @@ class Thing:
 
 @dataclass(frozen=True)
 class Row:
-    """name: what people call it. find(thing) -> a spec (JSON; equal specs are applied once), or None when it is something else. apply(model, spec,
-    tools): put the same on a worker's MODEL clone, which it may replace by returning another. tools: what worker.py brings from the attention
-    package."""
+    """name: what people call it. find(thing) -> a spec (JSON; equal specs are applied once), or None when it is
+    something
+    else. apply(model, spec, tools): put the same on a worker's MODEL clone, which it may replace by returning another.
+    tools: what worker.py brings from the attention package.
+    """
+
     name: str
     find: Callable
     apply: Callable
 
 
 def things(patcher, options):
-    """Everything that works inside the forward pass, from the options of this very call and the patcher of the MODEL (None if unknown)."""
+    """Everything that works inside the forward pass, from the options of this very call and the patcher of the MODEL
+    (None
+    if unknown).
+    """
     for name, functions in options.get("patches", {}).items():
         yield from (Thing("patch", name, function) for function in functions)
     for name, replacements in options.get("patches_replace", {}).items():
@@ -61,21 +89,35 @@ def things(patcher, options):
         yield from (Thing("wrapper", (kind, key), wrapper) for key, wrappers in keyed.items() for wrapper in wrappers)
     if patcher is not None:
         yield from (Thing("object", name, value) for name, value in patcher.object_patches.items() if inside(name))
-        yield from (Thing("object", f"diffusion_model.{name}", value) for name, value in swapped(patcher.model.diffusion_model))
+        yield from (
+            Thing("object", f"diffusion_model.{name}", value) for name, value in swapped(patcher.model.diffusion_model)
+        )
 
 
 def inside(name):
-    """True for an object patch that changes the network; others (model_sampling, latent formats) belong to rank 0's sampler."""
+    """True for an object patch that changes the network; others (model_sampling, latent formats) belong to rank 0's
+    sampler.
+    """
     return name.startswith("diffusion_model") or name == "manual_cast_dtype"
 
 
 def swapped(network):
-    """(name, function) of each method of the network that somebody has put another in the place of, as step caches do for the length of a call."""
-    return [(name, value) for name, value in vars(network).items() if callable(value) and callable(getattr(type(network), name, None))]
+    """(name, function) of each method of the network that somebody has put another in the place of, as step caches do
+    for
+    the length of a call.
+    """
+    return [
+        (name, value)
+        for name, value in vars(network).items()
+        if callable(value) and callable(getattr(type(network), name, None))
+    ]
 
 
 def carried(patcher, options):
-    """[[row name, spec], ...] for this call, each once, in the order of ROWS. Raises Refused for the first thing that no row knows."""
+    """[[row name, spec], ...] for this call, each once, in the order of ROWS. Raises Refused for the first thing that
+    no
+    row knows.
+    """
     refuse_patcher(patcher, options)
     found = []
     for thing in things(patcher, options):
@@ -89,7 +131,9 @@ def carried(patcher, options):
 
 
 def row_of(thing):
-    """[row name, spec] of the first row that knows a thing; () when it concerns rank 0 alone; None when nobody knows it."""
+    """[row name, spec] of the first row that knows a thing; () when it concerns rank 0 alone; None when nobody knows
+    it.
+    """
     for row in ROWS:
         spec = row.find(thing)
         if spec is not None:
@@ -103,7 +147,10 @@ def applied(model, specs, tools):
     model = model.clone()
     for name, spec in specs:
         if name not in rows:
-            raise Refused(f"This worker does not know '{name}': its copy of the pack is not that of rank 0. Use the same version on every host.")
+            raise Refused(
+                f"This worker does not know '{name}': its copy of the pack is not that of rank 0. Use the same "
+                "version on every host."
+            )
         model = rows[name].apply(model, spec, tools) or model
     return model
 
@@ -114,41 +161,74 @@ def without_options(specs):
     return [entry for entry in specs if entry[0] != OPTIONS], {name: restore(data, []) for name, data in plain}
 
 
-# --- what cannot be carried --------------------------------------------------------------------------------------------
+# --- what cannot be carried
+# --------------------------------------------------------------------------------------------
 
-PLACES = {"patch": "the patch '{key}'", "replacement": "the block replacement {key}", "attention": "the attention override",
-          "object": "the object patch '{key}'"}
-CURES = {"attention": "Use Select Attention (FLUX.2) for the attention kernel.",
-         "replacement": "Remove the node that replaces blocks, or use one GPU."}
+PLACES = {
+    "patch": "the patch '{key}'",
+    "replacement": "the block replacement {key}",
+    "attention": "the attention override",
+    "object": "the object patch '{key}'",
+}
+CURES = {
+    "attention": "Use Select Attention (FLUX.2) for the attention kernel.",
+    "replacement": "Remove the node that replaces blocks, or use one GPU.",
+}
 
 
 def refusal(thing):
     owner = name_of(thing.value)
     place = PLACES[thing.place].format(key=thing.key)
-    return (f"Sequence parallel cannot carry {place} of {owner} to the other GPUs, which would compute without it. "
-            + CURES.get(thing.place, "Remove the node that sets it, or set gpus to 1."))
+    return (
+        f"Sequence parallel cannot carry {place} of {owner} to the other GPUs, which would compute without it. "
+        + CURES.get(thing.place, "Remove the node that sets it, or set gpus to 1.")
+    )
 
 
 def refuse_patcher(patcher, options):
-    """Refuse what reaches the network without being one of its options: compiled modules, injections, weight hooks, copies on other GPUs."""
+    """Refuse what reaches the network without being one of its options: compiled modules, injections, weight hooks,
+    copies
+    on other GPUs.
+    """
     wrappers = options.get("wrappers", {}).get("apply_model", {})
     if wrappers.get("torch.compile"):
-        raise Refused("Sequence parallel cannot share a model that Torch Compile Model has compiled as a whole: the exchange between the GPUs is no part of "
-                      "the compiled graph. Use Compile Blocks (FLUX.2) instead of that node.")
+        raise Refused(
+            "Sequence parallel cannot share a model that Torch Compile Model has compiled as a whole: the exchange "
+            "between the GPUs is no part of "
+            "the compiled graph. Use Compile Blocks (FLUX.2) instead of that node."
+        )
     if patcher is None:
         return
     for reason, present in (
-            ("hooks that change weights during the sampling (Create Hook LoRA and its relatives). Use Load LoRA instead.", patcher.hook_patches),
-            (f"the injections {', '.join(patcher.injections)}, which change modules of rank 0. Remove the node that sets them.", patcher.injections),
-            ("weight wrappers, which change weights on rank 0 alone. Remove the node that sets them.", patcher.weight_wrapper_patches),
-            ("MultiGPU CFG Split, which runs copies of its own. Use one of the two.", patcher.get_additional_models_with_key("multigpu"))):
+        (
+            "hooks that change weights during the sampling (Create Hook LoRA and its relatives). Use Load LoRA "
+            "instead.",
+            patcher.hook_patches,
+        ),
+        (
+            f"the injections {', '.join(patcher.injections)}, which change modules of rank 0. Remove the node that "
+            "sets them.",
+            patcher.injections,
+        ),
+        (
+            "weight wrappers, which change weights on rank 0 alone. Remove the node that sets them.",
+            patcher.weight_wrapper_patches,
+        ),
+        (
+            "MultiGPU CFG Split, which runs copies of its own. Use one of the two.",
+            patcher.get_additional_models_with_key("multigpu"),
+        ),
+    ):
         if present:
             raise Refused(f"Sequence parallel cannot carry {reason}")
     for moment in CHANGING_CALLBACKS:
         for key, functions in patcher.callbacks.get(moment, {}).items():
             if functions and not str(key).startswith(OURS):
-                raise Refused(f"Sequence parallel cannot carry the callback '{key}' ({moment}) of {name_of(functions[0])}: it may change the model of rank 0 "
-                              "alone. Remove the node that sets it, or set gpus to 1.")
+                raise Refused(
+                    f"Sequence parallel cannot carry the callback '{key}' ({moment}) of {name_of(functions[0])}: it "
+                    "may change the model of rank 0 "
+                    "alone. Remove the node that sets it, or set gpus to 1."
+                )
 
 
 def name_of(value):
@@ -157,7 +237,9 @@ def name_of(value):
     return f"{target.__module__.rsplit('/', 1)[-1]}.{target.__qualname__.replace('.<locals>', '')}"
 
 
-# --- the rows ----------------------------------------------------------------------------------------------------------
+# --- the rows
+# ----------------------------------------------------------------------------------------------------------
+
 
 def find_selection(thing):
     """Select Attention (FLUX.2): its decisions are small values."""
@@ -165,27 +247,48 @@ def find_selection(thing):
     if thing.place != "attention" or selection is None:
         return None
     if getattr(thing.value, "previous", None) is not None:
-        raise Refused(f"Select Attention keeps another attention override behind it, {name_of(thing.value.previous)}, and Sequence parallel cannot carry "
-                      "that to the other GPUs. Remove the node that sets it.")
+        raise Refused(
+            f"Select Attention keeps another attention override behind it, {name_of(thing.value.previous)}, and "
+            "Sequence parallel cannot carry "
+            "that to the other GPUs. Remove the node that sets it."
+        )
     schedule = vars(selection.schedule) if selection.schedule else None
-    return flatten({"backend": selection.backend, "unsupported": selection.unsupported, "options": selection.options, "schedule": schedule})[0]
+    return flatten(
+        {
+            "backend": selection.backend,
+            "unsupported": selection.unsupported,
+            "options": selection.options,
+            "schedule": schedule,
+        }
+    )[0]
 
 
 def apply_selection(model, spec, tools):
     from ...attention_slot import install
+
     install(model, tools.attention(restore(spec, [])))
 
 
 def find_kv_cache(thing):
-    """Core's Flux KV Cache: a patch of q, k and v, one of the input, and the reference method; all three belong to it."""
-    module, name = getattr(thing.value, "__module__", ""), getattr(thing.value, "__qualname__", type(thing.value).__qualname__)
-    if thing.place == "patch" and module == "comfy_extras.nodes_flux" and (name == "KV_Attn_Input" or name.startswith("FluxKVCache.")):
+    """Core's Flux KV Cache: a patch of q, k and v, one of the input, and the reference method; all three belong to
+    it.
+    """
+    module, name = (
+        getattr(thing.value, "__module__", ""),
+        getattr(thing.value, "__qualname__", type(thing.value).__qualname__),
+    )
+    if (
+        thing.place == "patch"
+        and module == "comfy_extras.nodes_flux"
+        and (name == "KV_Attn_Input" or name.startswith("FluxKVCache."))
+    ):
         return {}
     return None
 
 
 def apply_kv_cache(model, spec, tools):
     from comfy_extras.nodes_flux import FluxKVCache
+
     return FluxKVCache.execute(model).args[0]
 
 
@@ -195,13 +298,17 @@ def find_fast_blocks(thing):
         return None
     before = getattr(thing.value, "before", None)
     if before is not None:
-        raise Refused(f"Fast Blocks keeps another replacement of {thing.key[1]} behind it, {name_of(before)}, and Sequence parallel cannot carry that to "
-                      f"the other GPUs. {CURES['replacement']}")
+        raise Refused(
+            f"Fast Blocks keeps another replacement of {thing.key[1]} behind it, {name_of(before)}, and Sequence "
+            "parallel cannot carry that to "
+            f"the other GPUs. {CURES['replacement']}"
+        )
     return {}
 
 
 def apply_fast_blocks(model, spec, tools):
     from ...fused.blocks import install
+
     install(model)
 
 
@@ -210,11 +317,17 @@ def find_compile(thing):
     if thing.place != "wrapper" or thing.key != ("diffusion_model", "flux2_compile"):
         return None
     plan = thing.value.plan
-    return {"mode": plan.mode, "on_failure": plan.on_failure, "backend": plan.backend, "folder": os.environ.get("TORCHINDUCTOR_CACHE_DIR")}
+    return {
+        "mode": plan.mode,
+        "on_failure": plan.on_failure,
+        "backend": plan.backend,
+        "folder": os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+    }
 
 
 def apply_compile(model, spec, tools):
     from ...compiled import blocks as compiled_blocks, toolchain
+
     if spec["folder"]:
         toolchain.keep_on_disk(spec["folder"])
     compiled_blocks.install(model, compiled_blocks.Plan(spec["mode"], spec["on_failure"], spec["backend"]))
@@ -222,6 +335,7 @@ def apply_compile(model, spec, tools):
 
 def find_plain(place):
     """Options and object patches that are plain values: every rank gets the same."""
+
     def find(thing):
         if thing.place != place:
             return None
@@ -230,6 +344,7 @@ def find_plain(place):
         except Unsendable:
             return None
         return None if tensors else [thing.key, data]
+
     return find
 
 

@@ -3,12 +3,15 @@
   crew = Crew(plan, device_names...)
   crew.start()                                 # returns at once
   number = crew.ask("load", source=...)        # tell every worker
-  answers = crew.done("load", number, 600)     # wait for all of them: {rank: what it answered}; raises what went wrong on any
+  answers = crew.done("load", number, 600)     # wait for all of them: {rank: what it answered}; raises what went wrong
+                                               on any
   crew.stop()                                  # ends every process and waits until it is gone
 
-Threads: one keeper starts the processes (Linux ends a worker with the thread that started it) and lives as long as they do; one reader per worker
-receives. What they find wrong becomes `failure`, whose first text is kept, and is raised in the main thread by the next `done` or `check`.
+Threads: one keeper starts the processes (Linux ends a worker with the thread that started it) and lives as long as they
+do; one reader per worker receives. What they find wrong becomes `failure`, whose first text is kept, and is raised in
+the main thread by the next `done` or `check`.
 """
+
 from dataclasses import dataclass, field
 import logging
 import secrets
@@ -22,9 +25,17 @@ STARTING, REMOTE_STARTING = 180, 600  # seconds until every process has reported
 POLL, LOOK = 0.05, 0.5  # seconds between looks at the processes while a prompt runs, and otherwise
 SUSPICION = 2.0  # seconds after one rank's exchange failed in which the rank that is the reason should be known
 RECOVERABLE = ("forward", "options", "weights")  # work that may fail on a rank and leave it usable
-WORK = {"configure": "start", "load": "load the model", "mesh": "connect to the other ranks", "weights": "take over the LoRA weights",
-        "options": "take over the model's options", "forward": "compute its part of a step", "finish": "end the sampling", "drop": "free its memory",
-        "room": "say how much memory is free"}
+WORK = {
+    "configure": "start",
+    "load": "load the model",
+    "mesh": "connect to the other ranks",
+    "weights": "take over the LoRA weights",
+    "options": "take over the model's options",
+    "forward": "compute its part of a step",
+    "finish": "end the sampling",
+    "drop": "free its memory",
+    "room": "say how much memory is free",
+}
 LESS_MEMORY = "Use fewer pixels or references, an fp8 checkpoint, or GPUs with more memory."
 
 
@@ -34,9 +45,11 @@ class RanksFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Who takes part: ulysses * ring ranks. device: "cuda" or "cpu". gpus: index in this process of each rank on this machine, rank 0's first; None
-    for the CPU. elsewhere: ranks that join from other hosts. head_groups: see attention/parallel/mesh.py; 1 exchanges all heads of an attention call
-    at once."""
+    """Who takes part: ulysses * ring ranks. device: "cuda" or "cpu". gpus: index in this process of each rank on this
+    machine, rank 0's first; None for the CPU. elsewhere: ranks that join from other hosts. head_groups: see
+    attention/parallel/mesh.py; 1 exchanges all heads of an attention call at once.
+    """
+
     ulysses: int
     ring: int
     device: str
@@ -60,6 +73,7 @@ class Plan:
 @dataclass
 class Member:
     """A worker. done: {what: (number of the last one, what it answered)}; lines: the end of its output."""
+
     rank: int
     where: str
     process: object = None
@@ -75,15 +89,18 @@ class Member:
         return f"Rank {self.rank} ({self.where}{', ' + self.device if self.device else ''})"
 
     def ending(self):
-        """How its process ended, with its last words unless it was killed; "" while it runs or when it is on another host."""
+        """How its process ended, with its last words unless it was killed; "" while it runs or when it is on another
+        host.
+        """
         how = launch.ending_of(self.process) if self.process is not None else ""
         words = [line.strip() for line in self.lines if line.strip()][-1:]
         return f"{how}. Its last words: {words[0][:300]}" if words and "status" in how else how
 
 
 class Crew:
-    """See the module's text. on_failure(): called once, from any thread, when nobody can be waited for any more. look_after(): called by the keeper
-    now and then."""
+    """See the module's text. on_failure(): called once, from any thread, when nobody can be waited for any more.
+    look_after(): called by the keeper now and then.
+    """
 
     def __init__(self, plan, on_failure=lambda: None, look_after=lambda: None):
         self.plan, self.on_failure, self.look_after = plan, on_failure, look_after
@@ -169,7 +186,10 @@ class Crew:
     # --- greeting
 
     def _welcome_all(self):
-        """Accept connections until everybody is here. Each is greeted in a thread of its own, so that a stranger who says nothing delays nobody."""
+        """Accept connections until everybody is here. Each is greeted in a thread of its own, so that a stranger who
+        says
+        nothing delays nobody.
+        """
         self._listening.settimeout(0.2)
         arrivals = []
         while not self.stopping.is_set() and self._awaited(arrivals):
@@ -193,8 +213,11 @@ class Crew:
         if late:
             return f"{', '.join(late)} did not report within {STARTING} seconds."
         if len(arrivals) < self.plan.elsewhere:
-            return (f"{len(arrivals)} of {self.plan.elsewhere} ranks on other hosts joined within {REMOTE_STARTING} seconds. Start the workers there with "
-                    f"torchrun (see the README), with this host's {launch.LISTEN} as --join and the same {launch.SECRET}.")
+            return (
+                f"{len(arrivals)} of {self.plan.elsewhere} ranks on other hosts joined within {REMOTE_STARTING} "
+                "seconds. Start the workers there with "
+                f"torchrun (see the README), with this host's {launch.LISTEN} as --join and the same {launch.SECRET}."
+            )
         return ""
 
     def _greet(self, sock, peer, arrivals):
@@ -205,19 +228,42 @@ class Crew:
         except OSError as error:
             log.warning("Sequence parallel refused a connection from %s: %s", peer, error)
             return
-        expected = [member for member in self.members if member.rank == here["rank"] and member.pid == here["pid"] and member.channel is None]
+        expected = [
+            member
+            for member in self.members
+            if member.rank == here["rank"] and member.pid == here["pid"] and member.channel is None
+        ]
         if expected:
             expected[0].channel = channel
             self._admit(expected[0])
         elif here["rank"] is None and len(arrivals) < self.plan.elsewhere:
-            arrivals.append(Member(0, f"{here['host']} GPU {here['local_rank']}", None, channel, here["local_rank"], peer, pid=here["pid"]))
+            arrivals.append(
+                Member(
+                    0,
+                    f"{here['host']} GPU {here['local_rank']}",
+                    None,
+                    channel,
+                    here["local_rank"],
+                    peer,
+                    pid=here["pid"],
+                )
+            )
         else:
             log.warning("Sequence parallel needs no rank from %s: all are there.", peer)
             channel.close()
 
     def _admit(self, member):
         in_thread(self._read, member, name=f"rank {member.rank}")
-        self._tell(member, {"do": "configure", "number": 1, "rank": member.rank, "device": self.plan.device, **versions.configuration()})
+        self._tell(
+            member,
+            {
+                "do": "configure",
+                "number": 1,
+                "rank": member.rank,
+                "device": self.plan.device,
+                **versions.configuration(),
+            },
+        )
 
     # --- messages
 
@@ -231,7 +277,10 @@ class Crew:
             for member, message in messages:
                 self._tell(member, message)
             return number
-        for thread in [in_thread(self._tell, member, message, tensors, name=f"telling rank {member.rank}") for member, message in messages]:
+        for thread in [
+            in_thread(self._tell, member, message, tensors, name=f"telling rank {member.rank}")
+            for member, message in messages
+        ]:
             thread.join()  # gigabytes of a LoRA go to all ranks at the same time
         return number
 
@@ -247,8 +296,10 @@ class Crew:
             self._lost(member, error)
 
     def done(self, what, number, patience, wait=lambda waiting: None):
-        """Wait until every worker has done `number`; returns their answers by rank. wait(how many are awaited) is called meanwhile and may raise (a
-        cancel)."""
+        """Wait until every worker has done `number`; returns their answers by rank. wait(how many are awaited) is
+        called
+        meanwhile and may raise (a cancel).
+        """
         deadline = time.perf_counter() + patience
         while True:
             with self.changed:
@@ -264,11 +315,15 @@ class Crew:
             wait(len(waiting))
 
     def _waiting(self, what, number):
-        absent = [f"{self.plan.size - 1 - len(self.members)} ranks that have not joined"] * (len(self.members) < self.plan.size - 1)
+        absent = [f"{self.plan.size - 1 - len(self.members)} ranks that have not joined"] * (
+            len(self.members) < self.plan.size - 1
+        )
         return [str(member) for member in self.members if member.done.get(what, (0,))[0] < number] + absent
 
     def check(self):
-        """Raise what went wrong on another rank. After something fatal every process is ended; else the crew goes on."""
+        """Raise what went wrong on another rank. After something fatal every process is ended; else the crew goes
+        on.
+        """
         if self.failure is None and self.started:
             return
         text = self.failure or "The other ranks were stopped. The next prompt starts them again."
@@ -295,8 +350,11 @@ class Crew:
             member.device = message["name"]
             wrong = versions.different(versions.versions(), message["versions"])
             if wrong:
-                self.fail(f"{member} cannot work with rank 0: {'; '.join(wrong)}. Install the same versions on every host, and restart ComfyUI after "
-                          "an update.")
+                self.fail(
+                    f"{member} cannot work with rank 0: {'; '.join(wrong)}. Install the same versions on every host, "
+                    "and restart ComfyUI after "
+                    "an update."
+                )
         with self.changed:
             member.done[what] = (message["number"], message)
             self.changed.notify_all()
@@ -312,14 +370,20 @@ class Crew:
     def _lost(self, member, error):
         """The connection to a worker ended: find out why, unless it was us."""
         deadline = time.perf_counter() + 1
-        while not self.stopping.is_set() and member.process is not None and not member.ending() and time.perf_counter() < deadline:
+        while (
+            not self.stopping.is_set()
+            and member.process is not None
+            and not member.ending()
+            and time.perf_counter() < deadline
+        ):
             time.sleep(POLL)
         if not self.stopping.is_set():
             self.fail(gone(member, member.ending() or f"its connection ended ({error})"), member=member)
 
     def fail(self, text, fatal=True, member=None):
-        """Keep the first failure; a fatal one lets nobody wait any longer, also behind one that is not. For `check` to raise. member: whose output
-        belongs into the log."""
+        """Keep the first failure; a fatal one lets nobody wait any longer, also behind one that is not. For `check` to
+        raise. member: whose output belongs into the log.
+        """
         with self.changed:
             first, ends = self.failure is None, fatal and not (self.failure and self.fatal)
             if first:
@@ -327,10 +391,15 @@ class Crew:
             self.fatal = fatal if first else self.fatal or fatal
             self.changed.notify_all()
         if first:
-            log.error("Sequence parallel: %s%s", text, "".join(f"\n  rank {member.rank}: {line}" for line in member.lines) if member else "")
+            log.error(
+                "Sequence parallel: %s%s",
+                text,
+                "".join(f"\n  rank {member.rank}: {line}" for line in member.lines) if member else "",
+            )
         if ends:
             self.on_failure()
-            for other in self.members:  # a wait in gloo ends when the other side ends too: also a rank that is idle has to
+            # a wait in gloo ends when the other side ends too: also a rank that is idle has to
+            for other in self.members:
                 if other.channel is not None:
                     quietly(other.channel.send, {"do": "end"})
 

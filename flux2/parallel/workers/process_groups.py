@@ -1,15 +1,20 @@
-"""Process groups of our own, made from a torch.distributed store without its default group, and ended while they are in use.
+"""Process groups of our own, made from a torch.distributed store without its default group, and ended while they are in
+use.
 
   store = hosted_store()                      # rank 0; others: joined_store(host, port)
   groups = Groups(store, prefix, rank, device)
-  group = groups.make("all", [0, 1, 2, 3])    # every rank of the list calls this; works as group= of torch.distributed's functions
-  groups.end()                                # from any thread: what waits in these groups comes back, with an error or with garbage
+  group = groups.make("all", [0, 1, 2, 3])    # every rank of the list calls this; works as group= of
+                                              torch.distributed's functions
+  groups.end()                                # from any thread: what waits in these groups comes back, with an error or
+                                              with garbage
 
-torch.distributed's default group may belong to another pack in the same ComfyUI, and ending it would end theirs. A prefix is used once: after `end`
-the ranks agree on the next one. What ends a wait: NCCL's abort; on the CPU gloo has none (torch 2.11: abort returns and changes nothing), but its
-connections close when one side drops its group, and then the other side's wait fails. A host that is cut off closes nothing: its connections are given up
-by the system (keep_alive), and the mesh asks its `abort` while it waits.
+torch.distributed's default group may belong to another pack in the same ComfyUI, and ending it would end theirs. A
+prefix is used once: after `end` the ranks agree on the next one. What ends a wait: NCCL's abort; on the CPU gloo has
+none (torch 2.11: abort returns and changes nothing), but its connections close when one side drops its group, and then
+the other side's wait fails. A host that is cut off closes nothing: its connections are given up by the system
+(keep_alive), and the mesh asks its `abort` while it waits.
 """
+
 from contextlib import contextmanager
 from datetime import timedelta
 import os
@@ -24,8 +29,12 @@ from . import channel
 JOINING = timedelta(seconds=120)  # for the first exchange of a group: ranks may come late, their GPU busy
 LONGEST = timedelta(hours=2)  # an exchange; a dead rank is noticed in other ways
 # NCCL's watchdog ends the whole process when a rank is gone. The process is ComfyUI, and group.py notices by itself.
-WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-            "TORCH_NCCL_BLOCKING_WAIT": "0"}
+WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+}
 
 
 def unavailable(device_type):
@@ -33,7 +42,10 @@ def unavailable(device_type):
     if not dist.is_available():
         return "This PyTorch was built without torch.distributed, which several ranks need."
     if device_type == "cuda" and not dist.is_nccl_available():
-        return "This PyTorch has no NCCL (or RCCL), which GPUs exchange data with: builds for Windows lack it. Use Linux for several GPUs."
+        return (
+            "This PyTorch has no NCCL (or RCCL), which GPUs exchange data with: builds for Windows lack it. Use "
+            "Linux for several GPUs."
+        )
     if device_type == "cpu" and not dist.is_gloo_available():
         return "This PyTorch has no gloo, which ranks on the CPU exchange data with."
     return None
@@ -45,7 +57,9 @@ def hosted_store(host="127.0.0.1"):
     listening.bind((host, 0))
     listening.listen(128)
     port = listening.getsockname()[1]
-    return dist.TCPStore(host, port, None, True, timeout=JOINING, wait_for_workers=False, master_listen_fd=listening.detach())
+    return dist.TCPStore(
+        host, port, None, True, timeout=JOINING, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
 
 
 def joined_store(host, port):
@@ -53,19 +67,28 @@ def joined_store(host, port):
 
 
 class Groups:
-    """The process groups of one rank under one prefix. device: torch.device of the tensors; NCCL for GPUs, gloo on the CPU.
+    """The process groups of one rank under one prefix. device: torch.device of the tensors; NCCL for GPUs, gloo on the
+    CPU.
 
     host: this rank's address for the others; the loopback address keeps gloo on this machine.
     """
 
     def __init__(self, store, prefix, rank, device, host="127.0.0.1"):
-        self.store, self.prefix, self.rank, self.device, self.host = dist.PrefixStore(prefix, store), prefix, rank, torch.device(device), host
+        self.store, self.prefix, self.rank, self.device, self.host = (
+            dist.PrefixStore(prefix, store),
+            prefix,
+            rank,
+            torch.device(device),
+            host,
+        )
         self.ended = False
         self._made = []
 
     def make(self, name, ranks):
-        """The ProcessGroup of `ranks` (this one among them), or None when this rank is not or would be alone. Group ranks follow the order of
-        `ranks`."""
+        """The ProcessGroup of `ranks` (this one among them), or None when this rank is not or would be alone. Group
+        ranks
+        follow the order of `ranks`.
+        """
         if self.rank not in ranks or len(ranks) < 2:
             return None
         if self.ended:
@@ -105,16 +128,26 @@ class Groups:
 
     def _interface(self, name):
         """Keep NCCL's own connections on this machine too, unless hosts were given or the user chose an interface."""
-        return {name: "lo"} if self.host == "127.0.0.1" and name not in os.environ and os.path.isdir("/sys/class/net/lo") else {}
+        return (
+            {name: "lo"}
+            if self.host == "127.0.0.1" and name not in os.environ and os.path.isdir("/sys/class/net/lo")
+            else {}
+        )
 
     def end(self):
-        """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU when its mesh hears of it."""
+        """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU when
+        its
+        mesh hears of it.
+        """
         self.ended, made, self._made = True, self._made, []
         threading.Thread(target=finish, args=(made,), name="flux2 ranks: ending groups", daemon=True).start()
 
 
 def finish(made):
-    """Abort NCCL groups, then drop all: dropping a gloo group waits for its pending exchanges, so this has a thread of its own."""
+    """Abort NCCL groups, then drop all: dropping a gloo group waits for its pending exchanges, so this has a thread of
+    its
+    own.
+    """
     for _, backend in made:
         if isinstance(backend, getattr(dist, "ProcessGroupNCCL", ())):
             threading.Thread(target=backend.abort, name="flux2 ranks: aborting NCCL", daemon=True).start()
@@ -123,7 +156,10 @@ def finish(made):
 
 
 def connections_at(host):
-    """Descriptors of this process's connections from `host`, its address for other machines; none at the loopback address, where nobody is cut off."""
+    """Descriptors of this process's connections from `host`, its address for other machines; none at the loopback
+    address,
+    where nobody is cut off.
+    """
     if host == "127.0.0.1" or not os.path.isdir("/proc/self/fd"):
         return set()
     return {int(name) for name in os.listdir("/proc/self/fd") if connected_from(int(name), host)}

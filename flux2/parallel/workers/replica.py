@@ -1,13 +1,20 @@
-"""A worker's copy of rank 0's model: loaded from the same file by the same loader, weights patched (LoRA) and options set as on rank 0.
+"""A worker's copy of rank 0's model: loaded from the same file by the same loader, weights patched (LoRA) and options
+set
+as on rank 0.
 
-  source = source_of(patcher)                 # rank 0: how the MODEL was loaded, in JSON; NotReplicable says in a sentence why that is not known
-  replica = Replica(source, device)           # a worker: maps the file and moves the weights to the device, without a copy in host memory
-  replica.set_weights(data, tensors)          # LoRA patches of this version in place of those before; only the weights concerned are written again
+  source = source_of(patcher)                 # rank 0: how the MODEL was loaded, in JSON; NotReplicable says in a
+                                              sentence why that is not known
+  replica = Replica(source, device)           # a worker: maps the file and moves the weights to the device, without a
+                                              copy in host memory
+  replica.set_weights(data, tensors)          # LoRA patches of this version in place of those before; only the weights
+                                              concerned are written again
   replica.set_options(specs, tools)           # what patch_transfer.py sends
 
-Host memory: tensors of a safetensors file stay mapped, so their pages are the file's and shared by all processes; the originals of patched weights
-are taken from there again. Only files that ComfyUI does not map (.ckpt, .pt) and stacked weights of diffusers folders are held by each worker.
+Host memory: tensors of a safetensors file stay mapped, so their pages are the file's and shared by all processes; the
+originals of patched weights are taken from there again. Only files that ComfyUI does not map (.ckpt, .pt) and stacked
+weights of diffusers folders are held by each worker.
 """
+
 import importlib
 import inspect
 from pathlib import Path
@@ -28,33 +35,55 @@ class NotReplicable(ValueError):
     """A MODEL cannot be loaded a second time. The text says why and what to do."""
 
 
-# --- on rank 0 ---------------------------------------------------------------------------------------------------------
+# --- on rank 0
+# ---------------------------------------------------------------------------------------------------------
+
 
 def source_of(patcher):
     """How a MODEL was loaded: {"module", "function", "in_pack", "arguments", "index"}, JSON. Raises NotReplicable."""
     made = getattr(patcher, "cached_patcher_init", None)
     if made is None:
-        raise NotReplicable("Sequence parallel loads this model on every GPU, and its loader does not say how (it sets no cached_patcher_init). "
-                            "Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint.")
+        raise NotReplicable(
+            "Sequence parallel loads this model on every GPU, and its loader does not say how (it sets no "
+            "cached_patcher_init). "
+            "Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
+        )
     function, arguments, *index = made
     where = address(function)
     if where is None:
-        raise NotReplicable(f"Sequence parallel loads this model on every GPU, and its loader is {patch_transfer.name_of(function)} of another pack, which the other "
-                            "processes do not have. Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint.")
+        raise NotReplicable(
+            f"Sequence parallel loads this model on every GPU, and its loader is {patch_transfer.name_of(function)} "
+            "of another pack, which the other "
+            "processes do not have. Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
+        )
     try:
-        return {**where, "arguments": flatten([in_plain_words(argument) for argument in arguments])[0], "index": index[0] if index else None}
+        return {
+            **where,
+            "arguments": flatten([in_plain_words(argument) for argument in arguments])[0],
+            "index": index[0] if index else None,
+        }
     except Unsendable as error:
-        raise NotReplicable(f"Sequence parallel loads this model on every GPU, and its loader was given {error}, which cannot be sent to another "
-                            "process. Leave that option at its default.") from error
+        raise NotReplicable(
+            f"Sequence parallel loads this model on every GPU, and its loader was given {error}, which cannot be sent "
+            "to another "
+            "process. Leave that option at its default."
+        ) from error
 
 
 def address(function):
-    """Where every process of the group finds a loader: {"module", "function", "in_pack"}, or None for a loader of somebody else."""
+    """Where every process of the group finds a loader: {"module", "function", "in_pack"}, or None for a loader of
+    somebody
+    else.
+    """
     if function.__module__ in CORE:
         return {"module": function.__module__, "function": function.__qualname__, "in_pack": False}
     file = Path(inspect.getsourcefile(function) or "").resolve()
     if PACK in file.parents and "<" not in function.__qualname__:
-        return {"module": ".".join(file.relative_to(PACK).with_suffix("").parts), "function": function.__qualname__, "in_pack": True}
+        return {
+            "module": ".".join(file.relative_to(PACK).with_suffix("").parts),
+            "function": function.__qualname__,
+            "in_pack": True,
+        }
     return None
 
 
@@ -68,11 +97,16 @@ def weights_of(patcher):
     try:
         return flatten(patcher.patches)
     except Unsendable as error:
-        raise patch_transfer.Refused(f"Sequence parallel cannot send these weight patches to the other GPUs: they hold {error}. LoRA of every kind that ComfyUI "
-                            "knows can be sent; merged models cannot: save the merged model and load that.") from error
+        raise patch_transfer.Refused(
+            f"Sequence parallel cannot send these weight patches to the other GPUs: they hold {error}. LoRA of every "
+            "kind that ComfyUI "
+            "knows can be sent; merged models cannot: save the merged model and load that."
+        ) from error
 
 
-# --- on a worker -------------------------------------------------------------------------------------------------------
+# --- on a worker
+# -------------------------------------------------------------------------------------------------------
+
 
 class Replica:
     """The model on a worker's device. model: its ModelPatcher as loaded; current: a clone with rank 0's options."""
@@ -110,7 +144,9 @@ class Replica:
         patches = restore(data, tensors)
         missing = sorted(set(patches) - set(self.originals))
         if missing:
-            raise patch_transfer.Refused(f"The weight patches are for {missing[0]}, which the model on this rank does not have.")
+            raise patch_transfer.Refused(
+                f"The weight patches are for {missing[0]}, which the model on this rank does not have."
+            )
         self.model.patches = patches
         self._patched |= set(patches)  # memory may run out half-way: until all are written, those of before count too
         for key in sorted(self._patched):
@@ -119,8 +155,9 @@ class Replica:
         return len(patches)
 
     def set_options(self, specs, tools):
-        """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on the model stays as it is then,
-        with what it keeps between passes (the references of Flux KV Cache)."""
+        """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on
+        the model stays as it is then, with what it keeps between passes (the references of Flux KV Cache).
+        """
         things, self._plain = patch_transfer.without_options(specs)
         if things == self._things:
             return
@@ -128,13 +165,21 @@ class Replica:
         self.current = patch_transfer.applied(self.model, things, tools)
         for name, value in self._replaced.items():
             comfy.utils.set_attr(self.model.model, name, value)
-        self._replaced = {name: comfy.utils.set_attr(self.model.model, name, value) for name, value in self.current.object_patches.items()}
+        self._replaced = {
+            name: comfy.utils.set_attr(self.model.model, name, value)
+            for name, value in self.current.object_patches.items()
+        }
         self._things = things
 
     def options(self):
         """transformer_options for one forward pass."""
         options = {**self.current.model_options["transformer_options"], **self._plain}
-        return {**options, "wrappers": self.current.wrappers, "callbacks": self.current.callbacks, "prefetch_dynamic_vbars": False}
+        return {
+            **options,
+            "wrappers": self.current.wrappers,
+            "callbacks": self.current.callbacks,
+            "prefetch_dynamic_vbars": False,
+        }
 
     def sampled(self):
         """A sampling has ended: patches that keep something between steps forget it."""
@@ -146,7 +191,11 @@ class Replica:
 
 
 class Mapped(comfy.model_patcher.ModelPatcher):
-    """What ComfyUI's loaders make while a replica is loaded: they hand a dynamic patcher the file's own tensors, and copy them for others."""
+    """What ComfyUI's loaders make while a replica is loaded: they hand a dynamic patcher the file's own tensors, and
+    copy
+    them for others.
+    """
+
     loading = False
 
     def is_dynamic(self):
@@ -154,8 +203,10 @@ class Mapped(comfy.model_patcher.ModelPatcher):
 
 
 def load(source):
-    """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's loaders make: for worker processes
-    only."""
+    """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's
+    loaders
+    make: for worker processes only.
+    """
     package = __package__.split(".")[0] if source["in_pack"] else None
     module = importlib.import_module(f"{package}.{source['module']}" if package else source["module"])
     function, arguments = getattr(module, source["function"]), restore(source["arguments"], [])

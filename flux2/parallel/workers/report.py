@@ -1,4 +1,5 @@
 """What the ranks did in the last sampling, for the report node: {"ranks": [...], ...} and the same as text."""
+
 from . import session, install
 
 
@@ -25,20 +26,33 @@ def as_data(request, ranks):
 def row(rank, where, device, times, attention):
     """One rank. tokens: of the picture, the text and the references together, in its share; sent: bytes."""
     tokens = times.get("tokens") or ()
-    return {"rank": rank, "where": where, "device": device, "tokens": tokens[rank] if rank < len(tokens) else None,
-            "forwards": times.get("forwards", 0), "exchange_seconds": round(times.get("exchange_seconds", 0), 4),
-            "compute_seconds": round(times.get("compute_seconds", 0), 4),
-            "sent_bytes": times.get("sent", 0), "attention": attention}
+    return {
+        "rank": rank,
+        "where": where,
+        "device": device,
+        "tokens": tokens[rank] if rank < len(tokens) else None,
+        "forwards": times.get("forwards", 0),
+        "exchange_seconds": round(times.get("exchange_seconds", 0), 4),
+        "compute_seconds": round(times.get("compute_seconds", 0), 4),
+        "sent_bytes": times.get("sent", 0),
+        "attention": attention,
+    }
 
 
 def as_text(data):
-    lines = [f"Sequence parallel: {data['ulysses'] * data['ring']} ranks, Ulysses {data['ulysses']} x ring {data['ring']}. {data['why']}".rstrip()]
+    lines = [
+        f"Sequence parallel: {data['ulysses'] * data['ring']} ranks, Ulysses {data['ulysses']} x ring {data['ring']}. "
+        f"{data['why']}".rstrip()
+    ]
     if not data["ranks"]:
         return lines[0] + "\nNothing has been sampled with these ranks yet."
     for one in data["ranks"]:
         kernels = ", ".join(f"{calls} x {name}" for name, calls in one["attention"].items())
-        lines.append(f"  rank {one['rank']} on {one['where']} ({one['device']}): {one['tokens']} tokens, {one['forwards']} passes, "
-                     f"{one['compute_seconds']:.2f} s computing, {one['exchange_seconds']:.2f} s exchanging, {one['sent_bytes'] / 1e6:.0f} MB sent"
-                     + (f"; attention {kernels}" if kernels else ""))
+        lines.append(
+            f"  rank {one['rank']} on {one['where']} ({one['device']}): {one['tokens']} tokens, {one['forwards']} "
+            "passes, "
+            f"{one['compute_seconds']:.2f} s computing, {one['exchange_seconds']:.2f} s exchanging, "
+            f"{one['sent_bytes'] / 1e6:.0f} MB sent" + (f"; attention {kernels}" if kernels else "")
+        )
     ready = data["seconds_to_start"].get("ready")
     return "\n".join(lines + ([f"The other ranks were ready {ready:.1f} s after they were started."] if ready else []))

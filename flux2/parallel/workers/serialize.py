@@ -1,11 +1,15 @@
-"""Python values <-> JSON and a list of tensors, for what has to be equal on every rank: arguments of a forward pass, LoRA patches, options.
+"""Python values <-> JSON and a list of tensors, for what has to be equal on every rank: arguments of a forward pass,
+LoRA
+patches, options.
 
   data, tensors = flatten({"x": tensor, "strength": 0.5, "adapter": LoRAAdapter(...)})
   value = restore(data, tensors)
 
-Taken are None, numbers, strings, tensors, dtypes, tuples, lists, sets of strings, dicts with string keys, ComfyUI's weight adapters and the functions
-named here. Anything else is Unsendable: only this list crosses a process boundary, so nothing that arrives can be more than data.
+Taken are None, numbers, strings, tensors, dtypes, tuples, lists, sets of strings, dicts with string keys, ComfyUI's
+weight adapters and the functions named here. Anything else is Unsendable: only this list crosses a process boundary, so
+nothing that arrives can be more than data.
 """
+
 import math
 
 import comfy.utils
@@ -13,7 +17,8 @@ import comfy.weight_adapter
 import torch
 
 ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
-FUNCTIONS = {name: getattr(comfy.utils, name) for name in ("swap_scale_shift",) if hasattr(comfy.utils, name)}  # what LoRA key maps of core name
+# what LoRA key maps of core name
+FUNCTIONS = {name: getattr(comfy.utils, name) for name in ("swap_scale_shift",) if hasattr(comfy.utils, name)}
 TAG = "$"  # a JSON object with this one key is not a dict but what the tag says
 
 

@@ -1,6 +1,8 @@
-"""The ranks of one loaded model: its replicas, the mesh between them, and the forward passes that they share. Rank 0's side.
+"""The ranks of one loaded model: its replicas, the mesh between them, and the forward passes that they share. Rank 0's
+side.
 
-  group = group_of(base_model, plan, tools)    # the one that is there, or a new one in place of one with other processes
+  group = group_of(base_model, plan, tools)    # the one that is there, or a new one in place of one with other
+                                               processes
   group.begin(patcher); group.ready()          # starts what is not running
   group.update(patcher, options)               # LoRA and options of the other ranks, where they differ
   with group.forward(network, inputs, moment):
@@ -8,9 +10,11 @@
   group.finish(); group.at_rest()              # the end of a sampling: every rank's times are in group.last
   group.stop()
 
-What a failure costs: a cancel, and a rank that ran out of memory inside a pass, leave processes, replicas and mesh as they are (flux2/parallel). A rank
-that is gone ends all of them; the next sampling starts anew, its weights coming from the system's file cache.
+What a failure costs: a cancel, and a rank that ran out of memory inside a pass, leave processes, replicas and mesh as
+they are (flux2/parallel). A rank that is gone ends all of them; the next sampling starts anew, its weights coming from
+the system's file cache.
 """
+
 import atexit
 from contextlib import contextmanager
 import logging
@@ -38,9 +42,12 @@ def nobody_asks(text, done, of):
 
 
 class Group:
-    """See the module's text. tools: make_mesh and fallback() of the attention package. base: ComfyUI's model (BaseModel), held weakly. seconds: from
-    the start of the processes until they ran ("configure"), had loaded ("load"), stood ready ("ready"). last: what the last sampling reported, by
-    rank. cancelled(): whether the user asked to stop. in_use(): whether rank 0 still has the model loaded."""
+    """See the module's text. tools: make_mesh and fallback() of the attention package. base: ComfyUI's model
+    (BaseModel),
+    held weakly. seconds: from the start of the processes until they ran ("configure"), had loaded ("load"), stood ready
+    ("ready"). last: what the last sampling reported, by rank. cancelled(): whether the user asked to stop. in_use():
+    whether rank 0 still has the model loaded.
+    """
 
     def __init__(self, plan, tools, device, cancelled=lambda: False, in_use=lambda: True):
         self.plan, self.tools, self.device = plan, tools, torch.device(device)
@@ -61,7 +68,10 @@ class Group:
         self._generation = 0
 
     def _nothing_taken_over(self):
-        """The replicas are as they were loaded. _options, _weights: what every rank has, None while that is not known; see `update`."""
+        """The replicas are as they were loaded. _options, _weights: what every rank has, None while that is not known;
+        see
+        `update`.
+        """
         self._options, self._weights, self._sent, self._patcher_state = None, set(), {}, None
 
     @property
@@ -88,11 +98,12 @@ class Group:
                 self._idle_since = time.perf_counter()
 
     def begin(self, patcher, progress=nobody_asks):
-        """A sampling begins: every process is there and loads the model, or has it. Returns while they load, so that rank 0 can load at the same
-        time.
+        """A sampling begins: every process is there and loads the model, or has it. Returns while they load, so that
+        rank
+        0 can load at the same time.
 
-        progress(text, how many are done, of how many) is called while this waits, here and in `ready`, and may raise (a cancel).
-        Raises replica.NotReplicable, OSError, ValueError, RanksFailed.
+        progress(text, how many are done, of how many) is called while this waits, here and in `ready`, and may raise (a
+        cancel). Raises replica.NotReplicable, OSError, ValueError, RanksFailed.
         """
         source = replica.source_of(patcher)
         with self.turn:
@@ -105,8 +116,10 @@ class Group:
             self._nothing_taken_over()
 
     def _make_room(self, size):
-        """Other models leave the other ranks' GPUs when this one, of `size` bytes, would not fit beside them. ComfyUI does the same for rank 0 a
-        little later."""
+        """Other models leave the other ranks' GPUs when this one, of `size` bytes, would not fit beside them. ComfyUI
+        does
+        the same for rank 0 a little later.
+        """
         answers = self._answers("room", self.crew.ask("room"))
         free = [answer["free"] for answer in answers.values() if answer["free"] is not None]
         if free and min(free) < ROOM * size:
@@ -130,21 +143,33 @@ class Group:
 
     def _answers(self, what, number, patience=ACKNOWLEDGING):
         """What every rank answers; a cancel of the user is heard meanwhile."""
+
         def wait(waiting):
             if self.cancelled():
                 raise RanksFailed("The prompt was cancelled.")
+
         return self.crew.done(what, number, patience, wait)
 
     def _make_mesh(self, progress):
-        """Process groups between all ranks, made by all of them at the same time. In a thread: a rank that dies meanwhile would hold this one up."""
+        """Process groups between all ranks, made by all of them at the same time. In a thread: a rank that dies
+        meanwhile
+        would hold this one up.
+        """
         self.end_mesh()
         self._generation += 1
         far = next((member for member in self.crew.members if member.process is None), None)
         host = far.channel.socket.getsockname()[0] if far else launch.LOOPBACK
         self._store = self._store or process_groups.hosted_store(host)
-        prefix = f"{secrets.token_hex(16)}/{self._generation}"  # not to be guessed, and not the secret: keys of the store travel as they are
-        number = self.crew.ask("mesh", mesh=self.plan.mesh(), size=self.plan.size, prefix=prefix, store=[host, self._store.port],
-                               each=lambda member: {"host": member.address if member.process is None else host})
+        # not to be guessed, and not the secret: keys of the store travel as they are
+        prefix = f"{secrets.token_hex(16)}/{self._generation}"
+        number = self.crew.ask(
+            "mesh",
+            mesh=self.plan.mesh(),
+            size=self.plan.size,
+            prefix=prefix,
+            store=[host, self._store.port],
+            each=lambda member: {"host": member.address if member.process is None else host},
+        )
         made = InThread(lambda: self._own_mesh(prefix, host), unwanted=lambda made: made[0].end())
         with made:
             self._await("mesh", number, MESHING, "connecting", progress)
@@ -153,7 +178,9 @@ class Group:
 
     def _own_mesh(self, prefix, host):
         mine = process_groups.Groups(self._store, prefix, 0, self.device, host)
-        return mine, self.tools.make_mesh(**self.plan.mesh(), device=self.device, rank=0, size=self.plan.size, groups=mine.make)
+        return mine, self.tools.make_mesh(
+            **self.plan.mesh(), device=self.device, rank=0, size=self.plan.size, groups=mine.make
+        )
 
     def end_mesh(self):
         """End what waits in the mesh, from any thread. The next pass needs a new one."""
@@ -166,7 +193,10 @@ class Group:
     # --- one forward pass
 
     def update(self, patcher, options):
-        """Bring options and LoRA weights of every rank to those of this MODEL; acknowledged before anything is computed. Raises carry.Refused."""
+        """Bring options and LoRA weights of every rank to those of this MODEL; acknowledged before anything is
+        computed.
+        Raises carry.Refused.
+        """
         specs = patch_transfer.carried(patcher, options)
         if patcher is not None and patcher.patches_uuid != self._patcher_state:
             self._patcher_state = None
@@ -188,7 +218,9 @@ class Group:
         asked = self.crew.ask("weights", list(new.values()), new=list(new), numbers=numbers, patches=data)
         for rank, answer in self._answers("weights", asked).items():
             if answer["patched"] != len(patcher.patches):
-                raise RanksFailed(f"Rank {rank} patched {answer['patched']} weights, rank 0 has {len(patcher.patches)} to patch.")
+                raise RanksFailed(
+                    f"Rank {rank} patched {answer['patched']} weights, rank 0 has {len(patcher.patches)} to patch."
+                )
         self._weights = set(numbers)
         self._sent = {key: kept for key, kept in self._sent.items() if kept[0] in self._weights}
 
@@ -200,8 +232,10 @@ class Group:
 
     @contextmanager
     def forward(self, network, inputs, moment=(None, 0)):
-        """One pass on every rank; inside the block rank 0 calls the network with `inputs` ({name: value}). moment: (step, steps), see
-        flux2/patch.step_of."""
+        """One pass on every rank; inside the block rank 0 calls the network with `inputs` ({name: value}). moment:
+        (step,
+        steps), see flux2/patch.step_of.
+        """
         data, kinds, tensors = described(inputs)
         self.crew.check()
         number = self.crew.ask("forward", inputs=data, kinds=kinds, moment=list(moment))
@@ -225,13 +259,17 @@ class Group:
         self.crew.tell({"do": "interrupt", "number": number})
 
     def _after(self, number, error):
-        """Rank 0's pass raised. With the mesh whole, wait for the others to come to its end; else end them, and say who is the reason."""
+        """Rank 0's pass raised. With the mesh whole, wait for the others to come to its end; else end them, and say
+        who is
+        the reason.
+        """
         if self.mesh.broken is None and self.crew.started:
             self._interrupt(number)
             if not self._ended(number):
                 self.stop()
             return
-        deadline = time.perf_counter() + 6  # a connection to another host may end a little later than that of the exchanges
+        # a connection to another host may end a little later than that of the exchanges
+        deadline = time.perf_counter() + 6
         while self.crew.failure is None and self.crew.started and time.perf_counter() < deadline:
             time.sleep(0.02)
         failure = self.crew.failure
@@ -240,7 +278,10 @@ class Group:
             raise RanksFailed(failure or f"The exchange between the ranks failed: {error}") from error
 
     def _ended(self, number):
-        """Whether every rank came to the end of a pass that rank 0 gave up. Why one of them failed in it is not told: rank 0 has its own reason."""
+        """Whether every rank came to the end of a pass that rank 0 gave up. Why one of them failed in it is not told:
+        rank
+        0 has its own reason.
+        """
         deadline = time.perf_counter() + STOPPING
         while self.crew.started and time.perf_counter() < deadline:
             try:
@@ -253,9 +294,13 @@ class Group:
     # --- a sampling, and after it
 
     def finish(self, patience=FINISHING):
-        """The end of a sampling: every rank's times into `last`. Raises what went wrong on any rank, also in the last pass."""
+        """The end of a sampling: every rank's times into `last`. Raises what went wrong on any rank, also in the last
+        pass.
+        """
         answers = self._answers("finish", self.crew.ask("finish"), patience)
-        self.last = {rank: {"times": answer["times"], "attention": answer["attention"]} for rank, answer in answers.items()}
+        self.last = {
+            rank: {"times": answer["times"], "attention": answer["attention"]} for rank, answer in answers.items()
+        }
         if self.mesh is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -296,10 +341,15 @@ class Group:
             self.crew.stop()
 
     def _look_after(self):
-        """By the crew's keeper: a cancel that nobody could answer, a model that rank 0 has unloaded, processes that nobody needs any more."""
+        """By the crew's keeper: a cancel that nobody could answer, a model that rank 0 has unloaded, processes that
+        nobody
+        needs any more.
+        """
         if self.crew.busy:
             self._watch_cancel()
-        elif self.turn.acquire(blocking=False):  # never wait here: whoever has the turn may be waiting for this thread to end
+        elif self.turn.acquire(
+            blocking=False
+        ):  # never wait here: whoever has the turn may be waiting for this thread to end
             try:
                 self._let_go()
             finally:
@@ -316,19 +366,27 @@ class Group:
             self.crew.stopping.set()
 
     def _watch_cancel(self):
-        """Rank 0 may be waiting inside an exchange when the user cancels, or for ranks that do not come to the end of a pass: then they are ended."""
+        """Rank 0 may be waiting inside an exchange when the user cancels, or for ranks that do not come to the end of a
+        pass: then they are ended.
+        """
         if self._pass is None:
             return
         if self.cancelled():
             self._asked_since = self._asked_since or time.perf_counter()
         if self._asked_since and time.perf_counter() - self._asked_since > STOPPING:
-            self.crew.fail("The other ranks did not come to the end of a cancelled step in time and were stopped. The next prompt starts them again.")
+            self.crew.fail(
+                (
+                    "The other ranks did not come to the end of a cancelled step in time and were stopped. The next "
+                    "prompt starts them again."
+                )
+            )
             self.crew.stopping.set()
 
 
 class InThread:
-    """A function's result, computed in a thread of its own so that the caller can look at other things while it waits. unwanted(result): called for a
-    result that comes after the `with` block was left by an exception."""
+    """A function's result, computed in a thread of its own so that the caller can look at other things while it waits.
+    unwanted(result): called for a result that comes after the `with` block was left by an exception.
+    """
 
     def __init__(self, function, unwanted):
         self.value = self.error = None
@@ -360,13 +418,17 @@ class InThread:
         return self.value
 
 
-# --- which group belongs to which model ----------------------------------------------------------------------------------
+# --- which group belongs to which model
+# ----------------------------------------------------------------------------------
 
 _groups = weakref.WeakKeyDictionary()
 
 
 def group_of(base, plan, tools, device, **watching):
-    """The Group of a loaded model (BaseModel) for a plan. Another plan with the same processes keeps them; otherwise those of before are ended."""
+    """The Group of a loaded model (BaseModel) for a plan. Another plan with the same processes keeps them; otherwise
+    those
+    of before are ended.
+    """
     group = _groups.get(base)
     if group is not None and group.plan.processes() == plan.processes():
         group.plan = plan

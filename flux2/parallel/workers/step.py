@@ -1,4 +1,8 @@
-"""One forward pass on every rank: rank 0 sends what the network was called with, and the split plan (flux2/parallel) is in the network while it runs."""
+"""One forward pass on every rank: rank 0 sends what the network was called with, and the split plan (flux2/parallel)
+is in
+the network while it runs.
+"""
+
 from contextlib import contextmanager
 import inspect
 import traceback
@@ -10,15 +14,20 @@ from .serialize import flatten, restore
 
 
 class Share:
-    """The forward passes of a network over a mesh. fallback: an attention override for ring degrees above 1 where nobody chose a kernel."""
+    """The forward passes of a network over a mesh. fallback: an attention override for ring degrees above 1 where
+    nobody
+    chose a kernel.
+    """
 
     def __init__(self, mesh, fallback):
         self.mesh, self.fallback = mesh, fallback
 
     @contextmanager
     def installed(self, network, failed=lambda error: None):
-        """The network computes its part of the tokens inside the block. failed(error): called when the pass raises, before this rank goes on
-        exchanging zeros so that the others come to its end."""
+        """The network computes its part of the tokens inside the block. failed(error): called when the pass raises,
+        before
+        this rank goes on exchanging zeros so that the others come to its end.
+        """
         with shared(network, self.mesh, fallback=self.fallback):
             network.forward_orig.inner = telling(network.forward_orig.inner, failed)
             yield
@@ -30,7 +39,13 @@ class Share:
 
     def receive(self, data, kinds):
         """The other ranks: the arguments, {name: value}."""
-        return restore(data, [self._broadcast(torch.empty(shape, dtype=getattr(torch, dtype), device=self.mesh.device)) for dtype, shape in kinds])
+        return restore(
+            data,
+            [
+                self._broadcast(torch.empty(shape, dtype=getattr(torch, dtype), device=self.mesh.device))
+                for dtype, shape in kinds
+            ],
+        )
 
     def _broadcast(self, tensor):
         if tensor.numel():
@@ -43,23 +58,32 @@ def telling(inner, failed):
         try:
             return inner(*args, **kwargs)
         except BaseException as error:  # a cancel is no Exception
-            traceback.clear_frames(error.__traceback__)  # they hold the pass's tensors, and what went wrong may be that memory is short
+            # they hold the pass's tensors, and what went wrong may be that memory is short
+            traceback.clear_frames(error.__traceback__)
             failed(error)
             raise
+
     return call
 
 
 def described(inputs):
-    """(JSON of the structure, [[dtype, shape], ...], tensors) of a network's arguments {name: value}. Raises Unsendable."""
+    """(JSON of the structure, [[dtype, shape], ...], tensors) of a network's arguments {name: value}. Raises
+    Unsendable.
+    """
     data, tensors = flatten(inputs)
     return data, [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors], tensors
 
 
 def arguments(network, args, kwargs):
-    """({name: value} of what a network's forward pass was called with, transformer_options). None is left out: it is the default."""
+    """({name: value} of what a network's forward pass was called with, transformer_options). None is left out: it is
+    the
+    default.
+    """
     signature = inspect.signature(network._forward)
     bound = dict(signature.bind(*args, **kwargs).arguments)
-    rest = next((name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None)
+    rest = next(
+        (name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None
+    )
     named = {**bound, **bound.pop(rest, {})} if rest else bound
     named.pop(rest, None)
     options = named.pop("transformer_options", {})

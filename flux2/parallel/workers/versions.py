@@ -1,4 +1,5 @@
 """What a rank is: versions that have to be equal on every rank, and the name of its device."""
+
 import hashlib
 import platform
 from pathlib import Path
@@ -17,19 +18,23 @@ def versions():
 
 
 def pack_digest(pack=PACK):
-    """Eight digits that change with the code that the ranks have to have in common: all that takes part in a forward pass."""
+    """Eight digits that change with the code that the ranks have to have in common: all that takes part in a forward
+    pass.
+    """
     code = hashlib.sha256()
     for file in sorted(file for folder in ("attention", "flux2") for file in (pack / folder).rglob("*.py")):
         code.update(file.relative_to(pack).as_posix().encode() + file.read_bytes())
     return code.hexdigest()[:8]
 
 
-DIGEST = pack_digest()  # of the code that this process runs: files may be updated while it does, and workers read them later
+# of the code that this process runs: files may be updated while it does, and workers read them later
+DIGEST = pack_digest()
 
 
 def comfyui_version():
     try:
         import comfyui_version
+
         return comfyui_version.__version__
     except (ImportError, AttributeError):
         return "unknown"
@@ -49,8 +54,19 @@ def device_name(device):
 
 
 def configuration():
-    """What a worker needs to run ComfyUI as this process does: {"comfyui": its folder, "arguments", "fast"}. For rank 0."""
+    """What a worker needs to run ComfyUI as this process does: {"comfyui": its folder, "arguments", "fast"}. For rank
+    0.
+    """
     import comfy.sd
     from comfy.cli_args import args
-    plain = {name: value for name, value in vars(args).items() if name != "fast" and isinstance(value, (bool, int, float, str, type(None)))}
-    return {"comfyui": str(Path(comfy.sd.__file__).resolve().parents[1]), "arguments": plain, "fast": [feature.value for feature in args.fast]}
+
+    plain = {
+        name: value
+        for name, value in vars(args).items()
+        if name != "fast" and isinstance(value, (bool, int, float, str, type(None)))
+    }
+    return {
+        "comfyui": str(Path(comfy.sd.__file__).resolve().parents[1]),
+        "arguments": plain,
+        "fast": [feature.value for feature in args.fast],
+    }

@@ -1,11 +1,15 @@
-"""A worker process: one rank with its own GPU and its own copy of the model. Started from this file, by rank 0 or, on another host, by torchrun:
+"""A worker process: one rank with its own GPU and its own copy of the model. Started from this file, by rank 0 or, on
+another host, by torchrun:
 
-  FLUX2_RANKS_SECRET=... torchrun --standalone --nproc-per-node 8 flux2/parallel/workers/worker.py --join 10.0.0.1:29511 [--comfyui PATH]
+  FLUX2_RANKS_SECRET=... torchrun --standalone --nproc-per-node 8 flux2/parallel/workers/worker.py --join 10.0.0.1:29511
+  [--comfyui PATH]
 
-It connects to rank 0 (the ComfyUI process), proves that it knows the secret, and does what it is told until the connection ends; a worker that joined
-from another host then starts afresh and waits for the next group. The socket has a thread of its own, so that "stop what you compute" arrives while
-the main thread is inside an exchange. Environment: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; FLUX2_RANKS_SECRET.
+It connects to rank 0 (the ComfyUI process), proves that it knows the secret, and does what it is told until the
+connection ends; a worker that joined from another host then starts afresh and waits for the next group. The socket has
+a thread of its own, so that "stop what you compute" arrives while the main thread is inside an exchange. Environment:
+RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; FLUX2_RANKS_SECRET.
 """
+
 import argparse
 import contextlib
 import ctypes
@@ -31,7 +35,8 @@ RETRY_SECONDS = 2
 
 def import_pack():
     """The pack as `flux2_pack`, from the folder that this file lies in, whatever the folder is called."""
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]  # its modules are not top-level ones
+    # its modules are not top-level ones
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     module = types.ModuleType(ALIAS)
     module.__path__ = [str(PACK)]
     sys.modules[ALIAS] = module
@@ -42,9 +47,12 @@ def pack(name):
 
 
 def end_with_parent():
-    """Linux: the process ends with the thread that started it, however that ends. Elsewhere the closed socket says so."""
+    """Linux: the process ends with the thread that started it, however that ends. Elsewhere the closed socket says
+    so.
+    """
     if sys.platform == "linux":
-        # a worker that starts afresh (leave) asks for the parent of its first start: that one may have ended before the signal is set again
+        # a worker that starts afresh (leave) asks for the parent of its first start: that one may have ended before the
+        # signal is set again
         parent = int(os.environ.setdefault("FLUX2_RANKS_PARENT", str(os.getppid())))
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -96,8 +104,12 @@ class Worker:
         """What went wrong, for rank 0: cause "memory", "interrupted", "exchange" or "error", and a text."""
         name = type(error).__name__
         text = f"{name}: {error}"
-        cause = {"InterruptProcessingException": "interrupted", "RanksLost": "exchange", "Interrupted": "exchange"}.get(name, "error")
-        if name == "OutOfMemoryError" or any(words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
+        cause = {"InterruptProcessingException": "interrupted", "RanksLost": "exchange", "Interrupted": "exchange"}.get(
+            name, "error"
+        )
+        if name == "OutOfMemoryError" or any(
+            words in str(error).lower() for words in ("out of memory", "can't allocate memory")
+        ):
             cause, text = "memory", memory_of(self.device)
         elif isinstance(error, (ValueError, NotImplementedError)) and str(error):
             text = str(error)
@@ -118,6 +130,7 @@ class Worker:
     def _heed(self):
         if self.running == self.stopped:
             import comfy.model_management
+
             comfy.model_management.interrupt_current_processing(True)
 
     def end(self, message):
@@ -140,10 +153,13 @@ class Worker:
         comfyui = comfyui_folder(message["comfyui"])
         sys.path.insert(0, comfyui)
         import comfy.options
+
         comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args, PerformanceFeature
+
         vars(args).update(message["arguments"], fast={PerformanceFeature(name) for name in message["fast"]})
         import torch
+
         self.device = torch.device("cuda", 0) if message["device"] == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -166,25 +182,35 @@ class Worker:
             self.mesh_ended()
         store = groups.joined_store(*message["store"])
         self.groups = groups.Groups(store, message["prefix"], self.rank, self.device, message["host"])
-        self.mesh = self.tools.make_mesh(**message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make)
+        self.mesh = self.tools.make_mesh(
+            **message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make
+        )
         self.share = pack("flux2.parallel.workers.step").Share(self.mesh, self.tools.fallback())
 
     def do_weights(self, message, tensors):
         """tensors: those of message["new"]; the others this rank has from before."""
         self.known.update(zip(message["new"], tensors))
         self.known = {number: self.known[number] for number in message["numbers"]}
-        return {"patched": self.replica.set_weights(message["patches"], [self.known[number] for number in message["numbers"]])}
+        return {
+            "patched": self.replica.set_weights(
+                message["patches"], [self.known[number] for number in message["numbers"]]
+            )
+        }
 
     def do_options(self, message, tensors):
         self.replica.set_options(message["specs"], self.tools)
 
     def do_forward(self, message, tensors):
         import torch
+
         self.absent = True  # whoever fails before or behind the exchanges leaves the others waiting in them
         with self.interruptible(message["number"]), torch.inference_mode():
             inputs = self.share.receive(message["inputs"], message["kinds"])
             options = self.replica.options()
-            with self.at_moment(options, message["moment"]), self.share.installed(self.replica.network, failed=self.inside):
+            with (
+                self.at_moment(options, message["moment"]),
+                self.share.installed(self.replica.network, failed=self.inside),
+            ):
                 self.replica.network(**inputs, transformer_options=options)
         self.absent = False
 
@@ -192,6 +218,7 @@ class Worker:
         """The end of a sampling. Returns this rank's times and what computed its attention."""
         if self.device.type == "cuda":
             import torch
+
             torch.cuda.synchronize(self.device)
         self.replica.sampled()
         times = {}
@@ -203,6 +230,7 @@ class Worker:
     def do_room(self, message, tensors):
         """Bytes that are free on this rank's GPU; None on the CPU."""
         import torch
+
         return {"free": torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None}
 
     def do_drop(self, message, tensors):
@@ -225,6 +253,7 @@ class Worker:
             with self.lock:
                 self.running = None
                 import comfy.model_management
+
                 comfy.model_management.interrupt_current_processing(False)
 
     def at_moment(self, options, moment):
@@ -243,7 +272,11 @@ class Tools:
         """The override of a Select Attention node from its plain values (carry.find_selection)."""
         selection = pack("attention.dispatch")
         schedule = selection.Schedule(**spec["schedule"]) if spec["schedule"] else None
-        return self.override(selection.Selection(spec["backend"], unsupported=spec["unsupported"], options=spec["options"], schedule=schedule))
+        return self.override(
+            selection.Selection(
+                spec["backend"], unsupported=spec["unsupported"], options=spec["options"], schedule=schedule
+            )
+        )
 
     def override(self, selection):
         return pack("attention.override").AttentionOverride(selection)
@@ -267,13 +300,16 @@ class Tools:
         return found
 
 
-# --- small things --------------------------------------------------------------------------------------------------------
+# --- small things
+# --------------------------------------------------------------------------------------------------------
+
 
 def tidy(device):
     """Give memory of dropped tensors back to the GPU."""
     gc.collect()
     if str(device).startswith("cuda"):
         import torch
+
         torch.cuda.empty_cache()
 
 
@@ -281,22 +317,30 @@ def memory_of(device):
     if str(device) == "cpu":
         return "host memory ran out"
     import torch
+
     free, total = torch.cuda.mem_get_info(device)
     return f"GPU memory ran out: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free now, after giving back what could be"
 
 
 def comfyui_folder(told):
-    """ComfyUI on this machine: that of rank 0 on its own host; on another, --comfyui, COMFYUI_PATH, or the folder that this pack is installed in."""
+    """ComfyUI on this machine: that of rank 0 on its own host; on another, --comfyui, COMFYUI_PATH, or the folder that
+    this pack is installed in.
+    """
     own = (options().comfyui, os.environ.get("COMFYUI_PATH"), *PACK.parents[1:2]) if options().join else ()
     for place in (*own, told):
         if place and (Path(place) / "comfy" / "sd.py").is_file():
             return str(Path(place).resolve())
-    raise ValueError(f"There is no ComfyUI on {socket.gethostname()}: neither beside this pack nor in {told}, where rank 0 has it. "
-                     "Start the worker with --comfyui FOLDER.")
+    raise ValueError(
+        f"There is no ComfyUI on {socket.gethostname()}: neither beside this pack nor in {told}, where rank 0 has it. "
+        "Start the worker with --comfyui FOLDER."
+    )
 
 
 def leave():
-    """End this process. A worker from another host starts afresh in its place, for the next group; its id and torchrun's watch stay."""
+    """End this process. A worker from another host starts afresh in its place, for the next group; its id and
+    torchrun's
+    watch stay.
+    """
     sys.stdout.flush()
     if options().join:
         os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -305,13 +349,22 @@ def leave():
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--join", metavar="HOST:PORT", help="join rank 0 on another host; without it MASTER_ADDR and MASTER_PORT say where it is")
-    parser.add_argument("--comfyui", metavar="FOLDER", help="ComfyUI on this host, if this pack does not lie in its custom_nodes folder")
+    parser.add_argument(
+        "--join",
+        metavar="HOST:PORT",
+        help="join rank 0 on another host; without it MASTER_ADDR and MASTER_PORT say where it is",
+    )
+    parser.add_argument(
+        "--comfyui", metavar="FOLDER", help="ComfyUI on this host, if this pack does not lie in its custom_nodes folder"
+    )
     return parser.parse_args()
 
 
 def see_one_gpu():
-    """Under torchrun every worker sees all GPUs of the host: keep the one of LOCAL_RANK. Rank 0 has done it for workers of its own."""
+    """Under torchrun every worker sees all GPUs of the host: keep the one of LOCAL_RANK. Rank 0 has done it for
+    workers of
+    its own.
+    """
     index = int(os.environ.get("LOCAL_RANK", "0"))
     # kept for a start afresh (leave), which finds what is set here in the place of the host's own selection
     chosen = os.environ.setdefault("FLUX2_RANKS_GPU", pack("flux2.parallel.workers.launch").visible(index))
@@ -345,15 +398,23 @@ def main():
     import_pack()
     if options().join:
         see_one_gpu()
-    if not options().join or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent; a shell may go and leave a worker behind
+    # torchrun is the parent; a shell may go and leave a worker behind
+    if not options().join or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     secret = os.environ.get(SECRET)
     if not secret:
         raise SystemExit(f"worker: {SECRET} is not set. It is the secret of the group that this worker should join.")
     protocol = pack("flux2.parallel.workers.channel")
     worker = Worker(connected(protocol, secret))
-    worker.channel.send({"is": "here", "rank": None if options().join else int(os.environ["RANK"]), "pid": os.getpid(), "host": socket.gethostname(),
-                         "local_rank": int(os.environ.get("LOCAL_RANK", "0"))})
+    worker.channel.send(
+        {
+            "is": "here",
+            "rank": None if options().join else int(os.environ["RANK"]),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
+        }
+    )
     threading.Thread(target=worker.listen, name="rank 0's messages", daemon=True).start()
     try:
         worker.serve()
