@@ -5,6 +5,7 @@ tokens, lists of prompts.
 
 import asyncio
 import builtins
+import copy
 import json
 import shutil
 import types
@@ -110,9 +111,9 @@ def test_a_hit_reads_nothing_of_a_lazy_encoder(tools, small_models, cache, tmp_p
     monkeypatch.setattr(
         builtins, "open", lambda name, *rest, **options: opened.append(str(name)) or original(name, *rest, **options)
     )
-    for copy in (clip, clip.clone(), clip.clone().clone()):
-        done = tools.prompts.encode(copy, PROMPT, cache)
-        assert done.hit and not tools.lazy.is_loaded(copy)
+    for one in (clip, clip.clone(), clip.clone().clone()):
+        done = tools.prompts.encode(one, PROMPT, cache)
+        assert done.hit and not tools.lazy.is_loaded(one)
         assert_same(done.conditioning, expected)
     assert not any("te.safetensors" in name for name in opened)
     with pytest.raises(Exception, match="te.safetensors does not exist"):
@@ -137,6 +138,42 @@ def test_a_lazy_encoder_is_an_ordinary_clip_once_it_is_used(tools, small_models,
         None,
     )
     assert patched[1].patcher.patches
+
+
+def test_looking_at_a_lazy_encoder_does_not_read_it(tools, small_models):
+    """What ComfyUI's executor, its caches and other packs ask of any output between two nodes."""
+    import comfy.model_patcher
+    import comfy_execution.caching as caching
+
+    clip = encoder(tools, small_models["text_encoder"], when_needed=True)
+    tracker = comfy.model_patcher.PromptModelTracker()
+    tracker.add([[clip], {"again": (clip,)}])
+    tracker.end()
+    assert not comfy.model_patcher.is_model_patcher_output(clip) and caching.all_outputs_dynamic([[clip]])
+    assert not hasattr(clip, "get_models") and not hasattr(clip, "get_ram_usage") and clip.patcher is not None
+    copy.copy(clip), copy.copy(clip.patcher), repr(clip.patcher), hash(clip.patcher), bool(clip.patcher)
+    assert not tools.lazy.is_loaded(clip)
+
+
+def test_using_the_patcher_of_a_lazy_encoder_reads_it_and_reaches_the_real_one(tools, small_models):
+    import comfy.model_patcher
+
+    for use in (
+        lambda clip: clip.patcher.load_device,
+        lambda clip: setattr(clip.patcher, "forced_hooks", None),
+        lambda clip: clip.patcher.clone(),
+        lambda clip: clip.load_model(),
+        lambda clip: clip.get_key_patches(),
+        lambda clip: clip.clone(disable_dynamic=True),
+        lambda clip: clip.tokenize("a fox"),
+        lambda clip: clip.get_sd(),
+    ):
+        clip = encoder(tools, small_models["text_encoder"], when_needed=True)
+        held = clip.patcher
+        use(clip)
+        assert tools.lazy.is_loaded(clip) and isinstance(clip.patcher, comfy.model_patcher.ModelPatcher)
+        held.marked = 7
+        assert clip.patcher.marked == 7 and isinstance(clip.is_dynamic(), bool)
 
 
 def test_a_file_replaced_before_it_was_needed_goes_by_its_new_content(tools, small_models, cache, tmp_path):

@@ -70,6 +70,27 @@ def test_a_second_run_hits_and_clearing_makes_it_miss(server, names, clear):
     assert reports(run(server, encoding(names, 3)))[0].startswith("Miss")
 
 
+def loads(server):
+    """How many text encoders this server has loaded so far, by ComfyUI's own line in its log."""
+    return server.log.read_text(errors="replace").count("CLIP/text encoder model load device")
+
+
+def test_a_prompt_on_disk_loads_no_encoder(server, names, clear):
+    """ComfyUI's executor and its RAM cache look at every output between two nodes; looking must not load."""
+
+    def step(number, memory, text="A red fox"):
+        workflow = encoding(names, number)
+        workflow["load"]["inputs"] |= {"memory": memory, "padding": "reference"}  # new inputs: the loader runs again
+        workflow["encode"]["inputs"]["text"] = text
+        return reports(run(server, workflow))[0].split(":")[0]
+
+    before = loads(server)
+    assert step(30, "auto") == "Miss" and loads(server) == before + 1
+    assert [step(31, "keep on GPU"), step(32, "CPU when idle")] == ["Hit", "Hit"]
+    assert loads(server) == before + 1, "a prompt that is on disk loaded the text encoder"
+    assert step(33, "CPU when idle", "A blue fox") == "Miss" and loads(server) == before + 2
+
+
 def test_a_list_makes_as_many_outputs(server, names, clear):
     workflow = {
         "load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),

@@ -4,8 +4,9 @@
   source_of(clip).fingerprint        # a name made from the content of the files; see fingerprint.py
 
 A CLIP carries its Source as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is a
-comfy.sd.CLIP whose patcher, network and tokenizer come into being when somebody first asks for one of them: to every
-other node it is an ordinary CLIP.
+comfy.sd.CLIP whose patcher, network and tokenizer come into being when somebody first uses one of them: to every
+other node it is an ordinary CLIP. Using is more than looking: ComfyUI's executor and its caches ask each output for
+`patcher` and `is_dynamic` between the nodes, and both are answered without reading the file.
 """
 
 import threading
@@ -84,7 +85,7 @@ def source_of(clip):
 
 def is_loaded(clip):
     """Whether a CLIP has its weights; only a lazy one may not."""
-    return not isinstance(clip, LazyCLIP) or "patcher" in vars(clip)
+    return not isinstance(clip, LazyCLIP) or "cond_stage_model" in vars(clip)
 
 
 class Shelf:
@@ -106,34 +107,59 @@ class Shelf:
             return self.clip
 
 
+class UnreadPatcher:
+    """`patcher` of a LazyCLIP that was not read: no ModelPatcher, so whoever only looks passes it by. Any use of it
+    reads the file and goes to the real patcher.
+    """
+
+    def __init__(self, clip):
+        vars(self)["clip"] = clip
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # what Python's own protocols (copying, pickling) ask of any object
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.clip.read().patcher, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.clip.read().patcher, name, value)
+
+
 class LazyCLIP(comfy.sd.CLIP):
-    """A CLIP that is read when its patcher, network or tokenizer is first asked for."""
+    """A CLIP whose file is read when its network, its tokenizer or something of its patcher is first used."""
 
     def __init__(self, shelf):
         super().__init__(no_init=True)
         self.shelf = shelf
-        self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds, self.tokenizer_options = (
-            None,
-            False,
-            None,
-            {},
-        )
+        self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds = None, False, None
+        self.tokenizer_options = {}
+
+    def read(self):
+        """This CLIP with its patcher, network and tokenizer."""
+        if not is_loaded(self):
+            loaded = self.shelf.take().clone()
+            vars(self).update({part: getattr(loaded, part) for part in PARTS})
+        return self
 
     def __getattr__(self, name):
+        if name == "patcher":
+            return UnreadPatcher(self)
         if name not in PARTS:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        loaded = self.shelf.take().clone()
-        vars(self).update({part: getattr(loaded, part) for part in PARTS})
-        return vars(self)[name]
+        return vars(self.read())[name]
+
+    def load_model(self, tokens={}):
+        """ComfyUI hands the patcher itself to its memory management here, so it must be the real one."""
+        return comfy.sd.CLIP.load_model(self.read(), tokens)
+
+    def is_dynamic(self):
+        """Unread: yes, for ComfyUI's RAM cache takes that as "dropping this frees no memory", and it holds none."""
+        return super().is_dynamic() if is_loaded(self) else True
 
     def clone(self, disable_dynamic=False):
         if is_loaded(self) or disable_dynamic:
-            return super().clone(disable_dynamic=disable_dynamic)
+            return comfy.sd.CLIP.clone(self.read(), disable_dynamic=disable_dynamic)
         copy = LazyCLIP(self.shelf)
-        copy.layer_idx, copy.use_clip_schedule, copy.apply_hooks_to_conds = (
-            self.layer_idx,
-            self.use_clip_schedule,
-            self.apply_hooks_to_conds,
-        )
+        copy.layer_idx, copy.use_clip_schedule = self.layer_idx, self.use_clip_schedule
+        copy.apply_hooks_to_conds = self.apply_hooks_to_conds
         copy.tokenizer_options = self.tokenizer_options.copy()
         return copy
