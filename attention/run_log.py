@@ -167,9 +167,7 @@ class RunLog:
             try:
                 self.listener(run)
             except Exception:
-                logging.getLogger(__name__).exception(
-                    "Select Attention (FLUX.2): what ran could not be shown on the node."
-                )
+                logging.getLogger(__name__).exception("Select Attention: what ran could not be shown on the node.")
 
     def end(self, run, output=None, error=None):
         """Close a run. output: the latent it produced, float tensor of any shape."""
@@ -177,7 +175,7 @@ class RunLog:
         begun = run.first_forward or now
         run.seconds, run.loading_seconds, run.error = now - begun, begun - run.started, error
         if not run.entries and not error:
-            logging.getLogger(__name__).warning("Select Attention (FLUX.2), %s: %s", run.chosen, NOT_ASKED)
+            logging.getLogger(__name__).warning("Select Attention, %s: %s", run.chosen, NOT_ASKED)
         run.latent = fingerprint(output) if output is not None else None
         self.tell(run)
 

@@ -23,16 +23,13 @@ ROUNDINGS = ["nearest away", "nearest even", "toward zero"]
 ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-math"]
 
 
-def backend_tooltip():
-    """What the choices mean, short enough for a tooltip; the README's table has a line for each."""
-    exact, quantised = (
-        ", ".join(slug for slug, row in registry.ROWS.items() if row.exact == kind) for kind in (True, False)
-    )
-    return (
-        "Which kernel computes attention. It runs or the graph stops with the reason; nothing falls back in silence.\n"
-        "auto: the fastest exact one, measured on this model's first step.\n"
-        f"Exact: {exact}.\nQuantised, faster and less exact: {quantised}."
-    )
+BACKEND_TOOLTIP = (
+    "Computes this model's attention. It runs, or the graph stops with the reason: nothing falls back silently.\n"
+    "auto: the fastest exact one, measured on your GPU (recommended).\n"
+    "NVIDIA: flash4, sdpa-cudnn, flash2.\n"
+    "AMD: aiter, aiter-triton.\n"
+    "Faster but approximate: sage2, sage3, aiter-fp8, aiter-sage."
+)
 
 
 def known_slugs(*slugs):
@@ -88,8 +85,8 @@ class Flux2SelectAttention(io.ComfyNode):
         counts = {"default": 0, "min": 0, "max": 1000, "optional": True, "advanced": True}
         return io.Schema(
             node_id="Flux2SelectAttention",
-            display_name="Select Attention (FLUX.2)",
-            category=CATEGORY,
+            display_name="Select Attention",
+            category=f"{CATEGORY}/attention",
             description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on "
             "AMD, PyTorch. "
             "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
@@ -113,43 +110,70 @@ class Flux2SelectAttention(io.ComfyNode):
                     "model",
                     tooltip="The model to patch. It is cloned: other branches of the graph keep their own attention.",
                 ),
-                io.Combo.Input("backend", options=registry.SLUGS, default=registry.AUTO, tooltip=backend_tooltip()),
+                io.Combo.Input(
+                    "backend",
+                    display_name="attention kernel",
+                    options=registry.SLUGS,
+                    default=registry.AUTO,
+                    tooltip=BACKEND_TOOLTIP,
+                ),
                 io.Combo.Input(
                     "unsupported_calls",
+                    display_name="if the kernel cannot do it",
                     options=[dispatch.REFUSE, dispatch.USE_SDPA],
                     default=dispatch.REFUSE,
                     optional=True,
                     advanced=True,
-                    tooltip="What to do with a call that the backend cannot compute, such as one with a mask: stop "
-                    "with the reason, "
-                    "or let PyTorch compute that call and say so in the report.",
+                    tooltip=(
+                        "What happens where the kernel cannot compute an attention call, for example one with a mask: "
+                        "stop with the reason, or let PyTorch compute that part and say so in the report."
+                    ),
                 ),
                 io.Combo.Input(
                     "edge_backend",
+                    display_name="second kernel",
                     options=[NO_SECOND, *registry.SLUGS],
                     default=NO_SECOND,
                     optional=True,
                     advanced=True,
-                    tooltip="A second backend for the first and last steps or blocks chosen below. Typical use: a "
-                    "quantised backend above "
-                    "for speed, an exact one here, where errors show most.",
+                    tooltip=(
+                        "Computes the first and last steps or blocks that are set below: set at least one of the four. "
+                        "Typical use: an approximate kernel above for speed, an exact one here, where errors show most."
+                    ),
                 ),
                 io.Int.Input(
-                    "first_steps", **counts, tooltip="How many steps at the beginning use the second backend."
+                    "first_steps",
+                    display_name="second kernel: first steps",
+                    **counts,
+                    tooltip="How many steps at the beginning the second kernel computes. 0: none.",
                 ),
-                io.Int.Input("last_steps", **counts, tooltip="How many steps at the end use the second backend."),
+                io.Int.Input(
+                    "last_steps",
+                    display_name="second kernel: last steps",
+                    **counts,
+                    tooltip="How many steps at the end the second kernel computes. 0: none.",
+                ),
                 io.Int.Input(
                     "first_blocks",
+                    display_name="second kernel: first blocks",
                     **counts,
-                    tooltip="How many transformer blocks at the input side use the second backend, in every step.",
+                    tooltip=(
+                        "How many transformer blocks at the input side the second kernel computes, in every step. 0: "
+                        "none."
+                    ),
                 ),
                 io.Int.Input(
                     "last_blocks",
+                    display_name="second kernel: last blocks",
                     **counts,
-                    tooltip="How many transformer blocks at the output side use the second backend, in every step.",
+                    tooltip=(
+                        "How many transformer blocks at the output side the second kernel computes, in every step. 0: "
+                        "none."
+                    ),
                 ),
                 io.Combo.Input(
                     "aiter_rounding",
+                    display_name="rounding (MI300)",
                     options=ROUNDINGS,
                     default=ROUNDINGS[0],
                     optional=True,
@@ -207,8 +231,8 @@ class Flux2AttentionReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="Flux2AttentionReport",
-            display_name="Attention Report (FLUX.2)",
-            category=CATEGORY,
+            display_name="Attention Report",
+            category=f"{CATEGORY}/measure",
             is_output_node=True,
             not_idempotent=True,
             description="Shows which attention kernel really ran during the last sampling with this model: backend, "
@@ -252,9 +276,7 @@ def report(model, samples):
     override = attention_slot.occupant(model)
     chosen = getattr(override, "selection", None)
     if chosen is None:
-        text = (
-            "No Select Attention (FLUX.2) node is on this model: ComfyUI's own attention runs, and it keeps no record."
-        )
+        text = "No Select Attention node is on this model: ComfyUI's own attention runs, and it keeps no record."
         return text + (
             f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""
         ), {"backend": None, "calls": 0}

@@ -221,9 +221,7 @@ def model_text(model):
 def notes(base, vae):
     said = figures.absent()
     if vae is None:
-        said.append(
-            "No VAE is connected: the pictures are rough previews of the latents, and there is no PSNR and SSIM."
-        )
+        said.append("No VAE is connected: the images are rough previews of the latents, and there is no PSNR and SSIM.")
     if not base.probe.calls:
         said.append(
             "No attention call could be checked by itself (compiled model, or no attention that ComfyUI knows): the "
@@ -238,7 +236,7 @@ def notes(base, vae):
 
 
 def draw(model, vae, recordings):
-    """{name: picture (B, H, W, 3)} of the recordings with a finite latent; black for the others that ran."""
+    """{name: image (B, H, W, 3)} of the recordings with a finite latent; black for the others that ran."""
     pictures = {}
     for recording in recordings:
         if recording.latent is not None:
@@ -249,7 +247,7 @@ def draw(model, vae, recordings):
 
 
 def similarity(row, picture, reference, vae):
-    """Fill in PSNR and SSIM of a row that has a decoded picture."""
+    """Fill in PSNR and SSIM of a row that has a decoded image."""
     if vae and picture is not None and row.evidence and not row.evidence.non_finite:
         row.psnr, row.ssim = statistics.psnr(picture, reference), figures.ssim(picture, reference)
 
@@ -273,6 +271,7 @@ class Flux2CompareAttention(io.ComfyNode):
         candidates = [
             io.Combo.Input(
                 f"candidate_{n}",
+                display_name=f"candidate {n}",
                 options=choices,
                 default=registry.AUTO if n == 1 else NO_SECOND,
                 optional=True,
@@ -284,6 +283,7 @@ class Flux2CompareAttention(io.ComfyNode):
         models = [
             io.Model.Input(
                 f"model_{slot}",
+                display_name=f"prepared model {slot.upper()}",
                 optional=True,
                 tooltip="A model that other nodes prepared, compared as it is: several GPUs, LoRA, compilation, other "
                 "packs' patches.",
@@ -292,11 +292,11 @@ class Flux2CompareAttention(io.ComfyNode):
         ]
         return io.Schema(
             node_id="Flux2CompareAttention",
-            display_name="Compare Attention (FLUX.2)",
-            category=CATEGORY,
+            display_name="Compare Attention",
+            category=f"{CATEGORY}/measure",
             is_output_node=True,
             description="Runs the same noise through a reference and up to eight candidates and shows what changes: "
-            "pictures, a heat map, errors per step "
+            "images, a heat map, errors per step "
             "and per block, seconds per step, and a verdict that is measured against the rounding noise of two exact "
             "kernels.",
             search_aliases=[
@@ -319,14 +319,15 @@ class Flux2CompareAttention(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="The sampler. All candidates use the same one."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The schedule. Use the number of steps that you draw with: errors grow from step to step.",
+                    tooltip="The schedule. Use the number of steps that you generate with: errors grow from step to "
+                    "step.",
                 ),
                 io.Int.Input(
                     "noise_seed",
                     default=42,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The seed of the noise, the same for all candidates.",
                 ),
                 io.Combo.Input(
@@ -339,7 +340,7 @@ class Flux2CompareAttention(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt (with guidance and reference pictures, if any). For a negative prompt connect "
+                    tooltip="The prompt (with guidance and reference images, if any). For a negative prompt connect "
                     "a guider instead.",
                 ),
                 io.Guider.Input(
@@ -351,20 +352,31 @@ class Flux2CompareAttention(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Decodes the pictures. Without it there are rough previews, and no PSNR and SSIM.",
+                    tooltip="Decodes the images. Without it there are rough previews, and no PSNR and SSIM.",
                 ),
                 *candidates,
                 io.Combo.Input(
                     "edge_backend",
+                    display_name="second kernel",
                     options=choices,
                     default=NO_SECOND,
                     optional=True,
                     advanced=True,
-                    tooltip="A precision schedule for the candidates chosen above: this backend computes their first "
-                    "and last steps.",
+                    tooltip="Computes the first and last steps of the candidates chosen above: set at least one of "
+                    "the two.",
                 ),
-                io.Int.Input("first_steps", **counts, tooltip="How many steps at the beginning use the edge backend."),
-                io.Int.Input("last_steps", **counts, tooltip="How many steps at the end use the edge backend."),
+                io.Int.Input(
+                    "first_steps",
+                    display_name="second kernel: first steps",
+                    **counts,
+                    tooltip="How many steps at the beginning the second kernel computes. 0: none.",
+                ),
+                io.Int.Input(
+                    "last_steps",
+                    display_name="second kernel: last steps",
+                    **counts,
+                    tooltip="How many steps at the end the second kernel computes. 0: none.",
+                ),
                 *models,
             ],
             outputs=[
@@ -373,7 +385,7 @@ class Flux2CompareAttention(io.ComfyNode):
                 ),
                 io.Image.Output(
                     display_name="differences",
-                    tooltip="Where each candidate's picture differs from the reference's, on one scale.",
+                    tooltip="Where each candidate's image differs from the reference's, on one scale.",
                 ),
                 io.String.Output(
                     display_name="table",
@@ -563,8 +575,8 @@ class Flux2BenchmarkAttention(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="Flux2BenchmarkAttention",
-            display_name="Benchmark Attention (FLUX.2)",
-            category=CATEGORY,
+            display_name="Benchmark Attention",
+            category=f"{CATEGORY}/measure",
             is_output_node=True,
             description="Times every attention backend that runs here on the calls that this model really makes, then "
             "whole steps of the model. Gives a chart, "
@@ -576,23 +588,26 @@ class Flux2BenchmarkAttention(io.ComfyNode):
                 io.String.Input(
                     "sizes",
                     default="1024x1024",
-                    tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of "
+                    tooltip="Image sizes, separated by commas. +1 behind a size adds a reference image of "
                     "1024x1024: 1024x1024, 1024x1024+1, 2048x2048.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="A prompt. FLUX.2 needs none: noise in its place takes the same time. Other models do.",
+                    tooltip="A prompt. FLUX.2 needs none: noise in its place takes the same time. Other models need "
+                    "one.",
                 ),
                 io.String.Input(
                     "backends",
+                    display_name="only these (empty = all)",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Only these backends, separated by commas. Empty: every one that can run here.",
+                    tooltip="Only these kernels, separated by commas. Empty: every one that can run here.",
                 ),
                 io.Int.Input(
                     "call_repeat",
+                    display_name="timed calls",
                     default=time_backends.REPEAT,
                     min=1,
                     max=1000,
@@ -602,6 +617,7 @@ class Flux2BenchmarkAttention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "step_repeat",
+                    display_name="timed steps (0 = skip)",
                     default=3,
                     min=0,
                     max=100,

@@ -17,10 +17,10 @@ class Flux2FastBlocks(io.ComfyNode):
         return io.Schema(
             node_id="Flux2FastBlocks",
             display_name="Fast Blocks (FLUX.2)",
-            category=CATEGORY,
+            category=f"{CATEGORY}/speed",
             description="Computes the many small operations between FLUX.2's matrix products and attention with a few "
             "fused Triton kernels. "
-            "Same picture up to rounding, less time per step. Weights, LoRA, references and the attention backend "
+            "Same image up to rounding, less time per step. Weights, LoRA, references and the attention backend "
             "stay as they are.",
             search_aliases=["fused kernels", "triton", "speed up", "fast flux", "fp8", "faster"],
             inputs=[
@@ -33,8 +33,10 @@ class Flux2FastBlocks(io.ComfyNode):
                     "precision",
                     options=[CHECKPOINT, FP8],
                     default=CHECKPOINT,
-                    tooltip="checkpoint: matrix products as the checkpoint has them; an fp8 checkpoint runs in fp8.\n"
-                    "fp8: a bf16 checkpoint's large products run in fp8 with a scale per row: faster, and less exact.",
+                    tooltip=(
+                        "As in the file: matrix products in the file's number format; an fp8 file runs in fp8.\n"
+                        "fp8: a bf16 file's large products run in fp8 with a scale per row: faster, and less exact."
+                    ),
                 ),
             ],
             outputs=[

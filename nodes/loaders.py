@@ -18,11 +18,11 @@ CATEGORY = "Flux 2"
 # of pipelines in ComfyUI's folder diffusers
 PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}
 WHERE_IDLE = (
-    "Where the weights are while this component is not used. 'auto': ComfyUI moves them when the room is needed "
-    "(recommended). 'keep on GPU': once "
-    "loaded they stay, and others get what is left. 'CPU when idle': they leave the GPU after "
-    "each {run}, which leaves most room for the others and costs a transfer each time. Without a GPU no effect."
+    "auto: ComfyUI moves the weights when the VRAM is needed (recommended).\n"
+    "Stay in VRAM: fastest; other models get what is left.\n"
+    "Leave VRAM when idle: after each {run}; most room for other models, one transfer each time."
 )
+NO_GPU = "\nNo effect without a GPU."
 # where files that belong elsewhere are found too
 INFO_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
 
@@ -70,11 +70,20 @@ class Flux2LoadModel(io.ComfyNode):
         return io.Schema(
             node_id="Flux2LoadModel",
             display_name="Load FLUX.2 Model",
-            category=CATEGORY,
-            description="Loads a FLUX.2 diffusion model, the part that draws: dev, klein 4B or klein 9B. Takes the "
-            "original file, ComfyUI's bf16 and "
-            "fp8 files, and diffusers folders. A file of another kind is refused with what it is and where it belongs.",
-            search_aliases=["flux2 unet", "flux 2 diffusion model", "load unet", "load diffusers transformer", "klein"],
+            category=f"{CATEGORY}/loaders",
+            description="Loads a FLUX.2 diffusion model, the part that generates the image: dev, klein 4B or klein 9B. "
+            "Takes the original file, ComfyUI's bf16 and fp8 files, and diffusers folders. "
+            "A file of another kind is refused with what it is and where it belongs.",
+            search_aliases=[
+                "vram",
+                "low vram",
+                "offload",
+                "flux2 unet",
+                "flux 2 diffusion model",
+                "load unet",
+                "load diffusers transformer",
+                "klein",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -87,21 +96,22 @@ class Flux2LoadModel(io.ComfyNode):
                     "weight_dtype",
                     options=list(load.WEIGHT_DTYPES),
                     default="as stored",
-                    tooltip="How the weights are kept in memory. 'as stored': as the file has them (recommended). "
-                    "'bf16': 2 bytes a weight. "
-                    "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of "
-                    "quality; "
-                    "a file made as fp8 or mixed precision is better.",
+                    tooltip=(
+                        "How the weights are kept in memory. As in the file: recommended. 'bf16': 2 bytes a weight. "
+                        "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of "
+                        "quality; a file made as fp8 or mixed precision is better."
+                    ),
                 ),
                 io.Combo.Input(
                     "memory",
+                    display_name="VRAM use",
                     options=list(MODEL_MODES),
                     default=AUTO,
                     optional=True,
                     advanced=True,
                     tooltip=WHERE_IDLE.format(run="sampling")
-                    + " 'layer by layer': they stay in the computer's memory, and every step "
-                    "fetches each layer when its turn comes: least GPU memory, slowest.",
+                    + "\nLayer by layer: every step fetches each layer from the computer's memory; least VRAM, slowest."
+                    + NO_GPU,
                 ),
             ],
             outputs=[
@@ -128,11 +138,20 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="Flux2LoadTextEncoder",
             display_name="Load FLUX.2 Text Encoder",
-            category=CATEGORY,
+            category=f"{CATEGORY}/loaders",
             description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for "
             "klein. Takes ComfyUI's files and "
             "Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
-            search_aliases=["flux2 clip", "load clip", "mistral", "qwen3", "flux 2 text encoder"],
+            search_aliases=[
+                "vram",
+                "low vram",
+                "offload",
+                "flux2 clip",
+                "load clip",
+                "mistral",
+                "qwen3",
+                "flux 2 text encoder",
+            ],
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
@@ -150,44 +169,50 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "padding",
+                    display_name="match images of",
                     options=list(load.PADDINGS),
                     default="zeros",
                     optional=True,
                     advanced=True,
-                    tooltip="What stands in front of a prompt shorter than 512 tokens. 'zeros': as ComfyUI does; "
-                    "longer prompts are read whole. "
-                    "'reference': as diffusers and the official code do, encoded padding tokens, and longer prompts "
-                    "end after 512 "
-                    "tokens; choose it to reproduce their pictures. On klein only the cut has an effect.",
+                    tooltip=(
+                        "Which program's images to reproduce. ComfyUI: zeros in front of a prompt shorter than 512 "
+                        "tokens; longer prompts are read whole. diffusers, as the official code: encoded padding "
+                        "tokens, and longer prompts end after 512 tokens. With klein only the cut has an effect."
+                    ),
                 ),
                 io.Combo.Input(
                     "attention",
+                    display_name="attention kernel",
                     options=ENCODER_BACKENDS,
                     default=ENCODER_BACKENDS[0],
                     optional=True,
                     advanced=True,
-                    tooltip="Which kernel computes this encoder's attention; the diffusion model's choice does not "
-                    "reach it. 'default': ComfyUI's own. "
-                    "Only kernels that take float32 and a causal mask are offered, on AMD and NVIDIA alike; a prompt "
-                    "takes milliseconds either way.",
+                    tooltip=(
+                        "Leave it at 'default', ComfyUI's own: a prompt takes milliseconds with any kernel. Only "
+                        "kernels that take float32 and a causal mask are offered; the choice for the diffusion model "
+                        "does not reach the text encoder."
+                    ),
                 ),
                 io.Combo.Input(
                     "memory",
+                    display_name="VRAM use",
                     options=list(MODES),
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip=WHERE_IDLE.format(run="prompt") + " No effect with device 'cpu'.",
+                    tooltip=WHERE_IDLE.format(run="prompt") + NO_GPU + " No effect with device 'cpu'.",
                 ),
                 io.Combo.Input(
                     "load",
+                    display_name="read the file",
                     options=list(lazy_clip.LOADS),
                     default=lazy_clip.NOW,
                     optional=True,
                     advanced=True,
-                    tooltip="When the weights are read. 'now': when this node runs. 'when needed': when a prompt is "
-                    "really encoded; with Encode "
-                    "Prompt (FLUX.2), prompts that it has kept on disk never need them.",
+                    tooltip=(
+                        "At once: when this node runs. When a new prompt comes: with Encode Prompt (FLUX.2), prompts "
+                        "that are kept on disk never need the file."
+                    ),
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
@@ -225,11 +250,11 @@ class Flux2LoadVAE(io.ComfyNode):
         return io.Schema(
             node_id="Flux2LoadVAE",
             display_name="Load FLUX.2 VAE",
-            category=CATEGORY,
-            description="Loads the FLUX.2 autoencoder, which turns pictures into latents and back. Takes the original "
+            category=f"{CATEGORY}/loaders",
+            description="Loads the FLUX.2 autoencoder, which turns images into latents and back. Takes the original "
             "file, the file with the small "
             "decoder, and diffusers folders.",
-            search_aliases=["flux2 vae", "load vae", "flux 2 autoencoder"],
+            search_aliases=["vram", "low vram", "offload", "flux2 vae", "load vae", "flux 2 autoencoder"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
@@ -242,15 +267,16 @@ class Flux2LoadVAE(io.ComfyNode):
                     default="auto",
                     tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device "
                     "(recommended). 'fp32': exact, "
-                    "twice the memory. 'fp16': can overflow to black pictures.",
+                    "twice the memory. 'fp16': can overflow to black images.",
                 ),
                 io.Combo.Input(
                     "memory",
+                    display_name="VRAM use",
                     options=list(MODES),
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip=WHERE_IDLE.format(run="picture or batch that it encodes or decodes"),
+                    tooltip=WHERE_IDLE.format(run="image or batch") + NO_GPU,
                 ),
             ],
             outputs=[
@@ -275,7 +301,7 @@ class Flux2ModelInfo(io.ComfyNode):
         return io.Schema(
             node_id="Flux2ModelInfo",
             display_name="FLUX.2 Model Info",
-            category=CATEGORY,
+            category=f"{CATEGORY}/loaders",
             description="Says what a model file is without loading it: kind, variant, layers, number format, size, "
             "which node it belongs in, and what "
             "will happen on this machine. For a damaged or wrong file it says what is wrong.",

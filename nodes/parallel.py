@@ -53,9 +53,9 @@ class Flux2SequenceParallel(io.ComfyNode):
         return io.Schema(
             node_id="Flux2SequenceParallel",
             display_name="Sequence Parallel (FLUX.2)",
-            category=CATEGORY,
+            category=f"{CATEGORY}/speed",
             description="Computes every step of one image on several GPUs at once: each GPU has the whole model and a "
-            "part of the image. Same picture, less "
+            "part of the image. Same image, less "
             "time. Samplers, guiders, previews, LoRA, references and Select Attention work as with one GPU, before or "
             "after this node. "
             "The first image starts a process per GPU; they stay for the next ones.",
@@ -87,6 +87,7 @@ class Flux2SequenceParallel(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "ulysses",
+                    display_name="GPUs sharing heads (Ulysses), 0 = automatic",
                     **degree,
                     tooltip="How many GPUs share the attention heads among them. The model's heads must divide by it. "
                     "It "
@@ -94,6 +95,7 @@ class Flux2SequenceParallel(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "ring",
+                    display_name="GPUs in a ring, 0 = automatic",
                     **degree,
                     tooltip="How many GPUs pass keys and values round in a ring. For more GPUs than heads divide by, "
                     "and "

@@ -27,7 +27,9 @@ CLIP_TOOLTIP = (
     "prompts come from "
     "disk. CLIPs of other loaders work too, without keeping anything."
 )
-REPORT_TOOLTIP = "Hit or miss, how long it took, and everything in the prompt that FLUX.2 does not read as written."
+REPORT_TOOLTIP = (
+    "From cache or encoded, how long it took, and everything in the prompt that FLUX.2 does not read as written."
+)
 
 
 def cache_inputs():
@@ -35,16 +37,18 @@ def cache_inputs():
     return [
         io.Combo.Input(
             "long_prompts",
+            display_name="long prompts",
             options=list(LONG),
             default="cut at 512 tokens",
             optional=True,
             advanced=True,
             tooltip="What happens to a prompt of more than 512 tokens, system message included. 'cut at 512 tokens': "
-            "as the official code "
-            "does; the report says what was lost. 'keep all': as CLIP Text Encode does.",
+            "as the official code does; the report says what was lost. 'keep all': as CLIP Text Encode does. For a "
+            "long prompt the two give different images.",
         ),
         io.Float.Input(
             "cache_gib",
+            display_name="disk cache (GiB, 0 = off)",
             default=2.0,
             min=0.0,
             max=1024.0,
@@ -72,7 +76,7 @@ class Flux2EncodePrompt(io.ComfyNode):
         return io.Schema(
             node_id="Flux2EncodePrompt",
             display_name="Encode Prompt (FLUX.2)",
-            category=CATEGORY,
+            category=f"{CATEGORY}/prompt",
             description="Encodes a prompt as CLIP Text Encode does and keeps the result on disk: a prompt that was "
             "encoded before, with the same "
             "encoder, comes back without loading the encoder. Says what in a prompt FLUX.2 does not support.",
@@ -107,7 +111,7 @@ class Flux2EncodePrompts(io.ComfyNode):
         return io.Schema(
             node_id="Flux2EncodePrompts",
             display_name="Encode Prompt List (FLUX.2)",
-            category=CATEGORY,
+            category=f"{CATEGORY}/prompt",
             description="Encodes many prompts, from a text or a file, several in one pass through the encoder, and "
             "gives them out as a list: what "
             "follows runs once for each. Prompts that were encoded before come from disk.",
@@ -137,7 +141,7 @@ class Flux2EncodePrompts(io.ComfyNode):
                 *cache_inputs(),
             ],
             outputs=[
-                io.Conditioning.Output(is_output_list=True, tooltip="The encoded prompts, one for each picture."),
+                io.Conditioning.Output(is_output_list=True, tooltip="The encoded prompts, one for each image."),
                 io.String.Output(
                     display_name="texts", is_output_list=True, tooltip="The prompts as text, in the same order."
                 ),
@@ -211,11 +215,13 @@ class Flux2UpsamplePrompt(io.ComfyNode):
         return io.Schema(
             node_id="Flux2UpsamplePrompt",
             display_name="Improve Prompt with Mistral (FLUX.2)",
-            category=CATEGORY,
-            description="Lets Mistral 3, the language model that reads prompts for FLUX.2 dev, write a more detailed "
-            "prompt, or with reference images "
-            "a precise editing instruction. Uses the weights of the loaded text encoder and adds what writing needs "
-            "from its file.",
+            category=f"{CATEGORY}/prompt",
+            description=(
+                "Lets Mistral 3, the language model that reads prompts for FLUX.2 dev, write a more detailed "
+                "prompt, or with reference images a precise editing instruction. Uses the weights of the loaded "
+                "text encoder and adds what writing needs from its file. The text encoder file that ComfyUI's "
+                "templates download cannot write: this needs the Hugging Face folder or a complete file."
+            ),
             search_aliases=["prompt upsampling", "enhance prompt", "prompt rewrite", "llm", "caption"],
             inputs=[
                 io.Clip.Input(
@@ -246,6 +252,7 @@ class Flux2UpsamplePrompt(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "max_tokens",
+                    display_name="longest answer (tokens)",
                     default=512,
                     min=1,
                     max=4096,

@@ -1,4 +1,4 @@
-"""Compile the blocks of a MODEL, and run it before the first picture."""
+"""Compile the blocks of a MODEL, and run it before the first image."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -62,11 +62,11 @@ class Flux2CompileBlocks(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="Flux2CompileBlocks",
-            display_name="Compile Blocks (FLUX.2)",
-            category=CATEGORY,
+            display_name="Compile Blocks (FLUX)",
+            category=f"{CATEGORY}/speed",
             hidden=[io.Hidden.unique_id],
             description="Compiles FLUX's transformer blocks with torch.compile: once for each kind of block, for "
-            "every picture size. The first step takes "
+            "every image size. The first step takes "
             "up to a minute longer, the following ones less. Use it instead of Fast Blocks: for other FLUX models, or "
             "where those do not run.",
             search_aliases=["torch.compile", "inductor", "speed up", "faster", "compile model"],
@@ -89,13 +89,15 @@ class Flux2CompileBlocks(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "failures",
+                    display_name="if compiling fails",
                     options=[compiled_blocks.REFUSE, compiled_blocks.EAGER],
                     default=compiled_blocks.REFUSE,
                     optional=True,
                     advanced=True,
-                    tooltip="What happens when torch.compile cannot compile a block: stop with the reason, or run "
-                    "such blocks as they are and say so in "
-                    "the Attention Report.",
+                    tooltip=(
+                        "What happens where torch.compile cannot compile a block: stop with the reason, or run such "
+                        "blocks uncompiled and say so in Attention Report."
+                    ),
                 ),
             ],
             outputs=[
@@ -123,17 +125,17 @@ class Flux2CompileBlocks(io.ComfyNode):
 
 
 class Flux2WarmUp(io.ComfyNode):
-    """A few steps at the sizes that will be drawn, before the first picture."""
+    """A few steps at the sizes that will be generated, before the first image."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="Flux2WarmUp",
-            display_name="Warm Up (FLUX.2)",
-            category=CATEGORY,
-            description="Runs a few steps at the picture sizes you are going to draw, so that compiling, tuning and "
+            display_name="Warm Up",
+            category=f"{CATEGORY}/speed",
+            description="Runs a few steps at the image sizes you are going to generate, so that compiling, tuning and "
             "memory allocation happen now and not in your "
-            "first picture. "
+            "first image. "
             "Shows what ran and how long it took. Runs once for a model: later prompts find it done. The model stays "
             "as it is.",
             search_aliases=["warmup", "warm up", "preload", "first picture slow", "compile"],
@@ -147,7 +149,7 @@ class Flux2WarmUp(io.ComfyNode):
                 io.String.Input(
                     "sizes",
                     default="1024x1024",
-                    tooltip="Picture sizes, separated by commas. +1 behind a size adds a reference picture of "
+                    tooltip="Image sizes, separated by commas. +1 behind a size adds a reference image of "
                     "1024x1024: "
                     "1024x1024, 1024x1024+1, 2048x2048.",
                 ),
@@ -164,21 +166,23 @@ class Flux2WarmUp(io.ComfyNode):
                     default=0,
                     min=0,
                     max=9,
-                    tooltip="How many reference pictures of 1024x1024 the sizes without a +number are drawn with.",
+                    tooltip="How many reference images of 1024x1024 the sizes without a +number are generated with.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder. Connected, it encodes a prompt once."),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The VAE. Connected, it decodes once at each size, and encodes a reference picture if "
+                    tooltip="The VAE. Connected, it decodes once at each size, and encodes a reference image if "
                     "there are any.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
                     advanced=True,
-                    tooltip="A prompt for the steps. FLUX.2 needs none: without it clip makes one, or noise stands "
-                    "in. Other models do.",
+                    tooltip=(
+                        "A prompt for the steps. FLUX.2 needs none: without it clip makes one, or noise takes its "
+                        "place. Other models need one."
+                    ),
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -187,7 +191,7 @@ class Flux2WarmUp(io.ComfyNode):
                     max=64,
                     optional=True,
                     advanced=True,
-                    tooltip="Pictures in a batch, as in the empty latent.",
+                    tooltip="Images in a batch, as in the empty latent.",
                 ),
             ],
             outputs=[

@@ -95,7 +95,7 @@ def add_selector(data, loader, backend):
     data[new] = {
         "class_type": SELECTOR,
         "inputs": {"model": [loader, 0], "backend": backend},
-        "_meta": {"title": "Select Attention (FLUX.2)", MARK: {"added": True}},
+        "_meta": {"title": "Select Attention", MARK: {"added": True}},
     }
     return new
 

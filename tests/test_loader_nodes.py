@@ -51,7 +51,7 @@ def test_ids_and_inputs_are_those_that_workflows_rely_on(nodes):
 def test_everything_is_explained(nodes):
     for node in nodes.values():
         schema = node.define_schema()
-        assert schema.category == "Flux 2" and schema.description and schema.search_aliases
+        assert schema.category == "Flux 2/loaders" and schema.description and schema.search_aliases
         assert all(item.tooltip for item in [*schema.inputs, *schema.outputs])
 
 

@@ -61,7 +61,7 @@ def test_select_attention_may_come_in_front_behind_or_not_at_all(found, size, na
     assert max(orders["behind"], orders["flash"], orders["fallback"]) <= EXACT
     assert orders["fallback used"] == rings
     if rings:
-        assert "Put Select Attention (FLUX.2) on this model, or use a ring degree of 1." in orders["none"]
+        assert "Put Select Attention on this model, or use a ring degree of 1." in orders["none"]
     else:
         assert orders["none"] <= EXACT
 

@@ -82,7 +82,7 @@ class SharedAttention:
             raise ValueError(
                 "A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own "
                 "does not. "
-                "Put Select Attention (FLUX.2) on this model, or use a ring degree of 1."
+                "Put Select Attention on this model, or use a ring degree of 1."
             )
         options = rest["transformer_options"]
         block = (

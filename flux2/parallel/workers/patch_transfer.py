@@ -171,7 +171,7 @@ PLACES = {
     "object": "the object patch '{key}'",
 }
 CURES = {
-    "attention": "Use Select Attention (FLUX.2) for the attention kernel.",
+    "attention": "Use Select Attention for the attention kernel.",
     "replacement": "Remove the node that replaces blocks, or use one GPU.",
 }
 
@@ -195,7 +195,7 @@ def refuse_patcher(patcher, options):
         raise Refused(
             "Sequence parallel cannot share a model that Torch Compile Model has compiled as a whole: the exchange "
             "between the GPUs is no part of "
-            "the compiled graph. Use Compile Blocks (FLUX.2) instead of that node."
+            "the compiled graph. Use Compile Blocks (FLUX) instead of that node."
         )
     if patcher is None:
         return
@@ -242,7 +242,7 @@ def name_of(value):
 
 
 def find_selection(thing):
-    """Select Attention (FLUX.2): its decisions are small values."""
+    """Select Attention: its decisions are small values."""
     selection = getattr(thing.value, "selection", None)
     if thing.place != "attention" or selection is None:
         return None
@@ -313,7 +313,7 @@ def apply_fast_blocks(model, spec, tools):
 
 
 def find_compile(thing):
-    """Compile Blocks (FLUX.2): a wrapper of the network that reaches into its blocks."""
+    """Compile Blocks (FLUX): a wrapper of the network that reaches into its blocks."""
     if thing.place != "wrapper" or thing.key != ("diffusion_model", "flux2_compile"):
         return None
     plan = thing.value.plan
@@ -361,8 +361,8 @@ def apply_object(model, spec, tools):
 ROWS = (
     Row(OPTIONS, find_plain("option"), apply_option),
     Row("object patches", find_plain("object"), apply_object),
-    Row("Select Attention (FLUX.2)", find_selection, apply_selection),
+    Row("Select Attention", find_selection, apply_selection),
     Row("Flux KV Cache", find_kv_cache, apply_kv_cache),
     Row("Fast Blocks (FLUX.2)", find_fast_blocks, apply_fast_blocks),
-    Row("Compile Blocks (FLUX.2)", find_compile, apply_compile),
+    Row("Compile Blocks (FLUX)", find_compile, apply_compile),
 )
