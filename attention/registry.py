@@ -130,14 +130,17 @@ ROWS = {
     ),
     **{
         f"aiter-v4-{name}": Row(
-            "aiter_v4", "AITER", Hardware({"amd": archs}), False, AITER_INSTALL, f"AITER MHA v4: {formats}"
+            "aiter_v4", "AITER", Hardware({"amd": archs}), name == "bf16", AITER_INSTALL, f"AITER MHA v4: {formats}"
         )
         for name, archs, formats in (
+            ("bf16", ("gfx950",), "bf16"),
+            ("bf16fp8", ("gfx950",), "bf16 query-key, fp8 values"),
             ("i8fp8", ("gfx942", "gfx950"), "int8 query-key, fp8 values"),
             ("fp8", ("gfx950",), "fp8"),
             ("mxfp8", ("gfx950",), "MXFP8 query-key, fp8 values"),
             ("f8f6", ("gfx950",), "fp8 query-key, MXFP6 values"),
             ("mxfp6", ("gfx950",), "MXFP6 query-key, fp8 values"),
+            ("f6f6", ("gfx950",), "MXFP6"),
             ("f6f4", ("gfx950",), "MXFP6 query-key, MXFP4 values"),
             ("mxfp4", ("gfx950",), "MXFP4 query-key, fp8 values"),
             ("f4f4", ("gfx950",), "MXFP4"),
@@ -196,6 +199,7 @@ SLUGS = [AUTO, *ROWS]
 AUTO_ORDER = [
     "sdpa",
     "aiter",
+    "aiter-v4-bf16",
     "sdpa-cudnn",
     "flash4",
     "flash3",

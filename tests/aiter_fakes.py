@@ -19,13 +19,21 @@ import pack  # noqa: F401
 from flux2_pack.attention import reference, registry
 
 TABLE = json.loads((Path(__file__).parent / "data" / "aiter_signatures.json").read_text())
-MAIN = TABLE["versions"][0]["functions"]
 KINDS = inspect.Parameter
 
 
 def version(commit):
     """The functions recorded at a commit (its first digits)."""
     return next(v for v in TABLE["versions"] if v["commit"].startswith(commit))["functions"]
+
+
+def newest():
+    """Every function as it was recorded last: the whole of e404860, and what was read of later commits."""
+    later = ("e404860", "0055212", "1013b75", "0540e3f", "01d3e6d", "07cee98")
+    return list({(f["file"], f["name"]): f for commit in later for f in version(commit)}.values())
+
+
+MAIN = newest()
 
 
 def signature_of(parameters):
@@ -91,7 +99,10 @@ def sage_mxfp4(given):
 def v4(given):
     q, k, v = (given[n] for n in "qkv")
     assert all(t.is_contiguous() and t.dtype == torch.bfloat16 for t in (q, k, v))
-    return reference.attend(q, k, v, scale=given["softmax_scale"])[0].bfloat16()
+    modes = [given.get(f"{n}_scale_mode") for n in "qkv"]
+    assert all(modes) or not any(modes), "AITER wants all three or none"
+    out, lse = reference.attend(q, k, v, scale=given["softmax_scale"])
+    return (out.bfloat16(), lse) if given.get("return_lse") else out.bfloat16()
 
 
 def v4_packed(given):
@@ -106,6 +117,7 @@ def v4_packed(given):
 
 
 class AttentionFormat(enum.IntEnum):
+    BF16 = 2
     FP8_E4M3 = 3
     FP8_E4M3_FNUZ = 4
     MXFP6 = 7
@@ -124,15 +136,19 @@ KNOWN = {
     (F.FP8_E4M3, F.FP8_E4M3),
     (F.FP8_E4M3, F.MXFP6),
     (F.MXFP6, F.FP8_E4M3),
+    (F.MXFP6, F.MXFP6),
     (F.MXFP6, F.MXFP4),
     (F.MXFP4, F.FP8_E4M3),
     (F.MXFP4, F.MXFP4),
 }
 
 
-def scale_modes(given):
-    if (given["q_format"], given["v_format"]) not in KNOWN:
-        raise ValueError("unsupported formats")
+LATER = {(F.BF16, F.BF16), (F.BF16, F.FP8_E4M3)}  # from 0055212 on, which also brought block masks
+
+
+def scale_modes(given, bf16=False):
+    if (given["q_format"], given["v_format"]) not in KNOWN | (LATER if bf16 else set()):
+        raise ValueError(f"unsupported Q/K format: {given['q_format'].name}")
 
 
 COMPUTE = {
@@ -206,6 +222,9 @@ class Library:
             module = path.removesuffix(".py").replace("/", ".")
             loaded = sys.modules.get(module) or self.module(module)
             fake = Fake(name, function["parameters"], COMPUTE.get(f"{path}:{name}", lambda given: None))
+            if name == "scale_modes_for_formats":
+                masks = any(f["name"] == "mha_v4" and ["block_mask", "optional"] in f["parameters"] for f in functions)
+                fake.compute = lambda given, bf16=masks: scale_modes(given, bf16)
             self.fakes[f"{path}:{name}"] = fake
             setattr(loaded, name, fake)
             if path == "aiter/ops/mha.py":

@@ -4,6 +4,8 @@ test_aiter_kernels.py.
 """
 
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -24,18 +26,21 @@ FILES = {
     "aiter": ["aiter", "aiter-fp8"],
     "aiter_triton": ["aiter-triton", "aiter-sage", "aiter-sage-mxfp4"],
     "aiter_v4": [
+        "aiter-v4-bf16",
+        "aiter-v4-bf16fp8",
         "aiter-v4-i8fp8",
         "aiter-v4-fp8",
         "aiter-v4-mxfp8",
         "aiter-v4-f8f6",
         "aiter-v4-mxfp6",
+        "aiter-v4-f6f6",
         "aiter-v4-f6f4",
         "aiter-v4-mxfp4",
         "aiter-v4-f4f4",
     ],
 }
 SLUGS = [(file, slug) for file, slugs in FILES.items() for slug in slugs]
-WITH_LSE = ["aiter", "aiter-triton", "aiter-sage", "aiter-sage-mxfp4"]
+WITH_LSE = ["aiter", "aiter-triton", "aiter-sage", "aiter-sage-mxfp4", *FILES["aiter_v4"]]
 
 
 @pytest.fixture
@@ -273,6 +278,30 @@ def test_the_switch_is_put_back_when_the_kernel_fails(library, monkeypatch):
     assert told == ["dao_ai", "default"]
 
 
+def test_two_threads_never_share_the_switch(library, monkeypatch):
+    """Two GPUs, two threads: while one launches, the other must neither see nor leave its implementation."""
+    module, seen = library.backend("aiter_triton"), []
+    monkeypatch.setattr(module, "describe", lambda _: W7900)
+    module.MHA._MHA_IMPL = "default"
+    module.MHA.mha_set_impl = lambda name: setattr(module.MHA, "_MHA_IMPL", name)
+    launch = module.MHA.flash_attn_func.compute
+
+    def slow(given):
+        seen.append(module.MHA._MHA_IMPL)
+        time.sleep(0.05)
+        seen.append(module.MHA._MHA_IMPL)
+        return launch(given)
+
+    module.MHA.flash_attn_func.compute = slow
+    threads = [threading.Thread(target=module.ADAPTERS["aiter-triton"].attend, args=tensors()) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert seen == ["dao_ai"] * 8 and module.MHA._MHA_IMPL == "default"
+
+
 def test_a_build_without_tiles_for_a_gpu_says_so(library):
     adapter = library.backend("aiter_triton").ADAPTERS["aiter-triton"]
     assert adapter.unsupported(call(Device("amd", "gfx1103", "Radeon 780M"))) == [
@@ -291,7 +320,11 @@ def test_v4_refuses_by_architecture_dtype_heads_size_mask_and_lse(library):
         "AITER has this kernel for gfx950, and this GPU is gfx942."
     ]
     wrong = call(MI355, dtype=torch.float16, kv_heads=8, head_dim=64, mask="full", need_lse=True)
-    assert len(adapters["aiter-v4-fp8"].unsupported(wrong)) == 5
+    assert len(adapters["aiter-v4-fp8"].unsupported(wrong)) == 4
+    assert adapters["aiter-v4-bf16"].unsupported(call(MI355, need_lse=True)) == []
+    assert adapters["aiter-v4-i8fp8"].unsupported(call(MI300, need_lse=True)) == [
+        "AITER raises for its log-sum-exp on gfx942: it is validated on gfx950 alone."
+    ]
     assert adapters["aiter-v4-fp8"].unsupported(call(MI355, kv_len=512)) == [], "any lengths"
 
 
@@ -356,7 +389,8 @@ def test_any_failure_at_import_is_a_reason(monkeypatch, error):
 def test_rows_and_adapters_are_the_same_backends_on_the_same_hardware(library):
     assert {slug for slug in registry.ROWS if slug.startswith("aiter")} == {slug for _, slug in SLUGS}
     for slug, adapter in library.backend("aiter_v4").ADAPTERS.items():
-        assert registry.row(slug).hardware.archs == {"amd": adapter.archs} and not registry.row(slug).exact
+        assert registry.row(slug).hardware.archs == {"amd": adapter.archs}
+        assert registry.row(slug).exact == (slug == "aiter-v4-bf16")
 
 
 def test_all_is_well_with_main(library):
@@ -435,7 +469,7 @@ CHANGES = [
         ("aiter_triton", "aiter-triton", "attention/mha.py:flash_attn_func"),
         ("aiter_triton", "aiter-sage", "fav3_sage_wrapper_func"),
         ("aiter_v4", "aiter-v4-fp8", ":mha_v4"),
-        ("aiter_v4", "aiter-v4-mxfp8", ":mha_v4_packed"),
+        ("aiter_v4", "aiter-v4-mxfp8", ":mha_v4"),
     ],
 )
 @pytest.mark.parametrize("change, words", CHANGES)
@@ -443,6 +477,51 @@ def test_a_changed_signature_is_a_sentence_and_not_a_crash(empty, file, slug, en
     empty.provide([changed(f, change) if f"{f['file']}:{f['name']}".endswith(ending) else f for f in MAIN])
     found = empty.backend(file).ADAPTERS[slug].missing()
     assert len(found) == 1 and words in found[0], found
+
+
+def v4_of(empty, commit):
+    return empty.provide(aiter_fakes.version(commit)).backend("aiter_v4").ADAPTERS
+
+
+@pytest.mark.parametrize("commit, known", [("e404860", False), ("0055212", True), ("1013b75", True)])
+def test_builds_before_bf16_say_so(empty, commit, known):
+    adapters = v4_of(empty, commit)
+    for slug in ("aiter-v4-bf16", "aiter-v4-bf16fp8"):
+        found = adapters[slug].missing()
+        assert found == [] if known else len(found) == 1 and "does not know BF16 queries" in found[0], found
+    assert adapters["aiter-v4-fp8"].missing() == [] and adapters["aiter-v4-mxfp8"].missing() == []
+
+
+@pytest.mark.parametrize(
+    "commit, function", [("e404860", ":mha_v4_packed"), ("0055212", ":mha_v4_packed"), ("1013b75", ":mha_v4")]
+)
+def test_mxfp8_is_told_by_scale_modes_or_packed_here(empty, commit, function):
+    q, k, v = tensors((37, 61))
+    out, _ = v4_of(empty, commit)["aiter-v4-mxfp8"].attend(q, k, v, scale=0.05)
+    per_32, per_tensor = aiter_fakes.AttentionScaleMode.E8M0_PER_1X32, aiter_fakes.AttentionScaleMode.F32_PER_TENSOR
+    given = empty.last(function)
+    assert [given[f"{n}_scale_mode"] for n in "qkv"] == [per_32, per_32, per_tensor]
+    assert reference.relative_error(out, reference.attend(q, k, v, scale=0.05)[0]) < bound(q.dtype, "aiter-v4-mxfp8")
+
+
+@pytest.mark.parametrize("commit", ["e404860", "0055212"])
+def test_v4_builds_that_raise_for_the_log_sum_exp_are_not_asked(empty, commit):
+    """They have the parameter `return_lse` and raise for it."""
+    assert v4_of(empty, commit)["aiter-v4-fp8"].unsupported(call(MI355, need_lse=True)) == [
+        "It cannot return the log-sum-exp, which ring attention needs."
+    ]
+
+
+def test_the_exact_v4_is_a_candidate_of_auto():
+    assert "aiter-v4-bf16" in registry.AUTO_ORDER and "aiter-v4-bf16fp8" not in registry.AUTO_ORDER
+
+
+@pytest.mark.parametrize("commit", ["e404860", "0540e3f"])
+def test_current_sage_binds_without_q_smooth(empty, commit):
+    adapter = empty.provide(aiter_fakes.version(commit)).backend("aiter_triton").ADAPTERS["aiter-sage"]
+    assert adapter.missing() == [] and adapter.limits.lse
+    q, k, v = tensors()
+    assert reference.relative_error(adapter.attend(q, k, v)[0], reference.attend(q, k, v)[0]) < 0.02
 
 
 def test_a_v4_without_a_format_says_which(library):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import aiter_shim
-from aiter_fakes import TABLE, Library
+from aiter_fakes import MAIN, TABLE, Library
 from test_aiter import SLUGS, tensors
 
 IN_WHEEL = [
@@ -68,7 +68,7 @@ def test_the_table_names_commits_and_files():
 
 @pytest.mark.parametrize("file, slug", SLUGS)
 def test_our_call_binds_to_the_recorded_main(monkeypatch, tmp_path, file, slug):
-    library = Library(monkeypatch, tmp_path).provide(TABLE["versions"][0]["functions"])
+    library = Library(monkeypatch, tmp_path).provide(MAIN)
     adapter = library.backend(file).ADAPTERS[slug]
     assert adapter.missing() == []
     for need_lse in [False, True] if adapter.limits.lse else [False]:

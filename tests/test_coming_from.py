@@ -110,9 +110,13 @@ def test_every_backend_exists():
 
 def test_every_quantised_and_exact_backend_that_others_have_is_named():
     named = {slug for _, here, _ in BACKENDS for slug in quoted(here)}
-    assert set(registry.ROWS) - named <= {"aiter-triton", "comfy-int8", "aiter-v4-mxfp8", "aiter-v4-f8f6"}, (
-        "what only this pack has"
-    )
+    assert set(registry.ROWS) - named <= {
+        "aiter-triton",
+        "comfy-int8",
+        "aiter-v4-mxfp8",
+        "aiter-v4-f8f6",
+        "aiter-v4-f6f6",
+    }, "what only this pack has"
 
 
 def test_diffusers_has_what_is_said_of_it():

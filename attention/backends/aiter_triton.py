@@ -5,8 +5,10 @@ Read at ROCm/aiter e404860 (aiter/ops/triton/attention/) and in the amd-aiter 0.
 flat in aiter/ops/triton/ and SageAttention is absent. Log-sum-exp float32 (B, H, Sq), natural logarithm.
 """
 
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+import threading
 
 import torch
 
@@ -91,23 +93,26 @@ class TritonMha(Adapter):
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)
 
 
-class chosen:
-    """Choose AITER's mha implementation inside a with block. The library only has a switch for the whole process, so
-    it is
-    put back.
+_switch = threading.Lock()
+
+
+@contextmanager
+def chosen(name):
+    """Choose AITER's mha implementation inside a with block.
+
+    The library has one switch for the whole process. It is put back, and one thread launches at a time: with two
+    GPUs ComfyUI runs two threads, and the second would put back what the first had set.
     """
-
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        self.before = getattr(MHA, "_MHA_IMPL", "default")
-        if self.name != self.before:
-            MHA.mha_set_impl(self.name)
-
-    def __exit__(self, *_):
-        if self.name != self.before:
-            MHA.mha_set_impl(self.before)
+    with _switch:
+        before = getattr(MHA, "_MHA_IMPL", "default")
+        if name == before:
+            yield
+            return
+        MHA.mha_set_impl(name)
+        try:
+            yield
+        finally:
+            MHA.mha_set_impl(before)
 
 
 def one_layout(*tensors):
