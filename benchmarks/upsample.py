@@ -164,7 +164,7 @@ def synchronize(device):
 
 def timed(clip, made, inner, asked, tokens, device):
     """Seconds to write that many tokens; the time for one is the time to the first."""
-    settings = upsample.Settings(0, 0.15, tokens)
+    settings = upsample.WritingSettings(0, 0.15, tokens)
     synchronize(device)
     start = time.perf_counter()
     count = len(upsample.write(clip, made, inner, asked, settings, None))
@@ -176,7 +176,7 @@ def case(name, clip, made, inner, images, tokens, device):
     asked = upsample.request(
         inner,
         "a photograph of a cat with a cool hat in the street at night",
-        vision_inputs.pictures(images, 4),
+        vision_inputs.frames(images, 4),
         made.network.config,
     )
     timed(clip, made, inner, asked, 2, device)

@@ -18,9 +18,8 @@ CATEGORY = "Flux 2"
 # of pipelines in ComfyUI's folder diffusers
 PIPELINE_PARTS = {"diffusion_models": "transformer", "text_encoders": "text_encoder", "vae": "vae"}
 WHERE_IDLE = (
-    "auto: ComfyUI moves the weights when the VRAM is needed (recommended).\n"
-    "Stay in VRAM: fastest; other models get what is left.\n"
-    "Leave VRAM when idle: after each {run}; most room for other models, one transfer each time."
+    "auto: ComfyUI moves the weights when the VRAM is needed (recommended).\nStay in VRAM: fastest; other models get "
+    "what is left.\nLeave VRAM when idle: after each {run}; most room for other models, one transfer each time."
 )
 NO_GPU = "\nNo effect without a GPU."
 # where files that belong elsewhere are found too
@@ -48,14 +47,12 @@ def _path(folder, name):
 
 
 def _validate(folder, name):
-    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that the value is not in a
-    list.
-    """
+    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that a value is not in a list."""
     try:
         if folder not in INFO_FOLDERS:
             return (
-                f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and "
-                "the name of a file."
+                f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the "
+                "name of a file."
             )
         return bool(_path(folder, name))
     except CheckpointError as error:
@@ -72,8 +69,8 @@ class Flux2LoadModel(io.ComfyNode):
             display_name="Load FLUX.2 Model",
             category=f"{CATEGORY}/loaders",
             description="Loads a FLUX.2 diffusion model, the part that generates the image: dev, klein 4B or klein 9B. "
-            "Takes the original file, ComfyUI's bf16 and fp8 files, and diffusers folders. "
-            "A file of another kind is refused with what it is and where it belongs.",
+            "Takes the original file, ComfyUI's bf16 and fp8 files, and diffusers folders. A file of another kind is "
+            "refused with what it is and where it belongs.",
             search_aliases=[
                 "vram",
                 "low vram",
@@ -89,8 +86,7 @@ class Flux2LoadModel(io.ComfyNode):
                     "model_name",
                     options=_names("diffusion_models"),
                     tooltip="A file, or the folder of a diffusers model, in ComfyUI's folder diffusion_models, or in "
-                    "a whole "
-                    "diffusers pipeline in the folder diffusers.",
+                    "a whole diffusers pipeline in the folder diffusers.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -98,8 +94,8 @@ class Flux2LoadModel(io.ComfyNode):
                     default="as stored",
                     tooltip=(
                         "How the weights are kept in memory. As in the file: recommended. 'bf16': 2 bytes a weight. "
-                        "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss of "
-                        "quality; a file made as fp8 or mixed precision is better."
+                        "'fp8': 1 byte a weight, rounded without scales: half the memory of bf16, at a visible loss "
+                        "of quality; a file made as fp8 or mixed precision is better."
                     ),
                 ),
                 io.Combo.Input(
@@ -140,8 +136,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
             display_name="Load FLUX.2 Text Encoder",
             category=f"{CATEGORY}/loaders",
             description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for "
-            "klein. Takes ComfyUI's files and "
-            "Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
+            "klein. Takes ComfyUI's files and Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
             search_aliases=[
                 "vram",
                 "low vram",
@@ -157,8 +152,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                     "text_encoder_name",
                     options=_names("text_encoders"),
                     tooltip="A file, or the folder of a Hugging Face model, in ComfyUI's folder text_encoders. FLUX.2 "
-                    "dev needs Mistral 3, "
-                    "klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B.",
+                    "dev needs Mistral 3, klein 4B needs Qwen3 4B, klein 9B needs Qwen3 8B.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -226,7 +220,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
     def execute(
         cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy_clip.NOW
     ) -> io.NodeOutput:
-        source = lazy_clip.Source(
+        source = lazy_clip.EncoderSource(
             _path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),)
         )
         check_encoder_attention(source.load_device, attention)
@@ -252,8 +246,7 @@ class Flux2LoadVAE(io.ComfyNode):
             display_name="Load FLUX.2 VAE",
             category=f"{CATEGORY}/loaders",
             description="Loads the FLUX.2 autoencoder, which turns images into latents and back. Takes the original "
-            "file, the file with the small "
-            "decoder, and diffusers folders.",
+            "file, the file with the small decoder, and diffusers folders.",
             search_aliases=["vram", "low vram", "offload", "flux2 vae", "load vae", "flux 2 autoencoder"],
             inputs=[
                 io.Combo.Input(
@@ -266,8 +259,7 @@ class Flux2LoadVAE(io.ComfyNode):
                     options=list(load.PRECISIONS),
                     default="auto",
                     tooltip="Number format of the VAE's calculation. 'auto': ComfyUI decides for your device "
-                    "(recommended). 'fp32': exact, "
-                    "twice the memory. 'fp16': can overflow to black images.",
+                    "(recommended). 'fp32': exact, twice the memory. 'fp16': can overflow to black images.",
                 ),
                 io.Combo.Input(
                     "memory",
@@ -303,8 +295,8 @@ class Flux2ModelInfo(io.ComfyNode):
             display_name="FLUX.2 Model Info",
             category=f"{CATEGORY}/loaders",
             description="Says what a model file is without loading it: kind, variant, layers, number format, size, "
-            "which node it belongs in, and what "
-            "will happen on this machine. For a damaged or wrong file it says what is wrong.",
+            "which node it belongs in, and what will happen on this machine. For a damaged or wrong file it says "
+            "what is wrong.",
             search_aliases=["inspect model", "identify checkpoint", "what is this file"],
             is_output_node=True,
             inputs=[

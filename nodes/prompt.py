@@ -24,8 +24,7 @@ IMAGES = [f"image_{number}" for number in range(1, upsample.MOST_IMAGES + 1)]
 
 CLIP_TOOLTIP = (
     "The text encoder of Load FLUX.2 Text Encoder. With its input load on 'when needed' nothing of it is read while "
-    "prompts come from "
-    "disk. CLIPs of other loaders work too, without keeping anything."
+    "prompts come from disk. CLIPs of other loaders work too, without keeping anything."
 )
 REPORT_TOOLTIP = (
     "From cache or encoded, how long it took, and everything in the prompt that FLUX.2 does not read as written."
@@ -56,8 +55,7 @@ def cache_inputs():
             optional=True,
             advanced=True,
             tooltip="How much disk all encoded prompts together may take, in GiB, in ComfyUI's user folder. Above it "
-            "the least recently "
-            "used go. A prompt takes 4 to 30 MiB. 0 keeps nothing and reads nothing.",
+            "the least recently used go. A prompt takes 4 to 30 MiB. 0 keeps nothing and reads nothing.",
         ),
     ]
 
@@ -78,8 +76,8 @@ class Flux2EncodePrompt(io.ComfyNode):
             display_name="Encode Prompt (FLUX.2)",
             category=f"{CATEGORY}/prompt",
             description="Encodes a prompt as CLIP Text Encode does and keeps the result on disk: a prompt that was "
-            "encoded before, with the same "
-            "encoder, comes back without loading the encoder. Says what in a prompt FLUX.2 does not support.",
+            "encoded before, with the same encoder, comes back without loading the encoder. Says what in a prompt "
+            "FLUX.2 does not support.",
             search_aliases=["clip text encode", "cached prompt", "prompt cache", "conditioning", "positive prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip=CLIP_TOOLTIP),
@@ -113,8 +111,8 @@ class Flux2EncodePrompts(io.ComfyNode):
             display_name="Encode Prompt List (FLUX.2)",
             category=f"{CATEGORY}/prompt",
             description="Encodes many prompts, from a text or a file, several in one pass through the encoder, and "
-            "gives them out as a list: what "
-            "follows runs once for each. Prompts that were encoded before come from disk.",
+            "gives them out as a list: what follows runs once for each. Prompts that were encoded before come from "
+            "disk.",
             search_aliases=["prompt list", "prompts from file", "batch prompts", "wildcards", "multiple prompts"],
             inputs=[
                 io.Clip.Input("clip", tooltip=CLIP_TOOLTIP),
@@ -217,18 +215,17 @@ class Flux2UpsamplePrompt(io.ComfyNode):
             display_name="Improve Prompt with Mistral (FLUX.2)",
             category=f"{CATEGORY}/prompt",
             description=(
-                "Lets Mistral 3, the language model that reads prompts for FLUX.2 dev, write a more detailed "
-                "prompt, or with reference images a precise editing instruction. Uses the weights of the loaded "
-                "text encoder and adds what writing needs from its file. The text encoder file that ComfyUI's "
-                "templates download cannot write: this needs the Hugging Face folder or a complete file."
+                "Lets Mistral 3, the language model that reads prompts for FLUX.2 dev, write a more detailed prompt, "
+                "or with reference images a precise editing instruction. Uses the weights of the loaded text encoder "
+                "and adds what writing needs from its file. The text encoder file that ComfyUI's templates download "
+                "cannot write: this needs the Hugging Face folder or a complete file."
             ),
             search_aliases=["prompt upsampling", "enhance prompt", "prompt rewrite", "llm", "caption"],
             inputs=[
                 io.Clip.Input(
                     "clip",
                     tooltip="Mistral 3 from Load FLUX.2 Text Encoder: a Hugging Face folder, or a file with all "
-                    "layers and lm_head. The "
-                    "small file made for ComfyUI has no lm_head and cannot write.",
+                    "layers and lm_head. The small file made for ComfyUI has no lm_head and cannot write.",
                 ),
                 io.String.Input(
                     "text", multiline=True, tooltip="The prompt to improve, or what to change in the reference images."
@@ -281,7 +278,7 @@ class Flux2UpsamplePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text, seed, temperature, max_tokens, **images) -> io.NodeOutput:
-        settings = upsample.Settings(seed, temperature, max_tokens)
+        settings = upsample.WritingSettings(seed, temperature, max_tokens)
         node = cls.hidden.unique_id if cls.hidden else None
         written, report = upsample.upsample(
             clip, text, [images[name] for name in IMAGES if images.get(name) is not None], settings, show=shower(node)

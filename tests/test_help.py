@@ -380,7 +380,7 @@ def benchmark_of_no_size(tools):
 
 
 def too_many_references(tools):
-    from flux2_pack.flux2.upsampling.vision_inputs import pictures
+    from flux2_pack.flux2.upsampling.vision_inputs import frames as pictures
 
     pictures([torch.zeros(5, 32, 32, 3)], 4)
 

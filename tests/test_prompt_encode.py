@@ -44,7 +44,7 @@ def cache(tools, tmp_path):
 
 
 def encoder(tools, path, when_needed=False, **options):
-    source = tools.lazy.Source(str(path), **options)
+    source = tools.lazy.EncoderSource(str(path), **options)
     return tools.lazy.text_encoder(
         source, lambda: tools.load.load_text_encoder(source.path, source.device, source.padding), when_needed
     )
@@ -203,7 +203,7 @@ def test_a_bad_file_is_refused_by_a_lazy_loader_at_once(tools, small_models, tmp
 
 
 def fingerprint_of(tools, path):
-    return tools.lazy.examined(tools.lazy.Source(str(path))).fingerprint
+    return tools.lazy.examined(tools.lazy.EncoderSource(str(path))).fingerprint
 
 
 def test_the_same_weights_have_the_same_name_as_copy_folder_and_pruned_file(tools, tmp_path):
@@ -375,7 +375,7 @@ def test_odd_prompts_are_encoded_with_a_sentence(tools, mistral):
         ("a (cat:1.2)", "no prompt weights"),
         ("a embedding:none cat", "may contain an embedding"),
         ("a embedding: embedding:x", "embeddings"),
-        ("[IMG] cat", "[IMG] stands for a picture"),
+        ("[IMG] cat", "[IMG] stands for an image"),
     ):
         done = tools.prompts.encode(mistral, text, None)
         assert done.conditioning[0][0].isfinite().all() and (said in done.report or said == "may contain an embedding")

@@ -36,7 +36,7 @@ def tools(comfy):
         upsample=upsample,
         writer=writer,
         management=management,
-        Settings=upsample.Settings,
+        Settings=upsample.WritingSettings,
     )
 
 
@@ -48,7 +48,7 @@ def no_gradients():
 
 def encoder(tools, path, when_needed=False):
     return tools.lazy.text_encoder(
-        tools.lazy.Source(str(path)), lambda: tools.load.load_text_encoder(str(path)), when_needed
+        tools.lazy.EncoderSource(str(path)), lambda: tools.load.load_text_encoder(str(path)), when_needed
     )
 
 
@@ -74,7 +74,7 @@ def greedy(tools, clip, images=(), tokens=24, text=PROMPT):
 def by_transformers(tools, clip, model, images, tokens=24, text=PROMPT):
     """The text that transformers' own model writes for the same request."""
     inner = tools.upsample.prompt_tokens.inner_of(clip)
-    asked = tools.upsample.request(inner, text, tools.pictures.pictures(images, 4), model.config)
+    asked = tools.upsample.request(inner, text, tools.pictures.frames(images, 4), model.config)
     out = model.generate(
         input_ids=asked.ids,
         attention_mask=torch.ones_like(asked.ids),
@@ -283,7 +283,7 @@ def test_cancelling_stops_within_a_second(tools, clip, where, monkeypatch):
 def test_the_request_is_a_chat_in_which_the_prompt_is_only_text(tools, clip, saved):
     inner = tools.upsample.prompt_tokens.inner_of(clip)
     asked = tools.upsample.request(
-        inner, "x[/INST]</s>[IMG]", tools.pictures.pictures([picture(56, 84)], 4), saved[1].config
+        inner, "x[/INST]</s>[IMG]", tools.pictures.frames([picture(56, 84)], 4), saved[1].config
     )
     special = set(inner.tokenizer.get_added_vocab().values())
     assert [token for token in asked.ids[0].tolist() if token in special] == [
@@ -326,7 +326,7 @@ def test_pictures_are_prepared_as_by_transformers(tools, size):
     from transformers import PixtralImageProcessor
 
     image = picture(*size)
-    values, sizes = tools.pictures.prepared(tools.pictures.pictures([image], 4), 28, 280)
+    values, sizes = tools.pictures.prepared(tools.pictures.frames([image], 4), 28, 280)
     processor = PixtralImageProcessor(size={"longest_edge": 280}, patch_size={"height": 28, "width": 28})
     expected = processor(images=[(image[0] * 255).round().to(torch.uint8).movedim(-1, 0)], return_tensors="pt")
     assert sizes.tolist() == torch.as_tensor(expected["image_sizes"]).tolist()
@@ -364,7 +364,7 @@ def test_unreadable_pictures_are_said(tools, clip, images, said):
 
 
 def test_grey_and_transparent_pictures_are_read(tools):
-    grey, clear = tools.pictures.pictures([torch.rand(1, 9, 9, 1), torch.rand(1, 9, 9, 4)], 4)
+    grey, clear = tools.pictures.frames([torch.rand(1, 9, 9, 1), torch.rand(1, 9, 9, 4)], 4)
     assert grey.shape == clear.shape == (3, 9, 9) and torch.equal(grey[0], grey[2])
 
 
@@ -442,7 +442,7 @@ def test_a_file_with_a_weight_missing_is_said(tools, tmp_path):
 def test_old_transformers_and_no_clip_are_said(tools, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     with pytest.raises(ValueError, match="has no Mistral 3 that can be used here"):
-        tools.writer.configuration(tools.writer.parts_of(tools.lazy.Source(str(saved[0]))), 10)
+        tools.writer.configuration(tools.writer.parts_of(tools.lazy.EncoderSource(str(saved[0]))), 10)
     with pytest.raises(ValueError, match="There is no CLIP"):
         tools.upsample.upsample(None, PROMPT)
 

@@ -1,6 +1,5 @@
 """Model folders inside ComfyUI's folders: a diffusers or transformers model is a folder with config.json and
-.safetensors
-files.
+.safetensors files.
 
 Works on lists of names and root paths, so it needs no ComfyUI. In the lists, a folder replaces the shards inside it.
 """
@@ -25,8 +24,7 @@ def choices(files, roots):
 
 def pipeline_parts(roots, part):
     """Parts of whole diffusers pipelines: "NAME/part" for each folder NAME in `roots` that has model_index.json and
-    that
-    part.
+    that part.
     """
     pipelines = (index.parent for root in roots for index in sorted(Path(root).glob("*/model_index.json")))
     return sorted({f"{folder.name}/{part}" for folder in pipelines if _is_model_folder(folder / part)})
@@ -34,15 +32,13 @@ def pipeline_parts(roots, part):
 
 def locate(name, there, roots, folder):
     """The path behind a name. Raises CheckpointError naming the file, the folder (ComfyUI's name) that it was looked
-    for
-    in, and what is `there`.
+    for in, and what is `there`.
     """
     path = _find(name, roots, lambda path: path.is_file() or path.is_dir()) if _is_inside(name) else None
     if path is None and _is_inside(name) and _find(name, roots, Path.is_symlink):
         raise CheckpointError(
             f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or "
-            "deleted. "
-            f"Put the file there, or remove the link."
+            "deleted. Put the file there, or remove the link."
         )
     if path is None:
         offered = (

@@ -56,8 +56,7 @@ class CheckpointError(ValueError):
 @dataclass(frozen=True)
 class Tensor:
     """One entry of a safetensors header: shape, dtype name as in the header ("BF16"), size in bytes, the file that
-    holds
-    it, and where in its data.
+    holds it, and where in its data.
     """
 
     shape: tuple
@@ -70,8 +69,7 @@ class Tensor:
 @dataclass(frozen=True)
 class Checkpoint:
     """A file, or a folder of shards, known by its headers. `config` is config.json of a folder; `metadata` is that of
-    the
-    file.
+    the file.
     """
 
     path: Path
@@ -146,8 +144,7 @@ def _raw_header(path, file):
     if not 2 <= length <= HEADER_LIMIT:
         raise CheckpointError(
             f"{label(path)} is not a safetensors file: it has {size} bytes and does not begin with the length of a "
-            "header. "
-            f"Download it again or choose another file."
+            "header. Download it again or choose another file."
         )
     if 8 + length > size:
         raise _truncated(path, f"its header alone should take {length} bytes and the file has {size}")
@@ -173,8 +170,8 @@ def _parse(path, raw):
         header = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         raise CheckpointError(
-            f"{label(path)} is not a safetensors file, or a damaged one: its header is not JSON. "
-            f"Download it again or choose another file."
+            f"{label(path)} is not a safetensors file, or a damaged one: its header is not JSON. Download it again or "
+            "choose another file."
         ) from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table of tensors")
@@ -259,12 +256,12 @@ def _only_file(folder):
         return (standard or files)[0]
     if not files:
         raise CheckpointError(
-            f"The folder {label(folder)} holds no .safetensors file. Choose the folder that holds the weights, "
-            f"or download the model again."
+            f"The folder {label(folder)} holds no .safetensors file. Choose the folder that holds the weights, or "
+            "download the model again."
         )
     raise CheckpointError(
         f"The folder {label(folder)} holds {len(files)} .safetensors files and no index that joins them "
-        f"(*.safetensors.index.json). Download the index too, or choose one file."
+        "(*.safetensors.index.json). Download the index too, or choose one file."
     )
 
 
@@ -288,7 +285,6 @@ def _sharded(folder, index):
     if absent:
         raise CheckpointError(
             f"{label(folder)}/{index.name} promises the tensor {absent[0][0]!r} in {absent[0][1]}, which does not "
-            "have it. "
-            f"Index and shards are not of the same model: download both again."
+            "have it. Index and shards are not of the same model: download both again."
         )
     return {name: headers[file][0][name] for name, file in places.items()}, next(iter(headers.values()))[1]

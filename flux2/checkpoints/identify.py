@@ -80,8 +80,7 @@ class Names:
 
     def count(self, pattern):
         """How many different numbers a pattern with one group matches at the start of the names: the number of blocks
-        or
-        layers.
+        or layers.
         """
         matcher = re.compile(pattern)
         return len({found[1] for found in map(matcher.match, self.tensors) if found})
@@ -365,16 +364,14 @@ def identify(checkpoint):
 
 def expect(checkpoint, slot):
     """The Identity of a checkpoint that fits `slot` (a key of SLOTS). Raises CheckpointError that names file, finding,
-    and
-    the right place.
+    and the right place.
     """
     found, wanted = identify(checkpoint), SLOTS[slot]
     shard = re.search(r"-\d{5}-of-(\d{5})\.", checkpoint.path.name)
     if shard and int(shard[1]) > 1:
         raise CheckpointError(
             f"{checkpoint.name} is one of {int(shard[1])} shards of a model. Choose the folder that holds them all, "
-            "with its "
-            f"config.json, instead."
+            "with its config.json, instead."
         )
     if found.slot == slot:
         _refuse_foreign_quantisation(checkpoint, found)
@@ -402,8 +399,7 @@ def _refuse_foreign_quantisation(checkpoint, found):
     if how:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}, quantised {how}. ComfyUI does not read that: use the bf16 file, or "
-            "one "
-            f"quantised for ComfyUI (fp8 scaled, fp8 mixed)."
+            "one quantised for ComfyUI (fp8 scaled, fp8 mixed)."
         )
 
 
@@ -432,8 +428,7 @@ SCALED = {"float8_e4m3fn": "fp8 scaled (e4m3)", "float8_e5m2": "fp8 scaled (e5m2
 
 def number_format(checkpoint):
     """How the weights are stored: (words, quantised). Words such as "bf16" or "mixed precision: fp8 scaled (e4m3) in
-    120
-    layers, else bf16".
+    120 layers, else bf16".
     """
     kinds = quantised_layers(checkpoint)
     stored = Counter()

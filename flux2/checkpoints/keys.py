@@ -13,7 +13,7 @@ COPY, JOIN, SWAP_HALVES = "copy", "join", "swap halves"
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where one ComfyUI weight comes from: diffusers' names, and what to do with them.
 
     JOIN stacks rows in the order given (q, k, v). SWAP_HALVES exchanges the two halves of the rows: the original final
@@ -26,12 +26,12 @@ class Source:
 
 def _block_pairs(stream, q, k, v, out, norm_q, norm_k, feed_forward):
     return {
-        f"{stream}_attn.qkv.weight": Source((f"attn.{q}.weight", f"attn.{k}.weight", f"attn.{v}.weight"), JOIN),
-        f"{stream}_attn.proj.weight": Source((f"attn.{out}.weight",)),
-        f"{stream}_attn.norm.query_norm.weight": Source((f"attn.{norm_q}.weight",)),
-        f"{stream}_attn.norm.key_norm.weight": Source((f"attn.{norm_k}.weight",)),
-        f"{stream}_mlp.0.weight": Source((f"{feed_forward}.linear_in.weight",)),
-        f"{stream}_mlp.2.weight": Source((f"{feed_forward}.linear_out.weight",)),
+        f"{stream}_attn.qkv.weight": WeightSource((f"attn.{q}.weight", f"attn.{k}.weight", f"attn.{v}.weight"), JOIN),
+        f"{stream}_attn.proj.weight": WeightSource((f"attn.{out}.weight",)),
+        f"{stream}_attn.norm.query_norm.weight": WeightSource((f"attn.{norm_q}.weight",)),
+        f"{stream}_attn.norm.key_norm.weight": WeightSource((f"attn.{norm_k}.weight",)),
+        f"{stream}_mlp.0.weight": WeightSource((f"{feed_forward}.linear_in.weight",)),
+        f"{stream}_mlp.2.weight": WeightSource((f"{feed_forward}.linear_out.weight",)),
     }
 
 
@@ -42,30 +42,30 @@ DOUBLE_BLOCK = {
     ),
 }
 SINGLE_BLOCK = {
-    "linear1.weight": Source(("attn.to_qkv_mlp_proj.weight",)),
-    "linear2.weight": Source(("attn.to_out.weight",)),
-    "norm.query_norm.weight": Source(("attn.norm_q.weight",)),
-    "norm.key_norm.weight": Source(("attn.norm_k.weight",)),
+    "linear1.weight": WeightSource(("attn.to_qkv_mlp_proj.weight",)),
+    "linear2.weight": WeightSource(("attn.to_out.weight",)),
+    "norm.query_norm.weight": WeightSource(("attn.norm_q.weight",)),
+    "norm.key_norm.weight": WeightSource(("attn.norm_k.weight",)),
 }
 OUTSIDE_BLOCKS = {
-    "img_in.weight": Source(("x_embedder.weight",)),
-    "txt_in.weight": Source(("context_embedder.weight",)),
-    "time_in.in_layer.weight": Source(("time_guidance_embed.timestep_embedder.linear_1.weight",)),
-    "time_in.out_layer.weight": Source(("time_guidance_embed.timestep_embedder.linear_2.weight",)),
-    "double_stream_modulation_img.lin.weight": Source(("double_stream_modulation_img.linear.weight",)),
-    "double_stream_modulation_txt.lin.weight": Source(("double_stream_modulation_txt.linear.weight",)),
-    "single_stream_modulation.lin.weight": Source(("single_stream_modulation.linear.weight",)),
-    "final_layer.adaLN_modulation.1.weight": Source(("norm_out.linear.weight",), SWAP_HALVES),
-    "final_layer.linear.weight": Source(("proj_out.weight",)),
+    "img_in.weight": WeightSource(("x_embedder.weight",)),
+    "txt_in.weight": WeightSource(("context_embedder.weight",)),
+    "time_in.in_layer.weight": WeightSource(("time_guidance_embed.timestep_embedder.linear_1.weight",)),
+    "time_in.out_layer.weight": WeightSource(("time_guidance_embed.timestep_embedder.linear_2.weight",)),
+    "double_stream_modulation_img.lin.weight": WeightSource(("double_stream_modulation_img.linear.weight",)),
+    "double_stream_modulation_txt.lin.weight": WeightSource(("double_stream_modulation_txt.linear.weight",)),
+    "single_stream_modulation.lin.weight": WeightSource(("single_stream_modulation.linear.weight",)),
+    "final_layer.adaLN_modulation.1.weight": WeightSource(("norm_out.linear.weight",), SWAP_HALVES),
+    "final_layer.linear.weight": WeightSource(("proj_out.weight",)),
 }
 GUIDANCE = {
-    "guidance_in.in_layer.weight": Source(("time_guidance_embed.guidance_embedder.linear_1.weight",)),
-    "guidance_in.out_layer.weight": Source(("time_guidance_embed.guidance_embedder.linear_2.weight",)),
+    "guidance_in.in_layer.weight": WeightSource(("time_guidance_embed.guidance_embedder.linear_1.weight",)),
+    "guidance_in.out_layer.weight": WeightSource(("time_guidance_embed.guidance_embedder.linear_2.weight",)),
 }
 
 
 def model_sources(variant):
-    """Every weight of a FLUX.2 diffusion model: ComfyUI name -> Source in diffusers' names."""
+    """Every weight of a FLUX.2 diffusion model: ComfyUI name -> WeightSource in diffusers' names."""
     sources = {**OUTSIDE_BLOCKS, **(GUIDANCE if variant.guidance else {})}
     for ours, theirs, count, table in (
         ("double_blocks", "transformer_blocks", variant.double_blocks, DOUBLE_BLOCK),
@@ -73,7 +73,7 @@ def model_sources(variant):
     ):
         for index in range(count):
             for name, source in table.items():
-                sources[f"{ours}.{index}.{name}"] = Source(
+                sources[f"{ours}.{index}.{name}"] = WeightSource(
                     tuple(f"{theirs}.{index}.{part}" for part in source.names), source.how
                 )
     return sources

@@ -15,8 +15,7 @@ def check_present(checkpoint, title, wanted, names):
     if missing:
         raise CheckpointError(
             f"{checkpoint.name} is incomplete: it is {title}, but {len(missing)} of {len(list(wanted))} weights are "
-            "missing, such as "
-            f"{missing[0]}. Download it again; a file that was pruned or split cannot be used alone."
+            f"missing, such as {missing[0]}. Download it again; a file that was pruned or split cannot be used alone."
         )
 
 
@@ -30,7 +29,7 @@ def check_config(checkpoint, expected, config=None):
         if said is not None and said != value:
             raise CheckpointError(
                 f"config.json of {checkpoint.name} says {name} is {said!r}, but the weights beside it say {value!r}. "
-                f"They are not of the same model: download the folder again."
+                "They are not of the same model: download the folder again."
             )
 
 
@@ -41,8 +40,7 @@ def check_tensors(checkpoint, title, shapes, tensors):
         if tensor.dtype not in FLOATS or tensor.shape != tuple(wanted):
             raise CheckpointError(
                 f"{checkpoint.name} stores {name} as {tensor.dtype} of shape {list(tensor.shape)}, where {title} has "
-                "floating "
-                f"point numbers of shape {list(wanted)}. It is damaged or pieced together: download it again."
+                f"floating point numbers of shape {list(wanted)}. It is damaged or pieced together: download it again."
             )
 
 
@@ -51,8 +49,8 @@ def check_floats(checkpoint):
     for name, tensor in checkpoint.tensors.items():
         if name.endswith((".weight", ".bias")) and tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{checkpoint.name} stores {name} as {tensor.dtype}, where floating point numbers were expected. "
-                f"It is damaged: download it again."
+                f"{checkpoint.name} stores {name} as {tensor.dtype}, where floating point numbers were expected. It "
+                "is damaged: download it again."
             )
 
 
@@ -75,7 +73,7 @@ def check_model(checkpoint, found, weight_dtype):
     if quantised and weight_dtype != "as stored":
         raise CheckpointError(
             f"{checkpoint.name} is already quantised ({stored}); its weights cannot be turned into {weight_dtype}. "
-            f"Choose the weight type 'as stored', or load the bf16 file."
+            "Choose the weight type 'as stored', or load the bf16 file."
         )
     if not quantised:
         check_tensors(checkpoint, found.title, shapes, tensors)

@@ -6,7 +6,7 @@ A row is what can be read from the shapes in a file. Adding a variant is adding 
 from dataclasses import dataclass
 
 HEAD_CHANNELS = 128  # channels of one attention head, in every variant
-LATENT_CHANNELS = 128  # channels of a FLUX.2 latent at 1/16 of the picture's size
+LATENT_CHANNELS = 128  # channels of a FLUX.2 latent at 1/16 of the image's size
 TEXT_TAPS = 3  # hidden states of the text encoder that are joined: the text width is three times the encoder's width
 
 
@@ -36,8 +36,7 @@ VARIANTS = (
 
 def find(hidden, double_blocks, single_blocks, text_width, guidance):
     """The variant with these dimensions and the reason: (Variant, sentence). A model that is not in the table gets a
-    row
-    of its own.
+    row of its own.
     """
     for variant in VARIANTS:
         if (variant.hidden, variant.double_blocks, variant.single_blocks, variant.text_width) == (
@@ -71,7 +70,6 @@ def describe(variant):
     guidance = "with guidance embedding" if variant.guidance else "without guidance embedding"
     return (
         f"{variant.title}: width {variant.hidden} ({variant.heads} heads of {HEAD_CHANNELS}), {variant.double_blocks} "
-        "double + "
-        f"{variant.single_blocks} single blocks, reads prompts {variant.text_width} wide from {variant.text_encoder}, "
-        f"{guidance}"
+        f"double + {variant.single_blocks} single blocks, reads prompts {variant.text_width} wide from "
+        f"{variant.text_encoder}, {guidance}"
     )

@@ -68,14 +68,12 @@ FAMILIES = {
 
 def dimensions(checkpoint, found, family):
     """Dimensions of the language model as ComfyUI's configuration names them. Raises CheckpointError if it is
-    incomplete
-    or misdescribed.
+    incomplete or misdescribed.
     """
     if found.layers < family.last_tap:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}: FLUX.2 reads the hidden state after layer {family.last_tap}, which "
-            "it does not "
-            f"have. Use the full {family.title}, or one pruned to {family.last_tap} layers or more."
+            f"it does not have. Use the full {family.title}, or one pruned to {family.last_tap} layers or more."
         )
     tensors = {
         f"model.{name.removeprefix(found.prefix)}": tensor
@@ -116,8 +114,8 @@ def _heads(checkpoint, tensors, name):
     rows = _rows(tensors, f"layers.0.self_attn.{name}_proj")
     if rows % HEAD_CHANNELS:
         raise CheckpointError(
-            f"{checkpoint.name} has {rows} rows in {name}_proj, which heads of {HEAD_CHANNELS} channels do not divide. "
-            f"It is not the text encoder of a FLUX.2 model."
+            f"{checkpoint.name} has {rows} rows in {name}_proj, which heads of {HEAD_CHANNELS} channels do not "
+            "divide. It is not the text encoder of a FLUX.2 model."
         )
     return rows // HEAD_CHANNELS
 

@@ -1,6 +1,5 @@
 """A name for a text encoder made from what is in its files: the same weights have the same name wherever and whenever
-they
-were saved.
+they were saved.
 
 What goes in: the family, its dimensions, quantisation marks and tokenizer; and of every weight that FLUX.2 reads, under
 ComfyUI's key, its shape, number format and bytes - all of them up to SMALL, four samples spread over it above. So a
@@ -22,8 +21,7 @@ SAMPLE, SAMPLES = 16384, 4
 
 def fingerprint(checkpoint, found, family, sizes, tokenizer):
     """Hexadecimal digest of an encoder. `tokenizer`: the bytes of the tokenizer file beside the weights, or empty when
-    it
-    is inside or known.
+    it is inside or known.
     """
     digest = hashlib.sha256()
     about = [

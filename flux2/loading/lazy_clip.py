@@ -1,10 +1,10 @@
 """Text encoders that know where they come from, and text encoders that are not read before a prompt needs them.
 
-  clip = text_encoder(Source(path), lambda: load.load_text_encoder(path), when_needed=True)
+  clip = text_encoder(EncoderSource(path), lambda: load.load_text_encoder(path), when_needed=True)
   source_of(clip).fingerprint        # a name made from the content of the files; see fingerprint.py
 
-A CLIP carries its Source as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is a
-comfy.sd.CLIP whose patcher, network and tokenizer come into being when somebody first uses one of them: to every
+A CLIP carries its EncoderSource as an attachment of its patcher, so clones and LoRA loaders hand it on. A lazy CLIP is
+a comfy.sd.CLIP whose patcher, network and tokenizer come into being when somebody first uses one of them: to every
 other node it is an ordinary CLIP. Using is more than looking: ComfyUI's executor and its caches ask each output for
 `patcher` and `is_dynamic` between the nodes, and both are answered without reading the file.
 """
@@ -30,7 +30,7 @@ PARTS = ("patcher", "cond_stage_model", "tokenizer")  # of a CLIP; what a lazy o
 
 
 @dataclass(frozen=True)
-class Source:
+class EncoderSource:
     """Where a text encoder comes from and how it was asked for. `fingerprint` and `kind` are filled in by
     `text_encoder`.
     """
@@ -53,7 +53,7 @@ class Source:
 
 
 def examined(source):
-    """The Source with its fingerprint, after the checks that need the headers alone. Raises CheckpointError."""
+    """The EncoderSource with its fingerprint, after the checks that need the headers alone. Raises CheckpointError."""
     checkpoint = open_checkpoint(source.path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
     family = FAMILIES[found.kind]
@@ -65,22 +65,22 @@ def examined(source):
 
 
 def text_encoder(source, build: Callable, when_needed=False):
-    """CLIP of a Source, made by `build`: now, or when it is first used. A bad file is refused now in both cases."""
+    """CLIP of an EncoderSource, by `build`: now, or when it is first used. A bad file is refused now in both cases."""
     source = examined(source)
     if when_needed:
-        return LazyCLIP(Shelf(source, build))
+        return LazyCLIP(SharedEncoder(source, build))
     clip = build()
     clip.patcher.attachments[ATTACHMENT] = source
     return clip
 
 
 def source_of(clip):
-    """The Source of a CLIP, or None when it is of another loader. Loads nothing. ValueError when there is no CLIP."""
+    """The EncoderSource of a CLIP, None when it is of another loader. Loads nothing. ValueError without a CLIP."""
     if clip is None:
         raise ValueError(
             "There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder."
         )
-    return clip.shelf.source if not is_loaded(clip) else clip.patcher.attachments.get(ATTACHMENT)
+    return clip.shared.source if not is_loaded(clip) else clip.patcher.attachments.get(ATTACHMENT)
 
 
 def is_loaded(clip):
@@ -88,17 +88,16 @@ def is_loaded(clip):
     return not isinstance(clip, LazyCLIP) or "cond_stage_model" in vars(clip)
 
 
-class Shelf:
+class SharedEncoder:
     """The one loaded CLIP that all clones of a lazy CLIP share. The content is examined again at loading: a file may
-    have
-    been replaced since.
+    have been replaced since.
     """
 
     def __init__(self, source, build):
         self.source, self.build = source, build
         self.clip, self.lock = None, threading.Lock()
 
-    def take(self):
+    def load(self):
         with self.lock:
             if self.clip is None:
                 with error_links.links():
@@ -127,16 +126,16 @@ class UnreadPatcher:
 class LazyCLIP(comfy.sd.CLIP):
     """A CLIP whose file is read when its network, its tokenizer or something of its patcher is first used."""
 
-    def __init__(self, shelf):
+    def __init__(self, shared):
         super().__init__(no_init=True)
-        self.shelf = shelf
+        self.shared = shared
         self.layer_idx, self.use_clip_schedule, self.apply_hooks_to_conds = None, False, None
         self.tokenizer_options = {}
 
     def read(self):
         """This CLIP with its patcher, network and tokenizer."""
         if not is_loaded(self):
-            loaded = self.shelf.take().clone()
+            loaded = self.shared.load().clone()
             vars(self).update({part: getattr(loaded, part) for part in PARTS})
         return self
 
@@ -158,7 +157,7 @@ class LazyCLIP(comfy.sd.CLIP):
     def clone(self, disable_dynamic=False):
         if is_loaded(self) or disable_dynamic:
             return comfy.sd.CLIP.clone(self.read(), disable_dynamic=disable_dynamic)
-        copy = LazyCLIP(self.shelf)
+        copy = LazyCLIP(self.shared)
         copy.layer_idx, copy.use_clip_schedule = self.layer_idx, self.use_clip_schedule
         copy.apply_hooks_to_conds = self.apply_hooks_to_conds
         copy.tokenizer_options = self.tokenizer_options.copy()

@@ -78,8 +78,7 @@ def _on_this_machine(checkpoint, found):
         kept = used_bytes(checkpoint, found, last)
         return [
             f"Loaded: {min(last, found.layers)} of {found.layers} layers, {gigabytes(kept)} of "
-            f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads "
-            f"layers above {last}."
+            f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads layers above {last}."
         ]
     return []
 
@@ -115,8 +114,8 @@ def _built(checkpoint, build):
         if "size mismatch" not in str(error) and "shape" not in str(error):
             raise
         raise CheckpointError(
-            f"{checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. "
-            f"It is damaged or pieced together: download it again."
+            f"{checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. It is damaged or "
+            "pieced together: download it again."
         ) from error
 
 
@@ -161,9 +160,8 @@ def _model(weights, checkpoint, weight_dtype, disable_dynamic):
 
 @torch.no_grad()
 def _join(patcher, joined):
-    """Put weights that are stacked from several tensors (name -> parts) into a loaded model, one after another,
-    without a
-    copy beside the model's.
+    """Put weights that are stacked from several tensors (name -> parts) into a loaded model, one after another, without
+    a copy beside the model's.
 
     A dynamic patcher's model holds the mapped tensors themselves: there the stack takes the place of the stand-in.
     """
@@ -187,8 +185,8 @@ def _check_text_width(patcher, variant, name):
                     raise error_links.link(
                         CheckpointError(
                             f"{name} ({variant.title}) reads prompts {variant.text_width} wide, from "
-                            f"{variant.text_encoder}; this prompt is {width} wide, "
-                            f"from {variants.encoder_for(width)}. Load the text encoder that belongs to the model."
+                            f"{variant.text_encoder}; this prompt is {width} wide, from "
+                            f"{variants.encoder_for(width)}. Load the text encoder that belongs to the model."
                         )
                     )
         return executor(*args, **kwargs)
@@ -210,8 +208,7 @@ def load_text_encoder(
     path, device="default", padding="zeros", embedding_directory=None, memory_mode="auto", disable_dynamic=False
 ):
     """CLIP from Mistral 3 (FLUX.2 dev) or Qwen3 (klein): a file, or a Hugging Face folder. Layers above the last one
-    used
-    are not loaded.
+    used are not loaded.
 
     `device` is "default" (where ComfyUI keeps text encoders) or "cpu". `padding` says what fills short prompts up to
     512 tokens: "zeros" as ComfyUI does, or what the "reference" (diffusers) has there, which also cuts longer ones.
@@ -240,6 +237,8 @@ def load_text_encoder(
         ),
     )
     clip.patcher = memory.manage(clip.patcher, memory_mode)
+    if memory_mode == memory.ON_GPU:
+        memory.start_on_gpu(clip.patcher)
     clip.patcher.cached_patcher_init = (
         _text_encoder_patcher,
         (str(path), device, padding, embedding_directory, memory_mode),
@@ -248,13 +247,11 @@ def load_text_encoder(
 
 
 def _text_devices(device, memory_mode):
-    """ComfyUI's options for where a text encoder is run and kept. Left alone, it loads a large one to the GPU at
-    once.
-    """
+    """ComfyUI's options for where a text encoder is run and kept. Else it loads large ones to the GPU at once."""
     cpu = torch.device("cpu")
     if device == "cpu":
         return {"load_device": cpu, "offload_device": cpu}
-    return {"initial_device": cpu} if memory_mode == memory.IDLE_ON_CPU else {}
+    return {} if memory_mode == memory.AUTO else {"initial_device": cpu}
 
 
 def _text_model(family, weights, padding, memory_mode):
@@ -287,10 +284,8 @@ def _tokenizer_data(checkpoint, family, weights, width):
     if name is None and file is None:
         raise CheckpointError(
             f"{checkpoint.name} is {family.title} without its tokenizer, so no prompt can be read. Use the file made "
-            "for ComfyUI "
-            "(mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a Hugging "
-            "Face folder with tekken.json or "
-            f"tokenizer.json in it or in tokenizer/ beside it."
+            "for ComfyUI (mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a "
+            "Hugging Face folder with tekken.json or tokenizer.json in it or in tokenizer/ beside it."
         )
     data = weights[name].numpy().tobytes() if name else file.read_bytes()
     ready = tokenizer.build(data, checkpoint.name if name else file)
@@ -329,7 +324,7 @@ def _mistral_tokenizer(ready, data, width):
             )
 
         def tokenize_with_weights(self, text, *args, **kwargs):
-            # "[IMG]" stands for a picture that does not come: the reference drops it from prompts too.
+            # "[IMG]" stands for an image that is not given: the reference drops it from prompts too.
             return super().tokenize_with_weights(text.replace("[IMG]", ""), *args, **kwargs)
 
         def state_dict(self):
@@ -360,51 +355,54 @@ def load_vae(path, precision="auto", memory_mode="auto"):
         for name in weights
     }
     check_floats(checkpoint)
-    vae = _built(checkpoint, lambda: _vae(weights, dtype=PRECISIONS[precision], metadata=dict(checkpoint.metadata)))
+    kind = comfy.sd.VAE if _encoder_width(weights) == 128 else NarrowEncoderVAE
+    options = {"sd": weights, "dtype": PRECISIONS[precision], "metadata": dict(checkpoint.metadata)}
+    vae = _built(checkpoint, lambda: memory.idle_vae(kind, memory_mode)(**options))
     vae.throw_exception_if_invalid()
     check_present(checkpoint, found.title, vae.first_stage_model.state_dict(), names | {"bn.num_batches_tracked"})
-    vae = memory.manage_vae(vae, memory_mode)
+    vae.patcher = memory.manage(vae.patcher, memory_mode)
     vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision, memory_mode))
     return vae
 
 
-def _vae(weights, **options):
-    """ComfyUI's VAE. Version 0.30 finds the width of the decoder in the file but takes the encoder's as 128: another
-    width
-    it must be told.
+def _encoder_width(weights):
+    return weights["encoder.conv_in.weight"].shape[0]
+
+
+class NarrowEncoderVAE(comfy.sd.VAE):
+    """ComfyUI's VAE for an encoder that is not 128 wide. Version 0.30 finds the width of the decoder in the file but
+    takes the encoder's as 128; told another one, it does not see by itself that the latents are FLUX.2's.
     """
-    encoder, decoder = weights["encoder.conv_in.weight"].shape[0], weights["decoder.conv_in.weight"].shape[0] // 4
-    if encoder == 128:
-        return comfy.sd.VAE(sd=weights, **options)
-    sizes = {
-        "double_z": True,
-        "z_channels": 32,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-        "batch_norm_latent": True,
-    }
-    config = {
-        "params": {"ddconfig": sizes | {"ch": encoder}, "decoder_ddconfig": sizes | {"ch": decoder}, "embed_dim": 32}
-    }
-    renamed = comfy.utils.state_dict_prefix_replace(
-        dict(weights), {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}
-    )
-    vae = comfy.sd.VAE(sd=renamed, config=config, **options)
-    vae.downscale_ratio = vae.upscale_ratio = 16
-    vae.latent_channels = 128
-    in_pixels = vae.memory_used_decode  # counts 64 pixels for each place of the latent, where this one stands for 256
-    vae.memory_used_decode = lambda shape, dtype: 4.0 * in_pixels(shape, dtype)
-    return vae
+
+    def __init__(self, sd, **options):
+        renamed = comfy.utils.state_dict_prefix_replace(
+            dict(sd), {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}
+        )
+        encoder, decoder = _encoder_width(sd), sd["decoder.conv_in.weight"].shape[0] // 4
+        sizes = {"ddconfig": AUTOENCODER | {"ch": encoder}, "decoder_ddconfig": AUTOENCODER | {"ch": decoder}}
+        super().__init__(sd=renamed, config={"params": {**sizes, "embed_dim": 32}}, **options)
+        self.downscale_ratio = self.upscale_ratio = 16
+        self.latent_channels = 128
+        in_pixels = self.memory_used_decode  # for 64 pixels for each place of the latent; FLUX.2's is of 256
+        self.memory_used_decode = lambda shape, dtype: 4.0 * in_pixels(shape, dtype)
+
+
+AUTOENCODER = {
+    "double_z": True,
+    "z_channels": 32,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+    "batch_norm_latent": True,
+}
 
 
 def _vae_patcher(path, precision, memory_mode, disable_dynamic=False):
     """ComfyUI's VAE decides by itself whether its patcher is dynamic (0.30 has no argument for it, and reloads VAEs
-    this
-    way too).
+    this way too).
     """
     return load_vae(path, precision, memory_mode).patcher

@@ -12,7 +12,6 @@ devices, because with the GPU as offload device ComfyUI moves even the weights t
 import logging
 
 import comfy.model_management
-import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
@@ -25,10 +24,20 @@ LEAST = 0.1  # bytes; what ComfyUI 0.30 itself allows a model under --novram, si
 log = logging.getLogger(__name__)
 
 
-class Kept(ModelPatcher):
+class ManagedPatcher(ModelPatcher):
+    """A ModelPatcher that differs in when its weights move. ComfyUI's clone() makes copies of the same class."""
+
+    @classmethod
+    def taking_over(cls, fresh):
+        """A patcher of this class with the model and all settings of one that its loader has just made."""
+        made = cls(fresh.model, fresh.load_device, fresh.offload_device, fresh.size, fresh.weight_inplace_update)
+        vars(made).update(vars(fresh))
+        return made
+
+
+class Kept(ManagedPatcher):
     """A patcher whose weights stay on the GPU once they are there, whoever needs the room. They go when the last clone
-    is
-    dropped.
+    is dropped.
     """
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
@@ -39,7 +48,7 @@ class Kept(ModelPatcher):
         return super().detach(unpatch_all and not self.loaded_size())
 
 
-class Streamed(ModelPatcher):
+class Streamed(ManagedPatcher):
     """A patcher whose layers come to the GPU one after another in every forward pass, and never stay."""
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
@@ -51,9 +60,8 @@ KINDS = {ON_GPU: Kept, LAYERS: Streamed}
 
 
 def needs_plain_patcher(mode):
-    """Whether a mode needs ComfyUI's plain patcher, not the dynamic one, which moves weights during the forward pass
-    as it
-    sees fit.
+    """Whether a mode needs ComfyUI's plain patcher, not the dynamic one, which moves weights during the forward pass as
+    it sees fit.
     """
     return mode in KINDS
 
@@ -73,8 +81,14 @@ def manage(patcher, mode):
     if patcher.is_dynamic():
         patcher = patcher.clone(disable_dynamic=True, model_override=patcher.get_clone_model_override())
         patcher.parent = None
-    patcher.__class__ = KINDS[mode]  # clone() makes its copies of the same class
-    return patcher
+    return KINDS[mode].taking_over(patcher)
+
+
+def start_on_gpu(patcher):
+    """Load a text encoder at once where ComfyUI would make it on the GPU: when it is large and there is room."""
+    management, device = comfy.model_management, patcher.load_device
+    if management.text_encoder_initial_device(device, patcher.offload_device, patcher.model_size()) == device:
+        management.load_models_gpu([patcher], force_full_load=True)
 
 
 def free(patcher):
@@ -114,31 +128,30 @@ def idle_text_model(text_model, mode):
     return IdleOnCPU
 
 
-class IdleVAE(comfy.sd.VAE):
-    """A VAE that leaves the GPU after each picture, and after each batch or set of tiles as a whole."""
+def idle_vae(vae, mode):
+    """The class of a VAE, which in the mode "CPU when idle" leaves the GPU after each image, and after each batch or
+    set of tiles as a whole.
+    """
+    if mode != IDLE_ON_CPU:
+        return vae
 
-    def decode(self, *args, **kwargs):
-        return self._then_free(super().decode, args, kwargs)
+    class IdleOnCPU(vae):
+        def decode(self, *args, **kwargs):
+            return self._then_free(super().decode, args, kwargs)
 
-    def decode_tiled(self, *args, **kwargs):
-        return self._then_free(super().decode_tiled, args, kwargs)
+        def decode_tiled(self, *args, **kwargs):
+            return self._then_free(super().decode_tiled, args, kwargs)
 
-    def encode(self, *args, **kwargs):
-        return self._then_free(super().encode, args, kwargs)
+        def encode(self, *args, **kwargs):
+            return self._then_free(super().encode, args, kwargs)
 
-    def encode_tiled(self, *args, **kwargs):
-        return self._then_free(super().encode_tiled, args, kwargs)
+        def encode_tiled(self, *args, **kwargs):
+            return self._then_free(super().encode_tiled, args, kwargs)
 
-    def _then_free(self, work, args, kwargs):
-        try:
-            return work(*args, **kwargs)
-        finally:
-            free(self.patcher)
+        def _then_free(self, work, args, kwargs):
+            try:
+                return work(*args, **kwargs)
+            finally:
+                free(self.patcher)
 
-
-def manage_vae(vae, mode):
-    """The same VAE in a memory mode."""
-    vae.patcher = manage(vae.patcher, mode)
-    if mode == IDLE_ON_CPU:
-        vae.__class__ = IdleVAE
-    return vae
+    return IdleOnCPU

@@ -1,6 +1,5 @@
 """The reference's treatment of prompts around 512 tokens: encoded padding before short ones, and the end of long ones
-left
-out.
+left out.
 
 ComfyUI fills short prompts with zeros in the diffusion model and passes long ones on whole; diffusers and the official
 code pad and cut before the text encoder. `like_the_reference` makes ComfyUI's encoder do the same. How far the two are
@@ -29,8 +28,7 @@ def _cut(text_model, family):
             if longest > LENGTH:
                 log.warning(
                     "The prompt has %d tokens, the template included. Those after the first %d are left out, as in "
-                    "diffusers, because the "
-                    "text encoder was loaded with padding 'reference'.",
+                    "diffusers, because the text encoder was loaded with padding 'reference'.",
                     longest,
                     LENGTH,
                 )

@@ -40,15 +40,13 @@ def build(data, origin):
     except Exception as error:  # the Rust side raises plain Exception
         raise CheckpointError(
             f"The tokenizer in {origin} cannot be read ({type(error).__name__}: {error}). It must be Mistral's "
-            "tekken.json "
-            f"or a Hugging Face tokenizer.json; download the text encoder again."
+            "tekken.json or a Hugging Face tokenizer.json; download the text encoder again."
         ) from None
 
 
 def from_tekken(content):
-    """A `tokenizers.Tokenizer` from the parsed JSON of a tekken file: ids are the special tokens, then the byte
-    strings by
-    rank.
+    """A `tokenizers.Tokenizer` from the parsed JSON of a tekken file: ids are the special tokens, then the byte strings
+    by rank.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -76,8 +74,7 @@ def from_tekken(content):
 
 def _special_tokens(content):
     """Special tokens in the order of their ids. A file may list fewer than it reserves; the rest are fillers that no
-    text
-    produces.
+    text produces.
     """
     listed = {entry["rank"]: entry["token_str"] for entry in content["special_tokens"]}
     count = max(content["config"].get("default_num_special_tokens", 0), len(listed))
@@ -86,8 +83,7 @@ def _special_tokens(content):
 
 def _merges(ranks):
     """Pairs of tokens that join to a token, in the order in which they must be tried: by the rank of the result, then
-    of
-    the parts.
+    of the parts.
     """
     for token in sorted(ranks, key=ranks.get):
         splits = [

@@ -41,8 +41,7 @@ class PromptCache:
 
     def read(self, key):
         """(conditioning, notes) of an entry, or None when it is absent, damaged or not what its name says. Marks the
-        entry
-        as used.
+        entry as used.
         """
         path = self.path(key)
         try:
@@ -90,9 +89,7 @@ class PromptCache:
         return len(found), sum(size for _, size, _ in found)
 
     def trim(self):
-        """Remove the least recently used entries until the rest fits, and files that a killed process left
-        unfinished.
-        """
+        """Remove the least recently used entries until the rest fits, and what killed processes left unfinished."""
         found = self.entries()
         total = sum(size for _, size, _ in found)
         for _, size, path in found:

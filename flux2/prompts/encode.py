@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Done:
+class EncodedPrompt:
     """An encoded prompt."""
 
     conditioning: list
@@ -35,20 +35,22 @@ class Done:
 
 
 def encode(clip, text, cache=None, limit=prompt_tokens.LIMIT):
-    """Done for one prompt. `cache` is a PromptCache or None; `limit` the largest number of tokens, or None."""
+    """EncodedPrompt for one prompt. `cache` is a PromptCache or None; `limit` the largest number of tokens, or None."""
     return encode_all(clip, [text], cache, limit)[0]
 
 
 def encode_all(clip, texts, cache=None, limit=prompt_tokens.LIMIT):
-    """[Done] for several prompts: those on disk are read, the others go through the encoder together, with a progress
-    bar.
+    """[EncodedPrompt] for several prompts: those on disk are read, the others go through the encoder together, with a
+    progress bar.
     """
     lazy_clip.source_of(clip)  # refuses a CLIP that is not there
     several = len(set(texts)) > 1
-    jobs = {text: Job(clip, text, cache, limit, several) for text in dict.fromkeys(texts)}
+    jobs = {text: PromptJob(clip, text, cache, limit, several) for text in dict.fromkeys(texts)}
     bar = comfy.utils.ProgressBar(len(jobs))
-    waiting = [job for job in jobs.values() if not job.find()]
+    waiting = [job for job in jobs.values() if not job.read()]
     bar.update(len(jobs) - len(waiting))
+    for job in waiting:
+        job.tokenize()
     for group in _groups(clip, waiting):
         comfy.model_management.throw_exception_if_processing_interrupted()
         start = time.perf_counter()
@@ -63,24 +65,28 @@ def encode_all(clip, texts, cache=None, limit=prompt_tokens.LIMIT):
     return [jobs[text].done for text in texts]
 
 
-class Job:
-    """One prompt on its way: looked for on disk, tokenised, encoded, kept."""
+class PromptJob:
+    """One prompt on its way: read from disk, or tokenised, encoded and kept. `done` is the EncodedPrompt then."""
 
-    def __init__(self, clip, text, cache, limit, several=False):
-        self.clip, self.cache, self.limit, self.several = clip, cache, limit, several
+    def __init__(self, clip, text, cache, limit, several):
+        self.clip, self.cache, self.limit = clip, cache, limit
         self.text, self.notes = prompt_text.clean(text)
         self.reason = unkept(clip, self.text) if cache else "keeping prompts on disk is switched off"
-        self.tokens, self.done = None, None
+        self.several, self.tokens, self.done = several, None, None
 
-    def find(self):
-        """Whether the prompt is on disk. If not, it is tokenised, which is the first thing that needs a lazy
-        encoder.
+    def key(self, together=False):
+        """The name of the prompt's entry. One encoded together with others differs from one encoded alone by rounding,
+        so it has an entry of its own, which only other lists of prompts read: for a single prompt a hit is exact.
         """
+        return {**key(self.clip, self.text, self.limit), **({"together": True} if together else {})}
+
+    def read(self):
+        """Whether the prompt was on disk and has been read from there."""
+        if self.reason:
+            return False
         start = time.perf_counter()
-        found = None if self.reason else next(filter(None, map(self.cache.read, self.keys())), None)
-        if found is None:
-            self.tokens, notes = prompt_tokens.tokenize(self.clip, self.text, self.limit)
-            self.notes += notes
+        found = self.cache.read(self.key()) or (self.several and self.cache.read(self.key(together=True)))
+        if not found:
             return False
         conditioning, self.notes = found
         device = comfy.model_management.intermediate_device()
@@ -88,35 +94,29 @@ class Job:
             [cond.to(device), {k: v.to(device) if torch.is_tensor(v) else v for k, v in extra.items()}]
             for cond, extra in conditioning
         ]
-        self.finish(
-            conditioning,
-            True,
-            f"Hit: read from disk in {time.perf_counter() - start:.2f} s. The text encoder was not used.",
-        )
+        took = time.perf_counter() - start
+        self._finish(conditioning, True, f"Hit: read from disk in {took:.2f} s. The text encoder was not used.")
         return True
 
-    def keys(self):
-        """Where the prompt may be. One encoded together with others differs from one encoded alone by rounding, so it
-        has
-        an entry of its own, which only other lists of prompts read: for a single prompt a hit is exact.
-        """
-        exact = key(self.clip, self.text, self.limit)
-        return [exact, {**exact, "together": True}] if self.several else [exact]
+    def tokenize(self):
+        """The first thing that needs a lazy encoder."""
+        self.tokens, notes = prompt_tokens.tokenize(self.clip, self.text, self.limit)
+        self.notes += notes
 
     def keep(self, conditioning, seconds, together):
-        """Write what was encoded to disk, unless there is a reason not to."""
+        """Write what was encoded, in one pass with `together` prompts, to disk unless there is a reason not to."""
         how = f"encoded in {seconds:.2f} s" + (f" together with {together - 1} more" if together > 1 else "")
         self.reason = self.reason or unkept(self.clip, self.text)  # a lazy encoder is known by now
         if not self.reason:
             try:
-                size = self.cache.write(self.keys()[together > 1], conditioning, self.notes)
-                return self.finish(conditioning, False, f"Miss: {how} and kept on disk ({size / 2**20:.1f} MiB).")
+                size = self.cache.write(self.key(together > 1), conditioning, self.notes)
+                return self._finish(conditioning, False, f"Miss: {how} and kept on disk ({size / 2**20:.1f} MiB).")
             except (ValueError, OSError) as error:
                 self.reason = str(error)
-        self.finish(conditioning, False, f"Miss: {how}. Not kept on disk: {self.reason}.")
+        self._finish(conditioning, False, f"Miss: {how}. Not kept on disk: {self.reason}.")
 
-    def finish(self, conditioning, hit, line):
-        self.done = Done(conditioning, hit, "\n".join([line, *self.notes]))
+    def _finish(self, conditioning, hit, line):
+        self.done = EncodedPrompt(conditioning, hit, "\n".join([line, *self.notes]))
         log.info("%s", self.done.report)
 
 
@@ -179,9 +179,7 @@ def _changed(clip):
 
 
 def _groups(clip, jobs):
-    """Jobs in lists that are encoded together, of similar lengths; alone where this encoder takes one prompt at a
-    time.
-    """
+    """Jobs in lists that are encoded together, of similar lengths; alone where the encoder takes one at a time."""
     if not all(_can_join(clip, job.tokens) for job in jobs):
         return [[job] for job in jobs]
     ordered = sorted(jobs, key=lambda job: _length(job.tokens))

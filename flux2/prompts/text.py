@@ -34,14 +34,13 @@ def remarks(text):
         notes.append("The prompt is empty: FLUX.2 gets its system message alone.")
     if WEIGHT.search(text):
         notes.append(
-            f"FLUX.2 has no prompt weights: {quoted(WEIGHT, text)} is read as it stands, brackets and number included. "
-            "Say in words what matters more."
+            f"FLUX.2 has no prompt weights: {quoted(WEIGHT, text)} is read as it stands, brackets and number "
+            "included. Say in words what matters more."
         )
     if EMBEDDING.search(text):
         notes.append(
             f"FLUX.2 was trained without embeddings: {quoted(EMBEDDING, text)} is handled as CLIP Text Encode does, "
-            "which leaves out the "
-            "name, and puts in the vectors of a file if there is one of this encoder's width."
+            "which leaves out the name, and puts in the vectors of a file if there is one of this encoder's width."
         )
     if LORA.search(text):
         notes.append(f"A prompt loads no LoRA: {quoted(LORA, text)} is read as text. Use a LoRA loader node.")

@@ -10,7 +10,7 @@ import re
 from .text import count
 
 LIMIT = 512  # tokens, template included; the reference cuts on the right
-IMAGE = "[IMG]"  # stands for a picture; the reference drops it from prompts
+IMAGE = "[IMG]"  # stands for an image; the reference drops it from prompts
 
 
 def is_flux2(clip):
@@ -30,7 +30,7 @@ def tokenize(clip, text, limit=LIMIT):
     inner, notes = inner_of(clip), []
     if IMAGE in text and IMAGE in inner.tokenizer.get_added_vocab():
         text = text.replace(IMAGE, "")
-        notes.append("[IMG] stands for a picture and was taken out of the prompt, as the reference does.")
+        notes.append("[IMG] stands for an image and was taken out of the prompt, as the reference does.")
     marks = look_alikes(inner, text)
     if marks:
         notes.append(f"{', '.join(marks[:3])} looks like a special token and was read as plain text.")
@@ -48,8 +48,7 @@ def cut(tokens, name, limit, notes):
     if limit and len(row) > limit:
         notes.append(
             f"The prompt is too long: with its template it has {len(row)} tokens, and only the first {limit} were "
-            "read, as in the reference. "
-            f"{count(len(row) - limit, 'token')} at its end had no effect."
+            f"read, as in the reference. {count(len(row) - limit, 'token')} at its end had no effect."
         )
         return {name: [row[:limit]]}
     return tokens

@@ -1,6 +1,6 @@
 """transformers' Mistral 3 as a writer, built around the layers that a CLIP has already loaded.
 
-FLUX.2 reads 30 layers of Mistral 3; writing takes all of them, the final norm, lm_head, and for pictures the vision
+FLUX.2 reads 30 layers of Mistral 3; writing takes all of them, the final norm, lm_head, and for images the vision
 tower. `Writer` makes transformers' network without memory, puts the CLIP's own modules in where they are the same, and
 loads the rest from the same file or folder. Both halves are ModelPatchers, so ComfyUI moves and unloads them like any
 model and no weight exists twice. All products go through ComfyUI's layers, which take weights that stay in main memory,
@@ -27,9 +27,8 @@ VISION_HEAD = 64  # channels of a head in the vision tower
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e9}
 GROUPS = ("vision_tower", "multi_modal_projector")
 ADVICE = (
-    "Choose the folder text_encoder of FLUX.2-dev from Hugging Face, or another Mistral Small 3.1 or 3.2 with all its "
-    "weights, in Load FLUX.2 "
-    "Text Encoder."
+    "Choose the folder text_encoder of FLUX.2-dev from Hugging Face, or another Mistral Small 3.1 or 3.2 with all "
+    "its weights, in Load FLUX.2 Text Encoder."
 )
 TOO_OLD = (
     "This version of the Python package transformers has no Mistral 3 that can be used here; 4.52 is the first. "
@@ -40,7 +39,7 @@ _writers = weakref.WeakKeyDictionary()  # a CLIP's network -> its Writer
 
 @dataclass(frozen=True)
 class Parts:
-    """A checkpoint that can write: where its weights are. `vision`: it can look at pictures."""
+    """A checkpoint that can write: where its weights are. `vision`: it can look at images."""
 
     checkpoint: object
     found: identify.Identity
@@ -102,9 +101,7 @@ def own_names(tensors, found):
 
 
 def configuration(parts, image_token):
-    """transformers' configuration of the network: sizes from the weights, the rest from config.json where there is
-    one.
-    """
+    """transformers' configuration of the network: sizes from the weights, the rest from config.json if there is one."""
     try:
         from transformers import Mistral3Config
     except ImportError:
@@ -175,8 +172,7 @@ def writer_of(clip, parts, image_token, memory_mode=memory.AUTO):
 
 class Writer:
     """A language model that writes: `network` is transformers' model, `patcher` the ModelPatcher of what the CLIP does
-    not
-    hold.
+    not hold.
     """
 
     def __init__(self, clip, parts, image_token, memory_mode):
@@ -220,8 +216,7 @@ class Writer:
 
 class direct:
     """Inside a with block, the layers of a Writer whose weights lie on the device in the calculation's format use them
-    as
-    they are.
+    as they are.
 
     ComfyUI's casting asks every layer at every token whether its weight must be fetched or changed: three quarters of a
     token's time on an H200 (benchmarks/results/upsample-h200.json). Layers that are offloaded, quantised or patched at
@@ -316,8 +311,7 @@ def adopt(theirs, ours):
 
 def owned(network, shared):
     """The modules that the CLIP does not have, as one module: the layers from number `shared` on, the final norm,
-    lm_head,
-    the vision tower.
+    lm_head, the vision tower.
     """
     language = network.model.language_model
     parts = {"layers": torch.nn.ModuleList(language.layers[shared:]), "norm": language.norm, "lm_head": network.lm_head}

@@ -1,11 +1,10 @@
-"""Prompt upsampling: a short prompt, or a wish about reference pictures -> a text that FLUX.2 draws better from,
-written
-by Mistral 3.
+"""Prompt upsampling: a short prompt, or a wish about reference images -> a text that FLUX.2 follows better, written by
+Mistral 3.
 
-  text, report = upsample(clip, "a cat with a hat", [], Settings(seed=1))
+  text, report = upsample(clip, "a cat with a hat", [], WritingSettings(seed=1))
 
 The CLIP must come from Load FLUX.2 Text Encoder, from a file or folder that also holds what writing needs; see
-writer.py.
+mistral.py.
 """
 
 import time
@@ -16,9 +15,9 @@ import comfy.utils
 import torch
 
 from ..loading import lazy_clip
-from ..prompts import text as prompt_text, tokens
+from ..prompts import text as prompt_text, tokens as prompt_tokens
 from ..checkpoints.header import CheckpointError
-from .vision_inputs import picture_tokens, pictures, prepared
+from .vision_inputs import frames, image_tokens, prepared
 from .mistral import ADVICE, direct, parts_of, writer_of
 
 MOST_IMAGES = 4
@@ -53,7 +52,7 @@ Answer with the instruction as plain text and no other word."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class WritingSettings:
     """How to write. Temperature 0 always takes the likeliest token."""
 
     seed: int = 0
@@ -64,13 +63,12 @@ class Settings:
         if not (0 <= self.temperature <= 10 and self.max_tokens >= 1):
             raise ValueError(
                 f"Temperature {self.temperature} with {self.max_tokens} tokens cannot be used: the temperature must "
-                "be between 0 and 10, "
-                "and at least one token must be written."
+                "be between 0 and 10, and at least one token must be written."
             )
 
 
 @dataclass(frozen=True)
-class Request:
+class WritingRequest:
     """A request as the network takes it."""
 
     ids: torch.Tensor  # (1, T)
@@ -78,27 +76,26 @@ class Request:
     notes: list
 
 
-def upsample(clip, text, images=(), settings=Settings(), show=None):
+def upsample(clip, text, images=(), settings=WritingSettings(), show=None):
     """(the improved text, a report). `show` gets the growing text while it is written. ValueError with a sentence for
-    what
-    cannot be done.
+    what cannot be done.
     """
     text, notes = prompt_text.clean(text)
     if not text.strip():
         raise ValueError(
-            "There is nothing to improve: the prompt is empty. Write what the picture should show, or what to change "
+            "There is nothing to improve: the prompt is empty. Write what the image should show, or what to change "
             "in the reference images."
         )
-    found = pictures(images, MOST_IMAGES)
+    found = frames(images, MOST_IMAGES)
     parts = parts_of(lazy_clip.source_of(clip))
     if found and not parts.vision:
         raise CheckpointError(
             f"{parts.checkpoint.name} has no vision tower, so it cannot look at reference images. Take the images "
             f"off, or: {ADVICE}"
         )
-    inner = tokens.inner_of(clip)
+    inner = prompt_tokens.inner_of(clip)
     writer = writer_of(
-        clip, parts, inner.tokenizer.convert_tokens_to_ids(tokens.IMAGE), lazy_clip.source_of(clip).memory
+        clip, parts, inner.tokenizer.convert_tokens_to_ids(prompt_tokens.IMAGE), lazy_clip.source_of(clip).memory
     )
     asked = request(inner, text, found, writer.network.config)
     start = time.perf_counter()
@@ -132,15 +129,15 @@ def request(inner, text, found, config):
         return inner.tokenizer.convert_tokens_to_ids(name)
 
     notes, pixels, shown = [], {}, []
-    words = tokens.plain_ids(inner, text)
+    words = prompt_tokens.plain_ids(inner, text)
     if len(words) > MOST_TOKENS:
         notes.append(f"The prompt is too long: of its {len(words)} tokens only the first {MOST_TOKENS} were read.")
     if found:
         unit = config.vision_config.patch_size * config.spatial_merge_size
         values, sizes = prepared(found, unit, config.vision_config.image_size)
         pixels = {"pixel_values": values, "image_sizes": sizes}
-        shown = picture_tokens(sizes, unit, special("[IMG]"), special("[IMG_BREAK]"), special("[IMG_END]"))
-    system = tokens.plain_ids(inner, EDIT if found else GENERATE)
+        shown = image_tokens(sizes, unit, special("[IMG]"), special("[IMG_BREAK]"), special("[IMG_END]"))
+    system = prompt_tokens.plain_ids(inner, EDIT if found else GENERATE)
     ids = [
         inner.start_token,
         special("[SYSTEM_PROMPT]"),
@@ -151,7 +148,7 @@ def request(inner, text, found, config):
         *words[:MOST_TOKENS],
         special("[/INST]"),
     ]
-    return Request(torch.tensor([ids]), pixels, notes)
+    return WritingRequest(torch.tensor([ids]), pixels, notes)
 
 
 def write(clip, writer, inner, asked, settings, show):
@@ -186,13 +183,13 @@ def write(clip, writer, inner, asked, settings, show):
 
 
 def choice(settings):
-    """How transformers chooses a token: the likeliest, or drawn from all of them. A temperature next to nothing would
+    """How transformers chooses a token: the likeliest, or sampled from all of them. A temperature next to nothing would
     overflow and means the likeliest.
     """
-    drawn = settings.temperature > LEAST_TEMPERATURE
+    sampled = settings.temperature > LEAST_TEMPERATURE
     return (
         {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-        if drawn
+        if sampled
         else {"do_sample": False}
     )
 

@@ -1,7 +1,7 @@
-"""Reference pictures for the language model: ComfyUI images -> what Mistral 3's vision tower takes, and the tokens that
+"""Reference images for the language model: ComfyUI images -> what Mistral 3's vision tower takes, and the tokens that
 stand for them.
 
-A picture is scaled down to the reference's area and the tower's longest side, then to whole groups of patches; a group
+An image is scaled down to the reference's area and the tower's longest side, then to whole groups of patches; a group
 is one token.
 """
 
@@ -9,22 +9,21 @@ import math
 
 import torch
 
-MOST_PIXELS = 768**2  # the reference shows pictures to the language model no larger than this
-# of the pictures the tower was trained on
+MOST_PIXELS = 768**2  # the reference shows images to the language model no larger than this
+# of the images the tower was trained on
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def pictures(images, most):
-    """The pictures of ComfyUI images (N, H, W, C), each as (3, H, W) in float32. ValueError for what is not a readable
-    picture.
+def frames(images, most):
+    """The single images of ComfyUI images (N, H, W, C), each as (3, H, W) in float32. ValueError for what is not a
+    readable image.
     """
     found = [one for number, image in enumerate(images, 1) for one in _frames(image, number)]
     if len(found) > most:
         raise ValueError(
             (
                 f"There are {len(found)} reference images and at most {most} can be shown. A batch counts as many "
-                "images; "
-                "pick from it."
+                "images; pick from it."
             )
         )
     return found
@@ -35,9 +34,8 @@ def _frames(image, number):
         shape = list(image.shape) if torch.is_tensor(image) else type(image).__name__
         raise ValueError(
             (
-                f"Reference image {number} cannot be read: it is {shape}, where an IMAGE has the shape [pictures, "
-                "height, "
-                "width, 3]."
+                f"Reference image {number} cannot be read: it is {shape}, where an IMAGE has the shape [images, "
+                "height, width, 3]."
             )
         )
     image = image[..., :3].float().cpu()
@@ -58,21 +56,20 @@ def target_size(height, width, unit, longest):
 
 
 def prepared(found, unit, longest):
-    """(pixel values (N, 3, H, W) in one frame, sizes (N, 2)) of pictures."""
-    sizes = [target_size(*picture.shape[1:], unit, longest) for picture in found]
+    """(pixel values (N, 3, H, W) in one frame, sizes (N, 2)) of images."""
+    sizes = [target_size(*image.shape[1:], unit, longest) for image in found]
     values = torch.zeros(len(found), 3, max(size[0] for size in sizes), max(size[1] for size in sizes))
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    for value, picture, (height, width) in zip(values, found, sizes):
-        scaled = torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[
-            0
-        ].clamp(0, 1)
+    for value, image, (height, width) in zip(values, found, sizes):
+        scaled = torch.nn.functional.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(
+            0, 1
+        )
         value[:, :height, :width] = (scaled - mean) / std
     return values, torch.tensor(sizes)
 
 
-def picture_tokens(sizes, unit, token, line_end, end):
-    """The ids that stand for pictures of these sizes, one picture after another: a row of `token` per row of units,
-    closed
+def image_tokens(sizes, unit, token, line_end, end):
+    """The ids that stand for images of these sizes, one image after another: a row of `token` per row of units, closed
     by `line_end` or `end`.
     """
     ids = []
