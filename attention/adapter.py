@@ -7,6 +7,14 @@ import torch
 from .call import Limits, default_scale
 
 
+def installed_version(distribution):
+    """ "name version" of an installed package; a source tree on the path has no version that can be asked for."""
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{distribution} (version unknown)"
+
+
 class Adapter:
     """One way to compute attention.
 
@@ -19,12 +27,7 @@ class Adapter:
 
     def version(self):
         """ "name version" of the library that computes."""
-        if self.distribution == "torch":
-            return f"PyTorch {torch.__version__}"
-        try:
-            return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
-        except importlib.metadata.PackageNotFoundError:
-            return f"{self.distribution} (version unknown)"
+        return f"PyTorch {torch.__version__}" if self.distribution == "torch" else installed_version(self.distribution)
 
     def kernel(self, q, k, v, mask=None):
         """Name of the kernel that a call with these tensors runs, as far as it can be known; None when the library
@@ -80,3 +83,16 @@ def lse_bhs(lse, q):
 def repeat_heads(t, heads):
     """k or v (B, S, Hkv, D) with each head repeated to `heads` heads; a view's worth of work when they are equal."""
     return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)
+
+
+def per_tensor_fp8(t, dtype):
+    """t as fp8 with one scale for the whole tensor.
+
+    Returns (values, descale): values in `dtype` with t's shape, descale float32 (1,), t ~ values * descale. The largest
+    value becomes the largest of the format (448, or 240 for e4m3fnuz) but for a rounding of the division, which fp8
+    rounds away: nothing has to be clamped.
+    """
+    low, high = t.aminmax()  # exact in any dtype, and without the temporary that abs() would make
+    top = torch.finfo(dtype).max
+    descale = (torch.maximum(-low, high).float() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+    return (t.float() / descale).to(dtype), descale

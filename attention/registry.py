@@ -37,6 +37,8 @@ AITER_INSTALL = (
     "Install AITER for your ROCm version from AMD's wheel index or from source (github.com/ROCm/aiter); "
     "the wheel on PyPI (pip install amd-aiter) is old and has the bf16 and Triton paths only."
 )
+FLYDSL_INSTALL = AITER_INSTALL + " Install FlyDSL as well (pip install flydsl)."
+NO_FLYDSL = "AITER has FlyDSL attention in bf16 for gfx1201 and gfx1250, in fp8 for gfx950 and gfx1201."
 ROWS = {
     "sdpa": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
     "sdpa-flash": Row(
@@ -103,6 +105,22 @@ ROWS = {
         True,
         AITER_INSTALL,
         "AITER's Triton kernel, Instinct and Radeon",
+    ),
+    "aiter-flydsl": Row(
+        "aiter_flydsl",
+        "AITER",
+        Hardware({"amd": ("gfx1201", "gfx1250")}, NO_FLYDSL),
+        True,
+        FLYDSL_INSTALL,
+        "AITER's FlyDSL kernel for RDNA4 and gfx1250",
+    ),
+    "aiter-flydsl-fp8": Row(
+        "aiter_flydsl",
+        "AITER",
+        Hardware({"amd": ("gfx950", "gfx1201")}, NO_FLYDSL),
+        False,
+        FLYDSL_INSTALL,
+        "AITER's FlyDSL kernel with fp8 inputs, one scale per tensor",
     ),
     "aiter-fp8": Row(
         "aiter",
@@ -203,6 +221,7 @@ AUTO_ORDER = [
     "sdpa-cudnn",
     "flash4",
     "flash3",
+    "aiter-flydsl",
     "aiter-triton",
     "flash2",
     "sdpa-flash",

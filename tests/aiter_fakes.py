@@ -17,6 +17,7 @@ import torch
 
 import pack  # noqa: F401
 from flux2_pack.attention import reference, registry
+from flux2_pack.attention.adapter import per_tensor_fp8
 
 TABLE = json.loads((Path(__file__).parent / "data" / "aiter_signatures.json").read_text())
 KINDS = inspect.Parameter
@@ -105,6 +106,40 @@ def v4(given):
     return (out.bfloat16(), lse) if given.get("return_lse") else out.bfloat16()
 
 
+def flydsl(given):
+    """gfx1201: equal heads; fp8 with a scale each; the first version masks no padding and takes no scale."""
+    q, k, v = (given[n] for n in "qkv")
+    assert given["causal"] is False and q.shape[2] == k.shape[2] and q.dtype == k.dtype == v.dtype
+    if "softmax_scale" not in given and q.dtype != torch.float8_e4m3fn:
+        assert q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0, "padding would take part in the softmax"
+    if q.dtype == torch.float8_e4m3fn:
+        assert all(given[f"{n}_descale"].shape == (1,) and given[f"{n}_descale"].dtype == torch.float32 for n in "qkv")
+        q, k, v = (given[n].float() * given[f"{n}_descale"] for n in "qkv")
+    out, _ = reference.attend(q, k, v, scale=given.get("softmax_scale"))
+    return out.to(torch.bfloat16 if given["q"].dtype == torch.float8_e4m3fn else q.dtype)
+
+
+def flydsl_batch(given):
+    """gfx1250, and gfx950 in fp8. Of a batch the kernel finds entries at entry * length rows."""
+    q, k, v = (given[n] for n in "qkv")
+    assert given["causal"] is False and (q.shape[0] == 1 or all(t.is_contiguous() for t in (q, k, v)))
+    if q.shape[-1] != 128:
+        return None
+    if q.dtype == torch.float8_e4m3fn:
+        return flydsl(given)
+    out, lse = reference.attend(q, k, v, scale=given["softmax_scale"])
+    return (out.to(q.dtype), lse) if given["return_lse"] else out.to(q.dtype)
+
+
+def flydsl_quantised(given):
+    """(q8, k8, v8, and their scales), rotated by an orthogonal matrix, which the scores do not see."""
+    turn = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(3)))[0]
+    q, k, v = (given[n].float() for n in "qkv")
+    assert all(given[n].is_contiguous() and given[n].dtype == torch.bfloat16 for n in "qkv")
+    pairs = [per_tensor_fp8(t, torch.float8_e4m3fn) for t in (q @ turn, k @ turn, v)]
+    return [values for values, _ in pairs] + [descale for _, descale in pairs]
+
+
 def v4_packed(given):
     """Scores are already scaled, and in base 2: the query quantiser does that. The one recipe that mha_v4 itself
     cannot be
@@ -158,6 +193,9 @@ COMPUTE = {
     "aiter/ops/triton/mha.py:flash_attn_func": mha,
     "aiter/ops/triton/attention/fav3_sage.py:fav3_sage_wrapper_func": sage,
     "aiter/ops/triton/attention/fav3_sage_attention_mxfp4_wrapper.py:fav3_sage_mxfp4_wrapper": sage_mxfp4,
+    "aiter/ops/flydsl/fmha_kernels.py:flydsl_flash_attn_func": flydsl,
+    "aiter/ops/flydsl/fmha_kernels.py:flydsl_flash_attn_batch_func": flydsl_batch,
+    "aiter/ops/flydsl/fp8_quant.py:flydsl_fp8_quant": flydsl_quantised,
     "aiter/ops/mha_v4.py:mha_v4": v4,
     "aiter/ops/mha_v4.py:mha_v4_packed": v4_packed,
     "aiter/ops/mha_v4.py:scale_modes_for_formats": scale_modes,
@@ -181,7 +219,7 @@ def forget(monkeypatch, libraries=("aiter",)):
     """
     for name in [n for n in sys.modules if n.split(".")[0] in libraries]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("aiter", "aiter_triton", "aiter_v4"):
+    for name in ("aiter", "aiter_flydsl", "aiter_triton", "aiter_v4"):
         monkeypatch.setitem(sys.modules, BACKENDS + name, None)  # so that monkeypatch knows the name
         del sys.modules[BACKENDS + name]
     monkeypatch.setattr(registry, "_modules", {})
@@ -244,6 +282,13 @@ class Library:
         """A backend file, imported afresh over this library."""
         forget(self.monkeypatch, libraries=())
         return importlib.import_module(BACKENDS + name)
+
+    def on(self, device, name):
+        """A backend file that believes its tensors to be on `device` (attention.device.Device)."""
+        module = self.backend(name)
+        if hasattr(module, "describe"):
+            self.monkeypatch.setattr(module, "describe", lambda _: device)
+        return module
 
     def last(self, ending):
         """Arguments of the last call of the function whose "file:name" ends like this."""

@@ -21,9 +21,11 @@ MI300, MI355, MI250 = (
     Device("amd", "gfx950", "AMD Instinct MI355X"),
     Device("amd", "gfx90a", "AMD Instinct MI250"),
 )
+RX9070, GFX1250 = Device("amd", "gfx1201", "AMD Radeon RX 9070 XT"), Device("amd", "gfx1250", "AMD Instinct")
 W7900, H200 = Device("amd", "gfx1100", "AMD Radeon PRO W7900"), Device("nvidia", "sm90", "NVIDIA H200")
 FILES = {
     "aiter": ["aiter", "aiter-fp8"],
+    "aiter_flydsl": ["aiter-flydsl", "aiter-flydsl-fp8"],
     "aiter_triton": ["aiter-triton", "aiter-sage", "aiter-sage-mxfp4"],
     "aiter_v4": [
         "aiter-v4-bf16",
@@ -75,7 +77,7 @@ def bound(dtype, slug):
     """fp8 rounds to 3 bits: 2**-4 at worst, less on average, twice (v, and q and k through the scores). The other fakes
     only round to dtype or bf16.
     """
-    return 0.06 if slug == "aiter-fp8" else 2 * torch.finfo(torch.bfloat16).eps
+    return 0.06 if slug in ("aiter-fp8", "aiter-flydsl-fp8") else 2 * torch.finfo(torch.bfloat16).eps
 
 
 # --- run, end to end -------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def bound(dtype, slug):
 @pytest.mark.parametrize("scale", [None, 0.05])
 def test_every_backend_computes_attention(library, file, slug, scale):
     q, k, v = tensors((37, 61))
-    out, lse = library.backend(file).ADAPTERS[slug].attend(q, k, v, scale=scale)
+    out, lse = library.on(RX9070 if file == "aiter_flydsl" else MI355, file).ADAPTERS[slug].attend(q, k, v, scale=scale)
     assert out.shape == q.shape and out.dtype == q.dtype and lse is None
     assert reference.relative_error(out, reference.attend(q, k, v, scale=scale)[0]) < bound(q.dtype, slug)
 
@@ -183,6 +185,109 @@ def test_fp8_quantisation_keeps_values_of_any_size(library, dtype, size):
     assert torch.isfinite(back).all()
     step = t.float().abs() * 2**-4 + descale * 2**-9  # half a step of 3 bits, and of the smallest subnormal
     assert ((back - t.float()).abs() <= step).all()
+
+
+# --- FlyDSL ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [RX9070, GFX1250])
+@pytest.mark.parametrize("scale", [None, 0.05])
+def test_flydsl_computes_on_each_architecture(library, device, scale):
+    q, k, v = tensors((37, 61))
+    adapter = library.on(device, "aiter_flydsl").ADAPTERS["aiter-flydsl"]
+    assert adapter.missing() == [] and adapter.unsupported(call(device)) == []
+    out, lse = adapter.attend(q, k, v, scale=scale)
+    assert lse is None and reference.relative_error(out, reference.attend(q, k, v, scale=scale)[0]) < 0.01
+
+
+@pytest.mark.parametrize("device", [RX9070, MI355])
+@pytest.mark.parametrize("scale", [None, 0.05])
+def test_flydsl_fp8_puts_the_scale_into_that_of_the_queries(library, device, scale):
+    q, k, v = tensors((37, 61))
+    adapter = library.on(device, "aiter_flydsl").ADAPTERS["aiter-flydsl-fp8"]
+    assert adapter.missing() == [] and adapter.unsupported(call(device)) == []
+    out = adapter.attend(q, k, v, scale=scale)[0]
+    assert out.dtype == q.dtype
+    assert reference.relative_error(out, reference.attend(q, k, v, scale=scale)[0]) < bound(q.dtype, "aiter-flydsl-fp8")
+    used = library.last(":flydsl_flash_attn_func" if device is RX9070 else ":flydsl_flash_attn_batch_func")
+    assert used.get("softmax_scale") is None, "a scale of its own would compile a kernel of its own"
+    assert bool(library.fakes["aiter/ops/flydsl/fp8_quant.py:flydsl_fp8_quant"].calls) == (device is RX9070)
+
+
+def test_flydsl_gives_the_log_sum_exp_on_gfx1250_alone(library):
+    q, k, v = tensors((37, 61), heads=(4, 2))
+    adapter = library.on(GFX1250, "aiter_flydsl").ADAPTERS["aiter-flydsl"]
+    out, lse = adapter.attend(q, k, v, scale=0.07, need_lse=True)
+    want_out, want_lse = reference.attend(q, k, v, scale=0.07)
+    assert (lse - want_lse).abs().max() < 1e-5 and reference.relative_error(out, want_out) < 0.01
+    assert adapter.unsupported(call(GFX1250, need_lse=True, kv_heads=8)) == []
+    assert adapter.unsupported(call(RX9070, need_lse=True)) == [
+        "On gfx1201 it cannot return the log-sum-exp, which ring attention needs."
+    ]
+
+
+def test_flydsl_passes_views_of_one_image_and_copies_a_batch(library):
+    """ComfyUI's memory is (B, H, S, D). gfx1250's kernel takes its strides but finds the second image by length."""
+    adapter = library.on(GFX1250, "aiter_flydsl").ADAPTERS["aiter-flydsl"]
+    for batch in (1, 2):
+        memory = [torch.randn(batch, 2, 20, 128, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+        out, _ = adapter.attend(*memory)
+        given = library.last(":flydsl_flash_attn_batch_func")
+        assert all((given[n] is t) == (batch == 1) for n, t in zip("qkv", memory))
+        assert reference.relative_error(out, reference.attend(*memory)[0]) < 0.01
+
+
+def test_flydsl_refuses_exactly(library):
+    adapters = library.on(RX9070, "aiter_flydsl").ADAPTERS
+    bf16, fp8 = adapters["aiter-flydsl"], adapters["aiter-flydsl-fp8"]
+    assert bf16.unsupported(call(RX9070, kv_heads=8)) == [
+        "On gfx1201 it needs as many key/value heads as query heads, and this call has 8 and 48."
+    ]
+    assert bf16.unsupported(call(RX9070, kv_len=349_440)) == []
+    assert bf16.unsupported(call(RX9070, kv_len=349_600)) == [
+        "On gfx1201 it takes less than 4 GiB of values per image, and this call has more."
+    ]
+    assert bf16.unsupported(call(GFX1250, head_dim=64)) == ["On gfx1250 it takes head size 128, and this model has 64."]
+    assert fp8.unsupported(call(MI355, kv_heads=8)) == [] and len(fp8.unsupported(call(RX9070, kv_heads=8))) == 1
+    assert registry.unavailable("aiter-flydsl", MI355)[0].endswith(
+        "AITER has FlyDSL attention in bf16 for gfx1201 and gfx1250, in fp8 for gfx950 and gfx1201."
+    )
+
+
+def test_the_first_flydsl_takes_only_lengths_without_padding(empty):
+    """It let padding take part in the softmax (up to 0.5 %), took no scale and had no fp8."""
+    module = empty.provide(aiter_fakes.version("62c4b35")).on(RX9070, "aiter_flydsl")
+    adapter, fp8 = module.ADAPTERS["aiter-flydsl"], module.ADAPTERS["aiter-flydsl-fp8"]
+    assert adapter.missing() == [] and "'q_descale'" in fp8.missing()[0]
+    assert adapter.unsupported(call(RX9070)) == []
+    assert "pads lengths without a mask" in adapter.unsupported(call(RX9070, q_len=4600, kv_len=4600))[0]
+    assert "4608 queries and 512 keys" in adapter.unsupported(call(RX9070, kv_len=512))[0]
+    q, k, v = tensors((128, 128))
+    for scale in (None, 0.05):
+        out = adapter.attend(q, k, v, scale=scale)[0]
+        assert reference.relative_error(out, reference.attend(q, k, v, scale=scale)[0]) < 0.02
+    assert adapter.unsupported(call(GFX1250)) == [
+        "This build of AITER has FlyDSL attention for gfx1250 with head size 192 only."
+    ]
+
+
+def test_flydsl_that_has_no_kernel_says_so_instead_of_falling_through(library):
+    adapter = library.on(GFX1250, "aiter_flydsl").ADAPTERS["aiter-flydsl"]
+    q, k, v = (t[..., :64] for t in tensors())
+    with pytest.raises(RuntimeError, match="has no FlyDSL kernel for this call on AMD Instinct"):
+        adapter.attend(q, k, v)
+
+
+def test_aiter_without_flydsl_names_it(library, monkeypatch):
+    monkeypatch.delitem(sys.modules, "aiter.ops.flydsl.fmha_kernels")
+    error = ModuleNotFoundError("No module named 'flydsl'")
+    monkeypatch.setattr("sys.meta_path", [failing("aiter.ops.flydsl.fmha_kernels", error), *sys.meta_path])
+    for slug in FILES["aiter_flydsl"]:
+        adapter = library.backend("aiter_flydsl").ADAPTERS[slug]
+        assert "No module named 'flydsl'" in adapter.missing()[0]
+        assert adapter.unsupported(call(RX9070, mask="full")), "asking what a missing part supports is no error"
+    with pytest.raises(AttentionRefused, match="pip install flydsl"):
+        registry.adapter("aiter-flydsl", RX9070)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 
 import aiter_shim
 from aiter_fakes import MAIN, TABLE, Library
-from test_aiter import SLUGS, tensors
+from test_aiter import GFX1250, MI355, SLUGS, tensors
 
 IN_WHEEL = [
     ("aiter/ops/mha.py", "flash_attn_func"),
@@ -69,7 +69,7 @@ def test_the_table_names_commits_and_files():
 @pytest.mark.parametrize("file, slug", SLUGS)
 def test_our_call_binds_to_the_recorded_main(monkeypatch, tmp_path, file, slug):
     library = Library(monkeypatch, tmp_path).provide(MAIN)
-    adapter = library.backend(file).ADAPTERS[slug]
+    adapter = library.on(GFX1250 if slug == "aiter-flydsl" else MI355, file).ADAPTERS[slug]
     assert adapter.missing() == []
     for need_lse in [False, True] if adapter.limits.lse else [False]:
         adapter.attend(*tensors(), scale=0.1, need_lse=need_lse)

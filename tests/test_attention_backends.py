@@ -291,6 +291,8 @@ def test_slugs_are_a_contract():
         "flash4",
         "aiter",
         "aiter-triton",
+        "aiter-flydsl",
+        "aiter-flydsl-fp8",
         "aiter-fp8",
         "aiter-v4-bf16",
         "aiter-v4-bf16fp8",

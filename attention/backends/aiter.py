@@ -12,7 +12,7 @@ import torch
 
 import aiter
 
-from ..adapter import Adapter, lse_bhs
+from ..adapter import Adapter, lse_bhs, per_tensor_fp8
 from ..call import Limits, dtype_name
 from ..device import describe
 from ..library_checks import lacks, unbindable
@@ -92,19 +92,6 @@ class Aiter(Adapter):
     def run(self, q, k, v, mask, scale, need_lse):
         result = aiter.flash_attn_func(q, k, v, **self.arguments(scale, need_lse))
         return (result[0], lse_bhs(result[1], q)) if need_lse else (result, None)
-
-
-def per_tensor_fp8(t, dtype):
-    """t as fp8 with one scale for the whole tensor.
-
-    Returns (values, descale): values in `dtype` with t's shape, descale float32 (1,), t ~ values * descale. The largest
-    value becomes the largest of the format (448, or 240 for e4m3fnuz) but for a rounding of the division, which fp8
-    rounds away: nothing has to be clamped.
-    """
-    low, high = t.aminmax()  # exact in any dtype, and without the temporary that abs() would make
-    top = torch.finfo(dtype).max
-    descale = (torch.maximum(-low, high).float() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-    return (t.float() / descale).to(dtype), descale
 
 
 class AiterFp8(Adapter):
