@@ -20,14 +20,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import make_help
 import prompt_models
 import small_models as maker
 from flux2_pack.flux2 import error_links
 from pack import ROOT
+from make_locales import LANGUAGES
 from server_fixture import TEXT_FILE, run
 
 PAGES, MOST_BYTES = ROOT / "web" / "docs", 60_000
 TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text()
+WHICH = ["Which one?", *(headings[0] for headings in make_help.HEADINGS.values())]
 NO_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
@@ -76,9 +79,9 @@ def test_pages_name_every_input_and_output(infos):
 
 
 def test_pages_name_nothing_that_the_node_does_not_have(infos):
-    """The first column of the tables of inputs and outputs."""
+    """What stands in front of the paragraphs of inputs and outputs."""
     for name, info in infos.items():
-        rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", page_of(name), re.M)
+        rows = re.findall(r"^((?:\*\*`[^`]+`\*\*(?:, )?)+) –", page_of(name), re.M)
         assert set(re.findall(r"`([^`]+)`", " ".join(rows))) == set(displayed_names(info)), name
 
 
@@ -96,6 +99,24 @@ def test_pages_name_related_nodes_that_exist(infos):
         related = page_of(name).split("## Related")[1]
         named = set(re.findall(r"\*([^*]+)\*", related))
         assert named & known, name
+
+
+def test_pages_have_no_tables_and_say_first_which_one_to_take():
+    """ComfyUI's side panel is 300 pixels wide: a table there has one word a line."""
+    pages = {file: file.read_text() for file in PAGES.rglob("*.md")}
+    assert [file for file, text in pages.items() if re.search(r"^\|", text, re.M)] == []
+    for file, text in pages.items():
+        places = [text.index(heading) for heading in WHICH if heading in text]
+        assert not places or places[0] < 200, file
+    assert "## Which one?" in page_of("Flux2SelectAttention")
+
+
+def test_every_page_is_there_in_every_language(nodes):
+    """Made from locales/ by scripts/make_help.py, and as it would make them now."""
+    wanted = make_help.pages()
+    assert {(path.parent.name, path.stem) for path in wanted} == {(n, code) for n in nodes for code in LANGUAGES}
+    assert {path for path in PAGES.glob("*/*.md")} == set(wanted)
+    assert [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text] == []
 
 
 def test_every_page_shows_its_node():
