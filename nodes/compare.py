@@ -381,7 +381,7 @@ class Flux2CompareAttention(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="pictures", tooltip="The reference and the candidates side by side, with their names."
+                    display_name="images", tooltip="The reference and the candidates side by side, with their names."
                 ),
                 io.Image.Output(
                     display_name="differences",
