@@ -31,8 +31,7 @@ class Adapter:
 
     def kernel(self, q, k, v, mask=None):
         """Name of the kernel that a call with these tensors runs, as far as it can be known; None when the library
-        decides
-        unseen.
+        decides unseen.
         """
         return None
 

@@ -28,7 +28,7 @@ SAMPLE_ROWS, SAMPLE_HEADS = 128, 2
 
 
 @dataclass
-class Candidate:
+class TimedBackend:
     """One row of the table: milliseconds (median) and relative error, or the reasons why it has none."""
 
     backend: str
@@ -42,7 +42,7 @@ class Candidate:
 
 
 @dataclass
-class Table:
+class AutoChoice:
     """What auto measured for one call, and what it chose."""
 
     call: str
@@ -115,7 +115,7 @@ class Tuner:
         self._lock = threading.Lock()
 
     def choose(self, call, q, k, v, mask=None, kept=None, scale=None):
-        """(slug, Table) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
+        """(slug, AutoChoice) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
         key = bucket_key(call)
         with self._lock:
             table = (
@@ -127,10 +127,12 @@ class Tuner:
             return table.chosen, table
 
     def _decide(self, key, call, q, k, v, mask, kept, scale):
-        rows = [Candidate(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)]
+        rows = [
+            TimedBackend(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)
+        ]
         accepted = [c for c in rows if not c.reason]
         if not can_time(q.device.type):
-            return Table(
+            return AutoChoice(
                 str(call),
                 str(call.device),
                 accepted[0].backend,
@@ -151,7 +153,7 @@ class Tuner:
         for candidate, ms in zip(accepted, map(race(runners).get, (c.backend for c in accepted))):
             candidate.ms = ms
         if not runners:  # memory is short for measuring: let PyTorch try the call itself
-            return Table(
+            return AutoChoice(
                 str(call),
                 str(call.device),
                 accepted[0].backend,
@@ -159,7 +161,7 @@ class Tuner:
                 rows,
             )
         best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
-        table = Table(
+        table = AutoChoice(
             str(call),
             str(call.device),
             best.backend,
@@ -172,12 +174,12 @@ class Tuner:
     def _remembered(self, key, call):
         entry = self._known.get(key)
         if entry and entry["chosen"] in registry.ROWS and not registry.unsupported(entry["chosen"], call):
-            return Table(
+            return AutoChoice(
                 str(call),
                 str(call.device),
                 entry["chosen"],
                 "measured earlier on this machine",
-                [Candidate(**c) for c in entry["candidates"]],
+                [TimedBackend(**c) for c in entry["candidates"]],
             )
         return None
 
@@ -199,8 +201,8 @@ class Tuner:
 
 
 def check(candidate, call, q, k, v, mask, kept, scale):
-    """Run a Candidate once on the tensors and fill in its error, or its reason when it fails. Returns the function that
-    runs it, or None.
+    """Run a TimedBackend once on the tensors and fill in its error, or its reason when it fails. Returns the function
+    that runs it, or None.
     """
     adapter = registry.adapter(candidate.backend, call.device)
     try:
@@ -226,7 +228,7 @@ def race(runners):
         best = min((min(t) for t in times.values() if t), default=float("inf"))
         for name, run in runners.items():
             if not times[name] or min(times[name]) < OUT_OF_THE_RACE * best:
-                times[name].append(elapsed_ms(run))
+                times[name].append(stream_ms(run))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -255,7 +257,7 @@ def sample_error(out, q, k, v, mask, scale):
     return max(errors)
 
 
-def elapsed_ms(run):
+def stream_ms(run):
     """Milliseconds of one run on the current CUDA or HIP stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

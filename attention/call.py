@@ -16,8 +16,7 @@ OFFSET_LIMIT = 2**31  # kernels that index with 32-bit integers read past this e
 @dataclass(frozen=True)
 class AttentionCall:
     """Everything a backend needs to know to accept or refuse a call. mask: "none", "keys" (the same keys for every
-    query
-    and head), "full".
+    query and head), "full".
     """
 
     batch: int

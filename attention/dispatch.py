@@ -12,7 +12,7 @@ from .masks import MaskMemory, attend_kept, normalise
 from .run_log import RunLog
 
 REFUSE, USE_SDPA = "error", "use SDPA and report"
-HANDED_BACK = "handed back"
+DELEGATED = "delegated"
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Schedule:
 
 @dataclass
 class Decision:
-    """How calls of one kind are computed, and why. adapter is None when they are handed back to whoever was there
-    before.
+    """How calls of one kind are computed, and why. adapter is None when they are delegated to the override that was
+    there before.
     """
 
     backend: str
@@ -85,9 +85,9 @@ class _Progress(threading.local):
 
 
 class _Current(threading.local):
-    """The selection whose model the current thread is running, set around each forward pass."""
+    """The dispatcher whose model the current thread is running, set around each forward pass."""
 
-    selection = None
+    dispatcher = None
 
 
 _current = _Current()
@@ -95,7 +95,7 @@ _numbers = count(1)
 _by_number = weakref.WeakValueDictionary()  # compiled graphs hold a number, not an object
 
 
-class Selection:
+class AttentionDispatcher:
     """A backend for a model, with its schedule, its policy for calls it cannot run, and the log of what ran.
 
     backend: slug or "auto". unsupported: REFUSE raises AttentionRefused, USE_SDPA computes with PyTorch and reports it.
@@ -135,11 +135,11 @@ class Selection:
         self.log.forward()
         self._masks.forget()
         self._progress.step, self._progress.steps, self._progress.calls = step, steps, 0
-        before, _current.selection = _current.selection, self
+        before, _current.dispatcher = _current.dispatcher, self
         try:
             yield
         finally:
-            _current.selection = before
+            _current.dispatcher = before
 
     def describe(self):
         if not self.schedule:
@@ -160,7 +160,7 @@ class Selection:
         heads_first: the same q, k, v as (B, H, S, D), if the caller has them so: some libraries want that.
 
         block: (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised
-        kernel here. Returns (out, lse), or None when the call is handed back. AttentionRefused when the backend cannot
+        kernel here. Returns (out, lse), or None when the call is delegated. AttentionRefused when the backend cannot
         and the policy is REFUSE.
         """
         kept, why = self._masks(mask, q.shape[1]) if mask is not None else (None, "")
@@ -212,7 +212,7 @@ class Selection:
     def _decide(self, q, k, v, mask, kept, scale, call, slug, full_precision):
         if full_precision and slug != registry.AUTO and not registry.row(slug).exact:
             return Decision(
-                HANDED_BACK, None, "", None, call, f"the model asks for full precision here and {slug} is quantised"
+                DELEGATED, None, "", None, call, f"the model asks for full precision here and {slug} is quantised"
             )
         table = None
         why = f"{slug} was chosen"
@@ -244,10 +244,9 @@ def hint_for(slug, call):
     return f"Choose another backend (auto finds one), or set unsupported calls to '{USE_SDPA}'."
 
 
-def plain(q, k, v, mask, scale, need_lse=False):
-    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no selection computes, or that
-    one
-    hands back.
+def sdpa_attention(q, k, v, mask, scale, need_lse=False):
+    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no dispatcher computes, or that
+    one delegates.
     """
     adapter = registry.adapter("sdpa", call_of(q, k, v).device)
     return adapter.attend(
@@ -256,14 +255,14 @@ def plain(q, k, v, mask, scale, need_lse=False):
 
 
 def in_graph(number):
-    """The Selection that computes a call of a compiled graph, or None for PyTorch's own.
+    """The AttentionDispatcher that computes a call of a compiled graph, or None for PyTorch's own.
 
-    The selection of the running model, not the one that the graph was traced with: core's compile node drops the guards
-    that would tell two selections apart, so a graph outlives the selection whose number it holds. That number counts
-    only where nobody hooks forward passes.
+    The dispatcher of the running model, not the one that the graph was traced with: core's compile node drops the
+    guards that would tell two dispatchers apart, so a graph outlives the dispatcher whose number it holds. That number
+    counts only where nobody hooks forward passes.
     """
     traced = _by_number.get(number)
-    return _current.selection or (traced if traced is not None and not traced.hooked else None)
+    return _current.dispatcher or (traced if traced is not None and not traced.hooked else None)
 
 
 _default_tuner = None

@@ -1,6 +1,5 @@
 """What an installed library has and how it can be called, asked by name and signature and never by version number.
-Nothing
-is run.
+Nothing is run.
 
 For libraries without a stable interface: AITER moves modules, adds parameters and drops names between builds
 (reference: aiter #2870, #36867 of SGLang). Every answer is a list of sentences, empty when all is well.
@@ -39,8 +38,7 @@ def takes(function, name):
 
 def unbindable(function, label, *args, **kwargs):
     """A sentence when function(*args, **kwargs) would be a TypeError: an argument it does not know, or one that it
-    needs
-    and does not get.
+    needs and does not get.
     """
     try:
         inspect.signature(function).bind(*args, **kwargs)

@@ -1,7 +1,7 @@
 """One custom operator around every backend, so that torch.compile sees a call and not a kernel library.
 
-Which selection and backend compute is decided when the graph runs, so `auto`, schedules and reports work in compiled
-models, and another backend needs no new graph; the graph's own argument is the number of the selection it was traced
+Which dispatcher and backend compute is decided when the graph runs, so `auto`, schedules and reports work in compiled
+models, and another backend needs no new graph; the graph's own argument is the number of the dispatcher it was traced
 with. Outside a graph this is not used.
 """
 
@@ -20,32 +20,30 @@ def _attend(
     scale: float,
     need_lse: bool,
     full_precision: bool,
-    selection: int,
+    dispatcher: int,
 ) -> tuple[Tensor, Tensor]:
-    from .dispatch import in_graph, plain
+    from .dispatch import in_graph, sdpa_attention
 
-    chosen = in_graph(selection)
+    chosen = in_graph(dispatcher)
     result = (
         chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision)
         if chosen
         else None
     )
-    # a graph has nowhere to hand a call back to, so a call that asks for full precision is computed by PyTorch, and the
-    # log says so
-    out, lse = result if result is not None else plain(q, k, v, mask, scale, need_lse)
+    # a graph cannot delegate, so PyTorch computes a call that asks for full precision, and the log says so
+    out, lse = result if result is not None else sdpa_attention(q, k, v, mask, scale, need_lse)
     # the fake promises a contiguous output: most kernels return one, and the others are made so
     return out.contiguous(), q.new_empty(0) if lse is None else lse
 
 
 @_attend.register_fake
-def _(q, k, v, mask, scale, need_lse, full_precision, selection):
+def _(q, k, v, mask, scale, need_lse, full_precision, dispatcher):
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) if need_lse else q.new_empty(0)
 
 
-def attend(q, k, v, mask, scale, need_lse, full_precision, selection):
-    """Selection number `selection` on BSHD tensors, as one graph node. Returns (out, lse); lse is an empty tensor
-    unless
-    asked for.
+def attend_in_graph(q, k, v, mask, scale, need_lse, full_precision, dispatcher):
+    """AttentionDispatcher number `dispatcher` on BSHD tensors, as one graph node. Returns (out, lse); lse is an empty
+    tensor unless asked for.
     """
-    return _attend(q, k, v, mask, scale, need_lse, full_precision, selection)
+    return _attend(q, k, v, mask, scale, need_lse, full_precision, dispatcher)

@@ -4,7 +4,7 @@ Core calls `override(func, q, k, v, heads, mask=None, attn_precision=None, skip_
 skip_output_reshape=False, **kwargs)` from its wrap_attn (comfy/ldm/modules/attention.py, read at 0.30 and at the newer
 core that passes single-owner containers: those are unwrapped by core for an override without a `container_function`,
 which this one is). Kwargs understood: scale, enable_gqa, low_precision_attention, transformer_options; others are none
-of an exact kernel's business and only travel on when a call is handed back.
+of an exact kernel's business and only travel on when a call is delegated to the override behind this one.
 """
 
 import torch
@@ -14,18 +14,15 @@ from .call import default_scale
 
 
 class AttentionOverride:
-    """The occupant of transformer_options["optimized_attention_override"] for one Selection.
+    """What stands in transformer_options["optimized_attention_override"] for one AttentionDispatcher.
 
-    previous: the occupant found there, or None; it gets the calls that the selection hands back.
+    previous: the override that was there before, or None for core's own function; it computes what the dispatcher
+    delegates.
     """
 
-    def __init__(self, selection, previous=None):
-        # selecting twice replaces: an override of ours is not an occupant to be kept, the one behind it is
-        self.selection, self.previous = (
-            selection,
-            getattr(previous, "previous", None) if isinstance_by_name(previous) else previous,
-        )
-        selection.previous_name = name_of(self.previous) if self.previous else None
+    def __init__(self, dispatcher, previous=None):
+        self.dispatcher, self.previous = dispatcher, previous
+        dispatcher.previous_name = name_of(previous) if previous else None
 
     def __call__(
         self,
@@ -58,22 +55,21 @@ class AttentionOverride:
         scale, full_precision = kwargs.get("scale"), kwargs.get("low_precision_attention", True) is False
         if torch.compiler.is_compiling():
             scale = default_scale(q.shape[-1]) if scale is None else scale
-            return ops.attend(q, k, v, mask, scale, False, full_precision, self.selection.number)
+            return ops.attend_in_graph(q, k, v, mask, scale, False, full_precision, self.dispatcher.number)
         options = kwargs.get("transformer_options") or {}
         block = (
             (options["block_type"], options["block_index"])
             if "block_type" in options and "block_index" in options
             else None
         )
-        return self.selection.attend(
+        return self.dispatcher.attend(
             q, k, v, mask=mask, scale=scale, block=block, full_precision=full_precision, heads_first=heads_first
         )
 
 
 def to_bshd(q, k, v, heads, skip_reshape):
     """Views in (B, S, H, D) of what core passes: (B, H, S, D) with skip_reshape, else (B, S, H*D), where k and v may
-    have
-    fewer heads.
+    have fewer heads.
     """
     if skip_reshape:
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -81,9 +77,17 @@ def to_bshd(q, k, v, heads, skip_reshape):
     return tuple(t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
 
 
-def isinstance_by_name(occupant):
-    """True for an override of this pack, also one from a second import of it (ComfyUI loads packs under their path)."""
-    return type(occupant).__name__ == AttentionOverride.__name__ and hasattr(occupant, "selection")
+class Observer:
+    """An override that looks at attention calls and lets another one compute them: in front of it, in the same slot.
+
+    inner: the override that computes, or None for the function that core hands over.
+    """
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, func, *args, **kwargs):
+        return self.inner(func, *args, **kwargs) if self.inner else func(*args, **kwargs)
 
 
 def name_of(function):

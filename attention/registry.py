@@ -21,7 +21,7 @@ NVIDIA = Hardware({"nvidia": ()})
 
 
 @dataclass(frozen=True)
-class Row:
+class BackendRow:
     """One backend: file under backends/, library, hardware, exact or quantised, how to install, what it is."""
 
     module: str
@@ -40,8 +40,8 @@ AITER_INSTALL = (
 FLYDSL_INSTALL = AITER_INSTALL + " Install FlyDSL as well (pip install flydsl)."
 NO_FLYDSL = "AITER has FlyDSL attention in bf16 for gfx1201 and gfx1250, in fp8 for gfx950 and gfx1201."
 ROWS = {
-    "sdpa": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
-    "sdpa-flash": Row(
+    "sdpa": BackendRow("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
+    "sdpa-flash": BackendRow(
         "sdpa",
         "PyTorch",
         Hardware({"nvidia": (), "amd": (), "cpu": ()}),
@@ -49,7 +49,7 @@ ROWS = {
         BUILT_IN,
         "PyTorch's FlashAttention kernel (on a CPU: its blocked kernel)",
     ),
-    "sdpa-cudnn": Row(
+    "sdpa-cudnn": BackendRow(
         "sdpa",
         "PyTorch",
         Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}),
@@ -57,11 +57,13 @@ ROWS = {
         BUILT_IN,
         "cuDNN's fused kernel through PyTorch; fast on Hopper and Blackwell",
     ),
-    "sdpa-efficient": Row(
+    "sdpa-efficient": BackendRow(
         "sdpa", "PyTorch", GPU, True, BUILT_IN, "PyTorch's memory-efficient kernel, float32 included"
     ),
-    "sdpa-math": Row("sdpa", "PyTorch", ANY, True, BUILT_IN, "matrix products and a softmax; slow, for comparison"),
-    "flash2": Row(
+    "sdpa-math": BackendRow(
+        "sdpa", "PyTorch", ANY, True, BUILT_IN, "matrix products and a softmax; slow, for comparison"
+    ),
+    "flash2": BackendRow(
         "flash2",
         "FlashAttention-2",
         Hardware(
@@ -74,7 +76,7 @@ ROWS = {
         "Install it with: pip install flash-attn --no-build-isolation",
         "Dao-AILab FlashAttention-2; on AMD its Composable Kernel or Triton build",
     ),
-    "flash3": Row(
+    "flash3": BackendRow(
         "flash3",
         "FlashAttention-3",
         Hardware({"nvidia": ("sm8x", "sm9x")}),
@@ -82,7 +84,7 @@ ROWS = {
         "Install FlashAttention-3 from source (github.com/Dao-AILab/flash-attention, folder hopper).",
         "Dao-AILab FlashAttention-3 for Hopper",
     ),
-    "flash4": Row(
+    "flash4": BackendRow(
         "flash4",
         "FlashAttention-4",
         Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm11x", "sm12x")}),
@@ -90,7 +92,7 @@ ROWS = {
         "Install it with: pip install --pre flash-attn-4",
         "Dao-AILab FlashAttention-4 (CuTe DSL) for Hopper and Blackwell",
     ),
-    "aiter": Row(
+    "aiter": BackendRow(
         "aiter",
         "AITER",
         Hardware({"amd": ("gfx90a", "gfx942", "gfx950")}),
@@ -98,7 +100,7 @@ ROWS = {
         AITER_INSTALL,
         "AMD's assembly and Composable Kernel attention for Instinct",
     ),
-    "aiter-triton": Row(
+    "aiter-triton": BackendRow(
         "aiter_triton",
         "AITER",
         Hardware({"amd": ("gfx90a", "gfx942", "gfx950", "gfx11xx", "gfx12xx")}),
@@ -106,7 +108,7 @@ ROWS = {
         AITER_INSTALL,
         "AITER's Triton kernel, Instinct and Radeon",
     ),
-    "aiter-flydsl": Row(
+    "aiter-flydsl": BackendRow(
         "aiter_flydsl",
         "AITER",
         Hardware({"amd": ("gfx1201", "gfx1250")}, NO_FLYDSL),
@@ -114,7 +116,7 @@ ROWS = {
         FLYDSL_INSTALL,
         "AITER's FlyDSL kernel for RDNA4 and gfx1250",
     ),
-    "aiter-flydsl-fp8": Row(
+    "aiter-flydsl-fp8": BackendRow(
         "aiter_flydsl",
         "AITER",
         Hardware({"amd": ("gfx950", "gfx1201")}, NO_FLYDSL),
@@ -122,7 +124,7 @@ ROWS = {
         FLYDSL_INSTALL,
         "AITER's FlyDSL kernel with fp8 inputs, one scale per tensor",
     ),
-    "aiter-fp8": Row(
+    "aiter-fp8": BackendRow(
         "aiter",
         "AITER",
         Hardware({"amd": ("gfx942", "gfx950")}),
@@ -130,7 +132,7 @@ ROWS = {
         AITER_INSTALL,
         "AITER with fp8 inputs, one scale per tensor",
     ),
-    "aiter-sage": Row(
+    "aiter-sage": BackendRow(
         "aiter_triton",
         "AITER",
         Hardware({"amd": ("gfx942", "gfx950")}),
@@ -138,7 +140,7 @@ ROWS = {
         AITER_INSTALL,
         "AITER's SageAttention: int8 query-key, fp8 values",
     ),
-    "aiter-sage-mxfp4": Row(
+    "aiter-sage-mxfp4": BackendRow(
         "aiter_triton",
         "AITER",
         Hardware({"amd": ("gfx950",)}),
@@ -147,7 +149,7 @@ ROWS = {
         "AITER's SageAttention with MXFP4 query-key",
     ),
     **{
-        f"aiter-v4-{name}": Row(
+        f"aiter-v4-{name}": BackendRow(
             "aiter_v4", "AITER", Hardware({"amd": archs}), name == "bf16", AITER_INSTALL, f"AITER MHA v4: {formats}"
         )
         for name, archs, formats in (
@@ -164,7 +166,7 @@ ROWS = {
             ("f4f4", ("gfx950",), "MXFP4"),
         )
     },
-    "sage1": Row(
+    "sage1": BackendRow(
         "sage",
         "SageAttention",
         Hardware(
@@ -177,7 +179,7 @@ ROWS = {
         "Install it with: pip install sageattention==1.0.6",
         "SageAttention 1 (Triton): int8 query-key",
     ),
-    "sage2": Row(
+    "sage2": BackendRow(
         "sage",
         "SageAttention",
         Hardware({"nvidia": ("sm8x", "sm9x", "sm10x", "sm12x")}),
@@ -185,7 +187,7 @@ ROWS = {
         "Install SageAttention 2 from source (github.com/thu-ml/SageAttention).",
         "SageAttention 2 (CUDA): int8 query-key, fp8 values",
     ),
-    "sage3": Row(
+    "sage3": BackendRow(
         "sage3",
         "SageAttention",
         Hardware({"nvidia": ("sm100", "sm103", "sm120", "sm121")}),
@@ -193,7 +195,7 @@ ROWS = {
         "Install sageattn3 from source (github.com/thu-ml/SageAttention, folder sageattention3_blackwell).",
         "SageAttention 3 (FP4) for Blackwell",
     ),
-    "comfy-int8": Row(
+    "comfy-int8": BackendRow(
         "comfy_int8",
         "comfy-kitchen",
         Hardware({"nvidia": ("sm75", "sm8x", "sm9x", "sm10x", "sm11x", "sm12x"), "amd": ("gfx11xx", "gfx12xx")}),
@@ -201,7 +203,7 @@ ROWS = {
         "Install a newer comfy-kitchen: pip install -U comfy-kitchen",
         "the INT8 kernel of ComfyUI's own library",
     ),
-    "xformers": Row(
+    "xformers": BackendRow(
         "xformers",
         "xFormers",
         GPU,
@@ -235,7 +237,7 @@ _probes = {}  # (slug, device, dtype, head size) -> list of sentences
 
 
 def row(slug):
-    """The Row of a slug. ValueError with the valid slugs for an unknown one."""
+    """The BackendRow of a slug. ValueError with the valid slugs for an unknown one."""
     if slug not in ROWS:
         raise ValueError(f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.")
     return ROWS[slug]
@@ -253,9 +255,8 @@ def _module(name):
 
 
 def unavailable(slug, device):
-    """Every reason, as sentences, why this backend cannot run on `device` (attention.device.Device); empty means it
-    can be
-    tried.
+    """Every reason, as sentences, why this backend cannot run on `device` (attention.device.Device); empty means it can
+    be tried.
     """
     entry = row(slug)
     reasons = entry.hardware.reasons(device)

@@ -1,4 +1,4 @@
-"""What really ran: one RunLog per selection, one Run per sampling, one Entry per kind of call."""
+"""What really ran: one RunLog per dispatcher, one Run per sampling, one Entry per kind of call."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ NOT_ASKED = (
 
 @dataclass
 class Entry:
-    """Calls of one kind. backend: slug that computed, or "handed back"; kernel: its kernel or None; why: the decision's
+    """Calls of one kind. backend: slug that computed, or "delegated"; kernel: its kernel or None; why: the decision's
     reason.
     """
 
@@ -34,8 +34,7 @@ class Entry:
 @dataclass
 class Run:
     """One sampling. seconds (from the first forward pass on) is None until it ended; latent is the fingerprint of what
-    it
-    produced.
+    it produced.
     """
 
     chosen: str
@@ -130,7 +129,7 @@ class Run:
 
 
 class RunLog:
-    """The last runs of one selection, newest last.
+    """The last runs of one dispatcher, newest last.
 
     listener: called with a Run once its first forward pass is done, which is when its kernel is known, and when it has
     ended; or None.
@@ -176,7 +175,7 @@ class RunLog:
         run.seconds, run.loading_seconds, run.error = now - begun, begun - run.started, error
         if not run.entries and not error:
             logging.getLogger(__name__).warning("Select Attention, %s: %s", run.chosen, NOT_ASKED)
-        run.latent = fingerprint(output) if output is not None else None
+        run.latent = latent_fingerprint(output) if output is not None else None
         self.tell(run)
 
     def find(self, latent):
@@ -189,10 +188,9 @@ class RunLog:
         return self.current, False
 
 
-def fingerprint(latent):
+def latent_fingerprint(latent):
     """A cheap identity of a latent tensor: its shape and float64 sums, rounded so that a change of device does not
-    alter
-    it.
+    alter it.
     """
     values = latent.detach().double()
     return tuple(latent.shape), f"{values.sum().item():.6e}", f"{values.square().sum().item():.6e}"

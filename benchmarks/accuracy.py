@@ -120,7 +120,7 @@ def main():
         from flux2_pack.nodes import compare as nodes
 
         model, positive, vae = globals()[args.weights](args)
-        job = nodes.model_bench.job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
+        job = nodes.model_bench.sampling_job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
         found, *_ = nodes.compare(model, job, args.reference, candidates(args, nodes), vae)
         data = {
             **nodes.measure.plain(found.as_data()),

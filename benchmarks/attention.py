@@ -23,7 +23,7 @@ from flux2_pack.attention import reference, registry  # noqa: E402
 from flux2_pack.attention.call import call_of  # noqa: E402
 from flux2_pack.attention.device import describe  # noqa: E402
 from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.attention.autotune import Tuner  # noqa: E402
 
 DEVICE = torch.device("cuda")
@@ -64,15 +64,15 @@ def through_auto(qkv, tuner):
     """The same for `auto`: the whole path of the override, after its first call has measured. Prints what it
     measured.
     """
-    selection, heads = Selection("auto", tuner=tuner), qkv[0].shape[2]
-    override, inputs = AttentionOverride(selection), [t.transpose(1, 2) for t in qkv]
+    dispatcher, heads = AttentionDispatcher("auto", tuner=tuner), qkv[0].shape[2]
+    override, inputs = AttentionOverride(dispatcher), [t.transpose(1, 2) for t in qkv]
 
     def work():
         return override(None, *inputs, heads, skip_reshape=True).unflatten(-1, (heads, HEAD_DIM))
 
     work()
-    data = selection.log.current.as_data()
-    print(selection.log.current.as_text(), flush=True)
+    data = dispatcher.log.current.as_data()
+    print(dispatcher.log.current.as_text(), flush=True)
     entry = data["entries"][0]
     return work, {
         "kernel": f"{entry['backend']}: {entry['kernel']}",
@@ -150,7 +150,7 @@ def overhead(slug):
     bare = library_call(slug, q, k, v)
     if bare is None or registry.probe(slug, DEVICE, torch.bfloat16, HEAD_DIM):
         return None
-    override, inputs = AttentionOverride(Selection(slug)), [t.transpose(1, 2) for t in (q, k, v)]
+    override, inputs = AttentionOverride(AttentionDispatcher(slug)), [t.transpose(1, 2) for t in (q, k, v)]
     library_us, ours_us = (
         host_us(bare),
         host_us(

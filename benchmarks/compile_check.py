@@ -17,8 +17,7 @@ from full_size import build, import_comfyui, step, step_inputs
 import_pack()
 import_comfyui()
 from flux2_pack.attention import registry  # noqa: E402
-from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 
 SMALL = {"hidden_size": 512, "depth": 2, "depth_single_blocks": 4, "context_in_dim": 256, "guidance_embed": True}
@@ -48,15 +47,15 @@ def check(patcher, slug, compiler):
     """One row: relative errors of compiled against eager at each size, and the calls that the log saw."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, selection = patcher.clone(), Selection(slug)
-    attention_slot.install(model, AttentionOverride(selection))
+    model, dispatcher = patcher.clone(), AttentionDispatcher(slug)
+    attention_slot.select(model, dispatcher)
     fast, errors = compiled(model, compiler), []
     for pixels in PICTURES:
         inputs = step_inputs(patcher, pixels)
         expected, out = step(model, inputs).float(), step(fast, inputs).float()
         errors.append(((out - expected).norm() / expected.norm()).item())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return {"backend": slug, "errors": errors, "calls": selection.log.current.calls, "graphs": graphs}
+    return {"backend": slug, "errors": errors, "calls": dispatcher.log.current.calls, "graphs": graphs}
 
 
 def main():

@@ -18,8 +18,7 @@ from full_size import build, import_comfyui, step, step_inputs
 
 import_pack()
 import_comfyui()
-from flux2_pack.attention.override import AttentionOverride  # noqa: E402
-from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu  # noqa: E402
@@ -292,7 +291,7 @@ def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
 
     def with_attention(model, backend="auto"):
         clone = model.clone()
-        attention_slot.install(clone, AttentionOverride(Selection(backend), attention_slot.occupant(clone)))
+        attention_slot.select(clone, AttentionDispatcher(backend))
         return clone
 
     auto = with_attention(patcher)

@@ -33,10 +33,9 @@ from full_size import DEV, SMALL, build, build_fp8, import_comfyui, step, step_i
 
 import_pack()
 import_comfyui()
-from flux2_pack.attention.override import AttentionOverride  # noqa: E402
 from flux2_pack.attention.parallel import degrees  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
-from flux2_pack.attention.dispatch import Selection  # noqa: E402
+from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.parallel.workers import session as ranks, devices, install  # noqa: E402
@@ -52,18 +51,6 @@ CASES = {
 CONTROL = ("sdpa-flash", "sdpa-efficient" if torch.cuda.is_available() else "sdpa-math")
 
 
-class Tools:
-    """See nodes/parallel.py, which needs a running ComfyUI's folders."""
-
-    from flux2_pack.attention.parallel import make_mesh
-
-    make_mesh = staticmethod(make_mesh)
-
-    @staticmethod
-    def fallback():
-        return AttentionOverride(Selection("auto"))
-
-
 # --- models
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -77,7 +64,7 @@ def made(maker, *arguments):
 
 def prepared(patcher, backend, fast):
     clone = patcher.clone()
-    attention_slot.install(clone, AttentionOverride(Selection(backend), attention_slot.occupant(clone)))
+    attention_slot.select(clone, AttentionDispatcher(backend))
     if fast:
         fused_blocks.install(clone)
     return clone
@@ -90,7 +77,7 @@ def split(model, gpus, ulysses=0, ring=0, head_groups=1):
     )
     plan = type(plan)(**{**vars(plan), "head_groups": head_groups})
     clone = model.clone()
-    install.install(clone, install.Request(plan, Tools, why))
+    install.install(clone, install.Request(plan, why))
     return clone, plan
 
 

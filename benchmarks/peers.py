@@ -123,10 +123,10 @@ def ran(work):
     """{backend: calls} of the attention of a peer's steps since this was last asked, where it keeps a log."""
     from flux2_pack.flux2 import attention_slot
 
-    selection = getattr(attention_slot.occupant(work.model), "selection", None) if hasattr(work, "model") else None
-    entries = selection.log.current.as_data()["entries"] if selection and selection.log.current else []
-    if selection:
-        selection.log.runs.clear()
+    dispatcher = attention_slot.dispatcher_of(work.model) if hasattr(work, "model") else None
+    entries = dispatcher.log.current.as_data()["entries"] if dispatcher and dispatcher.log.current else []
+    if dispatcher:
+        dispatcher.log.runs.clear()
     return {entry["backend"]: entry["calls"] for entry in entries}
 
 

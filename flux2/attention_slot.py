@@ -1,71 +1,117 @@
-"""An attention override on a ComfyUI MODEL: set, found again, replaced; and the sampler's hooks that tell it where a
-sampling is.
+"""The one slot for an attention override on a ComfyUI MODEL: who is in it, who was before, who only observes; and the
+sampler's hooks that tell a dispatcher where a sampling is.
 
-Everything goes through the model patcher of a clone: the model's weights and modules are not touched, and a model
-without the clone's options behaves as before.
+Core asks `transformer_options["optimized_attention_override"]` at every attention call and knows one override: the last
+node wins. Select Attention keeps the override that it finds, for calls that it delegates; observers (the accuracy
+probe, the capture of calls) stand in front of whatever computes and are looked through. Everything goes through the
+model patcher of a clone: weights and modules are not touched, and a model without the clone's options behaves as
+before.
 """
 
 import torch
 
 from comfy.patcher_extension import WrappersMP
 
+from ..attention.override import AttentionOverride, Observer
 from . import error_links
 
 SLOT = "optimized_attention_override"
 KEY = "flux2_attention"
 
 
-def occupant(model):
-    """Whoever holds the attention override of a MODEL, or None."""
+# --- who is there ----------------------------------------------------------------------------------------------------
+
+
+def override_of(model):
+    """The override in the slot of a MODEL, observers included, or None."""
     return model.model_options.get("transformer_options", {}).get(SLOT)
 
 
-def install(model, override):
-    """Put `override` (called like core's attention functions) into the slot of a MODEL clone and hook its selection to
-    the
-    sampler.
+def behind_observers(override):
+    """The override that computes: `override` itself, or whom the observers in front of it look at; None for core's."""
+    while isinstance(override, Observer):
+        override = override.inner
+    return override
 
-    override.selection receives begin_run, forward and log.end. Hooks of an earlier selection are removed: selecting
-    twice replaces.
+
+def dispatcher_behind(override):
+    """The AttentionDispatcher that an override computes with, observers looked through, or None."""
+    override = behind_observers(override)
+    return override.dispatcher if isinstance(override, AttentionOverride) else None
+
+
+def dispatcher_of(model):
+    """The AttentionDispatcher of a MODEL, or None where no Select Attention node has been."""
+    return dispatcher_behind(override_of(model))
+
+
+# --- put somebody there ----------------------------------------------------------------------------------------------
+
+
+def select(model, dispatcher):
+    """Let an AttentionDispatcher compute the attention of a MODEL clone, and hook it to the sampler.
+
+    It receives begin_run, forward and log.end. Selecting twice replaces: the override before ours is kept, an earlier
+    one of ours is not, and its hooks are removed.
     """
+    previous = behind_observers(override_of(model))
+    if isinstance(previous, AttentionOverride):
+        previous = previous.previous
     # not through set_model_optimized_attention, which cores after 0.30 have: it drops the function that an override
-    # hands calls back to
-    model.model_options.setdefault("transformer_options", {})[SLOT] = override
-    selection = override.selection
+    # delegates calls to
+    model.model_options.setdefault("transformer_options", {})[SLOT] = AttentionOverride(dispatcher, previous)
     for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, during_sampling(selection)),
-        (WrappersMP.APPLY_MODEL, during_forward(selection)),
+        (WrappersMP.OUTER_SAMPLE, during_sampling(dispatcher)),
+        (WrappersMP.APPLY_MODEL, during_forward(dispatcher)),
     ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def during_sampling(selection):
-    """A wrapper around one whole sampling: begins and ends a run in the selection's log."""
+def observed(model, observer, key):
+    """A clone of a MODEL with an Observer in the slot, whose `step` (from 0) is set before each forward pass. key: of
+    its wrapper.
+    """
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[SLOT] = observer
+
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        observer.step = step_of(transformer_options)[0] or 0
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, wrapper)
+    return clone
+
+
+# --- the sampler's hooks ---------------------------------------------------------------------------------------------
+
+
+def during_sampling(dispatcher):
+    """A wrapper around one whole sampling: begins and ends a run in the dispatcher's log."""
 
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        run = selection.begin_run(max(0, len(sigmas) - 1))
+        run = dispatcher.begin_run(max(0, len(sigmas) - 1))
         try:
             output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException as error:  # a cancel is one too
-            selection.log.end(run, error=f"{type(error).__name__}: {error}".rstrip(": "))
+            dispatcher.log.end(run, error=f"{type(error).__name__}: {error}".rstrip(": "))
             error_links.link(error)
             raise
         if output.device.type == "cuda":
             torch.cuda.synchronize(output.device)
-        selection.log.end(run, output)
+        dispatcher.log.end(run, output)
         return output
 
     return wrapper
 
 
-def during_forward(selection):
-    """A wrapper around one forward pass: tells the selection the step, from the sampler's own sigmas."""
+def during_forward(dispatcher):
+    """A wrapper around one forward pass: tells the dispatcher the step, from the sampler's own sigmas."""
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         # a look at the sigmas waits for the GPU
-        step, steps = step_of(transformer_options) if selection.schedule else (None, 0)
-        with selection.forward(step, steps):
+        step, steps = step_of(transformer_options) if dispatcher.schedule else (None, 0)
+        with dispatcher.forward(step, steps):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     return wrapper
@@ -84,6 +130,9 @@ def step_of(transformer_options):
     # casts)
     at_or_above = int((sigmas >= sigma.flatten()[0].to(sigmas) * (1 - 1e-5)).sum())
     return min(max(at_or_above - 1, 0), steps - 1), steps
+
+
+# --- what is known before a sampling ---------------------------------------------------------------------------------
 
 
 def attention_facts(model):

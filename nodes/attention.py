@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..attention import registry, dispatch
 from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
-from ..attention.run_log import fingerprint
+from ..attention.run_log import latent_fingerprint
 from ..flux2.compiled import blocks as compiled_blocks
 from ..flux2.loading import encoder_attention, lazy_clip
 from ..flux2.fused import blocks as fused_blocks
@@ -68,12 +68,11 @@ def check_encoder_attention(device, backend):
 
 def choose_encoder_attention(clip, backend):
     """The CLIP with its attention chosen; "default" leaves it to ComfyUI. AttentionRefused when the backend cannot run
-    on
-    its device.
+    on its device.
     """
     if backend != ENCODER_BACKENDS[0]:
         check_encoder_attention(clip.patcher.load_device, backend)
-        encoder_attention.install(clip, AttentionOverride(dispatch.Selection(backend, tuner=tuner())))
+        encoder_attention.install(clip, AttentionOverride(dispatch.AttentionDispatcher(backend, tuner=tuner())))
     return clip
 
 
@@ -212,7 +211,7 @@ class Flux2SelectAttention(io.ComfyNode):
             schedule = dispatch.Schedule(
                 edge_backend, first_steps, last_steps, first_blocks, last_blocks, attention_slot.block_kinds(model)
             )
-        chosen = dispatch.Selection(
+        chosen = dispatch.AttentionDispatcher(
             backend,
             unsupported=unsupported_calls,
             schedule=schedule,
@@ -220,7 +219,7 @@ class Flux2SelectAttention(io.ComfyNode):
             options={"aiter_rounding": aiter_rounding},
         )
         patched = model.clone()
-        attention_slot.install(patched, AttentionOverride(chosen, attention_slot.occupant(patched)))
+        attention_slot.select(patched, chosen)
         return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(chosen)]})
 
 
@@ -273,14 +272,14 @@ class Flux2AttentionReport(io.ComfyNode):
 
 def report(model, samples):
     """(text, data) for the sampling that produced `samples`, or for the newest one of this model."""
-    override = attention_slot.occupant(model)
-    chosen = getattr(override, "selection", None)
+    override = attention_slot.override_of(model)
+    chosen = getattr(override, "dispatcher", None)
     if chosen is None:
         text = "No Select Attention node is on this model: ComfyUI's own attention runs, and it keeps no record."
         return text + (
             f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""
         ), {"backend": None, "calls": 0}
-    run, by_latent = chosen.log.find(None if samples.is_nested else fingerprint(samples))
+    run, by_latent = chosen.log.find(None if samples.is_nested else latent_fingerprint(samples))
     if run is None:
         return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {
             "backend": chosen.backend,
@@ -298,7 +297,7 @@ def encoder_report(clip):
     """What computed the attention of the last prompt that this CLIP encoded."""
     if not lazy_clip.is_loaded(clip):
         return "Text encoder: not loaded, because no prompt has needed it yet."
-    chosen = encoder_attention.selection_of(clip)
+    chosen = encoder_attention.dispatcher_of(clip)
     if chosen is None:
         return "Text encoder: ComfyUI's own attention, which keeps no record."
     return "Text encoder. " + (

@@ -1,6 +1,5 @@
 """Is another attention good enough, and is it faster? Two nodes that answer with pictures and numbers from the user's
-own
-model and card.
+own model and card.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.measuring import time_backends, statistics
 from ..attention import registry
-from ..attention.measuring.results import STEP, Benchmark, Comparison, Measured, Row
+from ..attention.measuring.results import STEP, Benchmark, Comparison, BenchmarkRow, ComparisonRow
 from ..attention.measuring.statistics import Control, Evidence, Timing, Verdict
 from ..attention.measuring.accuracy_probe import AttentionProbe
 from ..flux2.measuring import capture as model_bench
@@ -40,29 +39,27 @@ COMPILED_BEFORE = (
 
 
 def backend_candidate(slug, edge_backend=NO_SECOND, first_steps=0, last_steps=0):
-    """The Candidate of a backend, with a second one in the first and last steps."""
+    """The Variant of a backend, with a second one in the first and last steps."""
     scheduled = edge_backend != NO_SECOND and (first_steps or last_steps)
     schedule = {"edge_backend": edge_backend, "first_steps": first_steps, "last_steps": last_steps} if scheduled else {}
     name = f"{slug}, {edge_backend} in {first_steps} first and {last_steps} last steps" if schedule else slug
-    return runs.Candidate(
-        name, lambda model: Flux2SelectAttention.execute(model, slug, **schedule).args[0], selects=True
-    )
+    return runs.Variant(name, lambda model: Flux2SelectAttention.execute(model, slug, **schedule).args[0], selects=True)
 
 
 def model_candidate(slot, model):
-    """The Candidate of a MODEL that other nodes prepared."""
-    selection = getattr(attention_slot.occupant(model), "selection", None)
-    return runs.Candidate(f"model_{slot}" + (f" ({selection.describe()})" if selection else ""), lambda _: model)
+    """The Variant of a MODEL that other nodes prepared."""
+    dispatcher = attention_slot.dispatcher_of(model)
+    return runs.Variant(f"model_{slot}" + (f" ({dispatcher.describe()})" if dispatcher else ""), lambda _: model)
 
 
 def log_of(model):
-    """(what computed a MODEL's last sampling, in words; its calls) from its selection's log; ("", None) for a model
+    """(what computed a MODEL's last sampling, in words; its calls) from its dispatcher's log; ("", None) for a model
     without one.
     """
-    selection = getattr(attention_slot.occupant(model), "selection", None) if model else None
-    if selection is None or not selection.log.current:
+    dispatcher = attention_slot.dispatcher_of(model) if model else None
+    if dispatcher is None or not dispatcher.log.current:
         return "", None
-    entries = selection.log.current.as_data()["entries"]
+    entries = dispatcher.log.current.as_data()["entries"]
     return "; ".join(f"{e['backend']} ({e['kernel'] or e['library']}), {e['calls']} calls" for e in entries), sum(
         e["calls"] for e in entries
     )
@@ -70,8 +67,7 @@ def log_of(model):
 
 def elsewhere(recording, expected):
     """The sentence about attention calls that did not reach the selected backend, or "". expected: calls of the same
-    job
-    in the reference, or None.
+    job in the reference, or None.
     """
     if (
         recording.calls is None
@@ -91,7 +87,7 @@ def elsewhere(recording, expected):
 
 
 def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
-    """(Comparison, IMAGE side by side, IMAGE of differences). reference: slug; candidates: [Candidate]. ValueError when
+    """(Comparison, IMAGE side by side, IMAGE of differences). reference: slug; candidates: [Variant]. ValueError when
     the reference cannot run.
     """
     if not job.steps:  # everything would be equal, and the verdict a bare pass
@@ -117,7 +113,7 @@ def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
     for row, recording in zip(rows, tried):
         similarity(row, pictures.get(recording.name), pictures[base.name], vae)
     found = Comparison(
-        Row(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran),
+        ComparisonRow(base.name, seconds_per_step=base.seconds_per_step, ran=base.ran),
         rows,
         control_row,
         note,
@@ -138,14 +134,14 @@ def differences(recording, base):
 
 
 def row_of(recording, base, control):
-    """The Row of a recording: its evidence and verdict, or its reason."""
+    """The ComparisonRow of a recording: its evidence and verdict, or its reason."""
     why = recording.error or elsewhere(recording, base.calls)
     if why:
-        return Row(recording.name, reason=why, ran=recording.ran)
+        return ComparisonRow(recording.name, reason=why, ran=recording.ran)
     evidence = Evidence(differences(recording, base), recording.probe.calls)
     verdict = statistics.judge(evidence, control)
     broken = f"It produced {evidence.non_finite} NaN or infinite values." if evidence.non_finite else ""
-    return Row(
+    return ComparisonRow(
         recording.name, evidence, verdict, seconds_per_step=recording.seconds_per_step, reason=broken, ran=recording.ran
     )
 
@@ -162,9 +158,8 @@ def trusted(recording, calls):
 
 
 def find_control(model, base, tried, record):
-    """(Control, its Row, a sentence), or (None, None, why). Two of PyTorch's own kernels on the same noise, the
-    reference
-    as one of them if it is exact.
+    """(Control, its ComparisonRow, a sentence), or (None, None, why). Two of PyTorch's own kernels on the same noise,
+    the reference as one of them if it is exact.
     """
     exact = base.name == registry.AUTO or (base.name in registry.ROWS and registry.row(base.name).exact)
     anchor, known, device = (
@@ -193,7 +188,7 @@ def control_of(other, anchor):
     gaps = differences(other, anchor)
     control = Control(name, gaps, (other.probe.calls, anchor.probe.calls))
     verdict = Verdict("(rounding noise)", "", control.attention_ratio(other.probe.calls), 1.0)
-    row = Row(name, Evidence(gaps, other.probe.calls), verdict, seconds_per_step=other.seconds_per_step)
+    row = ComparisonRow(name, Evidence(gaps, other.probe.calls), verdict, seconds_per_step=other.seconds_per_step)
     return control, row, f"Rounding noise of this model and seed is {other.name} against {anchor.name}."
 
 
@@ -433,7 +428,7 @@ class Flux2CompareAttention(io.ComfyNode):
         candidates = unnamed_twice(
             [backend_candidate(s, edge_backend, first_steps, last_steps) for s in slugs] + prepared
         )
-        job = runs.Job(guider or runs.guider_of(model, positive), latent_image, sampler, sigmas, noise_seed)
+        job = runs.SamplingJob(guider or runs.guider_of(model, positive), latent_image, sampler, sigmas, noise_seed)
         bar = comfy.utils.ProgressBar((len(candidates) + 2) * job.steps)  # and the reference and the control
         found, pictures, heat = compare(model, job, reference, candidates, vae, lambda: bar.update(1))
         text = found.as_text()
@@ -441,7 +436,7 @@ class Flux2CompareAttention(io.ComfyNode):
             pictures,
             heat,
             text,
-            ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.plain(found.as_data())]},
+            ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.as_json(found.as_data())]},
         )
 
 
@@ -484,7 +479,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
     except Exception as error:  # a picture too large for this card, say: the other sizes go on
         comfy.model_management.soft_empty_cache()
         return [
-            Measured(
+            BenchmarkRow(
                 str(size),
                 AS_CONNECTED,
                 "attention",
@@ -493,7 +488,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
         ]
     if not calls:
         return [
-            Measured(
+            BenchmarkRow(
                 str(size),
                 AS_CONNECTED,
                 "attention",
@@ -507,7 +502,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
 
 def step_row(model, size, positive, slug, repeat, tick):
     """The row of whole steps with a backend; AS_CONNECTED leaves the model's attention to whoever holds it."""
-    row = Measured(str(size), slug, STEP, exact=slug not in registry.ROWS or registry.row(slug).exact)
+    row = BenchmarkRow(str(size), slug, STEP, exact=slug not in registry.ROWS or registry.row(slug).exact)
     try:
         chosen = model if slug == AS_CONNECTED else backend_candidate(slug).transform(model)
         timing = Timing.of(model_bench.step_times(chosen, size, positive, repeat, tick))
@@ -656,7 +651,7 @@ class Flux2BenchmarkAttention(io.ComfyNode):
         tick = stopper(comfy.utils.ProgressBar(ticks(model, parsed, wanted, call_repeat, step_repeat)))
         found = benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, tick)
         found.notes += [sentence for sentence in figures.absent() if sentence == figures.NO_CHART]
-        data = statistics.plain(found.as_data())
+        data = statistics.as_json(found.as_data())
         text = f"{found.as_text()}\n\n{save(data)}"
         return io.NodeOutput(
             figures.chart(found), text, ui={**ui.PreviewText(text).as_dict(), "flux2_benchmark": [data]}

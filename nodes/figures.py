@@ -1,6 +1,5 @@
 """Pictures for people: labelled pictures side by side, heat maps of differences, bar charts. IMAGE tensors (B, H, W,
-3),
-float32 from 0 to 1.
+3), float32 from 0 to 1.
 
 matplotlib draws the charts and colours the heat maps, scikit-image computes SSIM; both are optional (pip install
 flux2-attention[compare], or pip install matplotlib scikit-image). Without them there is grey, a dash, and a sentence
@@ -21,8 +20,7 @@ EXACT, QUANTISED, BASELINE = "#3f789e", "#b06634", "#888888"
 
 def ssim(picture, reference):
     """Structural similarity (Wang et al. 2004) of two pictures (B, H, W, 3) by scikit-image, the mean of the batch;
-    None
-    without it or below 7 pixels.
+    None without it or below 7 pixels.
     """
     try:
         from skimage.metrics import structural_similarity
@@ -95,8 +93,7 @@ def as_tensor(image):
 
 def heat_maps(reference, titled):
     """IMAGE of |picture - reference|, the mean of the colours, one map per (title, picture) on one common scale, which
-    the
-    titles state.
+    the titles state.
     """
     gaps = [(title, (picture - reference).abs().nan_to_num(1.0).mean(dim=-1)) for title, picture in titled]
     largest = max((gap.max().item() for _, gap in gaps), default=0.0)

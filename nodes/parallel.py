@@ -2,25 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..attention.override import AttentionOverride
-from ..attention.parallel import degrees, make_mesh
-from ..attention.dispatch import Selection
+from ..attention.parallel import degrees
 from ..flux2 import parallel as split
 from ..flux2.parallel.workers import devices, replica, install
 from .attention import CATEGORY, tuner
-
-
-class Tools:
-    """What flux2/parallel/workers needs of the attention package, which it does not import."""
-
-    make_mesh = staticmethod(make_mesh)
-
-    @staticmethod
-    def fallback():
-        """Ring attention needs a log-sum-exp, which ComfyUI's own attention does not give: where nobody chose a kernel,
-        auto does.
-        """
-        return AttentionOverride(Selection("auto", tuner=tuner()))
 
 
 def parallel(model, gpus=0, ulysses=0, ring=0):
@@ -37,7 +22,8 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     if reasons:
         raise ValueError(" ".join(reasons))
     replica.source_of(model)
-    patched, request = model.clone(), install.Request(plan, Tools, why)
+    tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
+    patched, request = model.clone(), install.Request(plan, why)
     install.install(patched, request)
     # importing PyTorch and ComfyUI takes them seconds: while the prompt is encoded
     request.group(model.model, model.load_device).start()

@@ -36,15 +36,15 @@ def teller(node_id):
 @contextmanager
 def unlogged(model):
     """Leaves the attention log of a MODEL as it was; gives a list that afterwards says which kernels ran meanwhile."""
-    selection, ran = getattr(attention_slot.occupant(model), "selection", None), []
-    kept = list(selection.log.runs) if selection else []
+    dispatcher, ran = attention_slot.dispatcher_of(model), []
+    kept = list(dispatcher.log.runs) if dispatcher else []
     try:
         yield ran
     finally:
-        if selection:
-            ran += kernels([run for run in selection.log.runs if all(run is not old for old in kept)])
-            selection.log.runs.clear()
-            selection.log.runs.extend(kept)
+        if dispatcher:
+            ran += kernels([run for run in dispatcher.log.runs if all(run is not old for old in kept)])
+            dispatcher.log.runs.clear()
+            dispatcher.log.runs.extend(kept)
 
 
 def kernels(runs):

@@ -1,8 +1,7 @@
 """What the page shows of attention: on the selector what its last sampling resolved to, and the list of backends on
-this
-machine.
+this machine.
 
-The selector's ui output is a token that names its selection. ComfyUI sends ui outputs to the page, again when the node
+The selector's ui output is a token that names its dispatcher. ComfyUI sends ui outputs to the page, again when the node
 is cached, and the page knows which node they belong to, in subgraphs too; so a message about a token finds its node,
 and a page that missed it can ask for it.
 """
@@ -14,7 +13,7 @@ import sys
 import weakref
 
 from ..attention.status import backends_here
-from ..attention.status.badge import glance
+from ..attention.status.badge import badge_of
 
 UI_KEY = EVENT = "flux2_attention_status"
 STATUS_ROUTE = "/flux2_attention/status/{token}"
@@ -25,7 +24,9 @@ BUSY = (
     "when it is done."
 )
 
-_followed = weakref.WeakValueDictionary()  # token -> Selection, as long as ComfyUI keeps the model that it is on
+_followed = (
+    weakref.WeakValueDictionary()
+)  # token -> AttentionDispatcher, as long as ComfyUI keeps the model that it is on
 
 
 def running_server():
@@ -41,37 +42,37 @@ def process_name():
     return secrets.token_hex(4)
 
 
-def follow(selection):
-    """The token of a Selection; from now on the page hears of its samplings."""
-    token = f"{process_name()}-{selection.number}"
-    _followed[token] = selection
-    selection.log.listener = functools.partial(tell, token)
+def follow(dispatcher):
+    """The token of a AttentionDispatcher; from now on the page hears of its samplings."""
+    token = f"{process_name()}-{dispatcher.number}"
+    _followed[token] = dispatcher
+    dispatcher.log.listener = functools.partial(tell, token)
     return token
 
 
 def tell(token, run):
-    """Send a run's state to the page that queued it. Called by the selection's log, in the sampler's thread."""
-    server, selection = running_server(), _followed.get(token)
-    if server is not None and selection is not None and server.client_id is not None:
-        server.send_sync(EVENT, {"token": token, **of_run(selection, run)}, server.client_id)
+    """Send a run's state to the page that queued it. Called by the dispatcher's log, in the sampler's thread."""
+    server, dispatcher = running_server(), _followed.get(token)
+    if server is not None and dispatcher is not None and server.client_id is not None:
+        server.send_sync(EVENT, {"token": token, **of_run(dispatcher, run)}, server.client_id)
 
 
-def of_run(selection, run):
-    """{"state", "text"} of a run, or of a selection that nothing was sampled with."""
+def of_run(dispatcher, run):
+    """{"state", "text"} of a run, or of a dispatcher that nothing was sampled with."""
     if run is None:
         return {"state": "waiting", "text": ""}
-    return glance(run, selection.backend, selection.schedule.backend if selection.schedule else None)
+    return badge_of(run, dispatcher.backend, dispatcher.schedule.backend if dispatcher.schedule else None)
 
 
 def of_token(token):
-    """The newest state of a selection with its full report, or None for a token that is unknown or whose model is
+    """The newest state of a dispatcher with its full report, or None for a token that is unknown or whose model is
     gone.
     """
-    selection = _followed.get(token)
-    if selection is None:
+    dispatcher = _followed.get(token)
+    if dispatcher is None:
         return None
-    run = selection.log.current
-    return {"token": token, **of_run(selection, run), "report": run.as_text() if run else ""}
+    run = dispatcher.log.current
+    return {"token": token, **of_run(dispatcher, run), "report": run.as_text() if run else ""}
 
 
 def compute_device():
@@ -83,8 +84,7 @@ def compute_device():
 
 def backends(list_them):
     """The answer of the backends routes: overview or test_all, with its text. Runs in a thread of its own: libraries
-    take
-    seconds to import.
+    take seconds to import.
     """
     found = list_them(compute_device())
     return {**found, "text": backends_here.as_text(found)}
@@ -105,12 +105,12 @@ def add_routes():
         return (
             web.json_response(found)
             if found
-            else web.json_response({"error": "No selection of this name is in memory."}, status=404)
+            else web.json_response({"error": "No dispatcher of this name is in memory."}, status=404)
         )
 
     @server.routes.get(BACKENDS_ROUTE)
     async def listed(request):
-        return web.json_response(await asyncio.to_thread(backends, backends_here.overview))
+        return web.json_response(await asyncio.to_thread(backends, backends_here.list_backends))
 
     @server.routes.post(TEST_ROUTE)
     async def tested(request):

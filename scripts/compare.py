@@ -93,7 +93,9 @@ def in_process(args):
     """(table, data) with random weights."""
     with measuring.random_model(args.random_weights) as (model, nodes):
         size = nodes.model_bench.Size(args.width, args.height)
-        job = nodes.model_bench.job(model, size, nodes.model_bench.random_conditioning(model), args.steps, args.seed)
+        job = nodes.model_bench.sampling_job(
+            model, size, nodes.model_bench.random_conditioning(model), args.steps, args.seed
+        )
         candidates = [
             nodes.backend_candidate(slug, args.edge_backend, args.first_steps, args.last_steps)
             for slug in args.candidate

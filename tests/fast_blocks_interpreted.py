@@ -295,7 +295,7 @@ def test_attention_comes_from_the_selector_in_either_order(tools, flux2):
         assert relative(forward(model, given), expected) < CLOSE
         data = model.model_options["transformer_options"][
             "optimized_attention_override"
-        ].selection.log.current.as_data()
+        ].dispatcher.log.current.as_data()
         assert [(e["backend"], e["calls"]) for e in data["entries"]] == [("sdpa-math", 6)]
 
 

@@ -125,7 +125,7 @@ def registered(probed=False):
             patch.setitem(
                 registry.ROWS,
                 name,
-                registry.Row("fake", "a test", registry.ANY, True, "It cannot be installed.", "a fake"),
+                registry.BackendRow("fake", "a test", registry.ANY, True, "It cannot be installed.", "a fake"),
             )
         if not probed:
             patch.setattr(registry, "probe", lambda *_: [])

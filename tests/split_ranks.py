@@ -17,7 +17,7 @@ from flux2_pack.attention import reference
 from flux2_pack.attention.override import AttentionOverride
 from flux2_pack.attention.parallel import make_mesh
 from flux2_pack.attention.parallel.mesh import pairs
-from flux2_pack.attention.dispatch import Selection
+from flux2_pack.attention.dispatch import AttentionDispatcher
 
 HIDDEN, HEADS, TEXT_WIDTH = 192, 12, 96
 DEV, KLEIN = (
@@ -265,7 +265,7 @@ def selected(model, backend="sdpa-math"):
     from flux2_pack.flux2 import attention_slot as patch
 
     clone = model.clone()
-    patch.install(clone, AttentionOverride(Selection(backend), patch.occupant(clone)))
+    patch.select(clone, AttentionDispatcher(backend))
     return clone
 
 
@@ -393,15 +393,17 @@ def out_of_memory(model, rank):
         if rank == 1 and block == 1:
             raise torch.cuda.OutOfMemoryError("no memory left on this rank")
 
-    def failing(func, *args, **kwargs):
-        check(kwargs["transformer_options"]["block_index"])
-        return override(func, *args, **kwargs)
+    class Failing(AttentionOverride):
+        def __call__(self, func, *args, **kwargs):
+            check(kwargs["transformer_options"]["block_index"])
+            return override(func, *args, **kwargs)
 
     def failing_with_lse(*args, **kwargs):
         check(kwargs["block"][1])
-        return override.selection.attend(*args, **kwargs)
+        return override.dispatcher.attend(*args, **kwargs)
 
-    failing.selection = types.SimpleNamespace(attend=failing_with_lse)
+    failing = Failing(AttentionDispatcher("sdpa"))
+    failing.dispatcher = types.SimpleNamespace(attend=failing_with_lse)
     model.model_options["transformer_options"]["optimized_attention_override"] = failing
 
 
@@ -478,13 +480,13 @@ def orders(prepared, mesh):
     """Select Attention in front of or behind the sharing, another backend, none at all, and what its report says."""
     case = CASES["lengths that divide nothing"]
     plain, model = prepared.plain["lengths that divide nothing"], prepared.models["dev"]
-    behind, fallback = selected(share(model, mesh)), AttentionOverride(Selection("sdpa-flash"))
+    behind, fallback = selected(share(model, mesh)), AttentionOverride(AttentionDispatcher("sdpa-flash"))
     found = {"behind": reference.relative_error(passes(behind, case), plain)}
-    log = behind.model_options["transformer_options"]["optimized_attention_override"].selection.log
+    log = behind.model_options["transformer_options"]["optimized_attention_override"].dispatcher.log
     found["report"] = log.current.as_data()
     found["flash"] = error(prepared, mesh, "lengths that divide nothing", "sdpa-flash")
     found["fallback"] = reference.relative_error(passes(share(model, mesh, fallback=fallback), case), plain)
-    found["fallback used"] = fallback.selection.log.current is not None
+    found["fallback used"] = fallback.dispatcher.log.current is not None
     try:
         found["none"] = reference.relative_error(passes(share(model, mesh), case), plain)
     except ValueError as said:

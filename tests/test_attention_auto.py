@@ -10,7 +10,7 @@ import torch
 from flux2_pack.attention import registry, autotune
 from flux2_pack.attention.call import call_of
 from flux2_pack.attention.device import describe
-from flux2_pack.attention.dispatch import Selection
+from flux2_pack.attention.dispatch import AttentionDispatcher
 from flux2_pack.attention.autotune import Tuner, bucket
 
 QKV = [torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
@@ -36,21 +36,21 @@ def timed(monkeypatch):
         return speeds[run.slug]
 
     monkeypatch.setattr(autotune, "bound", bound)
-    monkeypatch.setattr(autotune, "elapsed_ms", elapsed)
+    monkeypatch.setattr(autotune, "stream_ms", elapsed)
     return speeds, asked
 
 
 def test_the_fastest_exact_backend_wins_and_is_asked_once(timed):
-    selection = Selection("auto", tuner=Tuner())
+    dispatcher = AttentionDispatcher("auto", tuner=Tuner())
     for _ in range(3):
-        selection.attend(*QKV)
-    (entry,) = selection.log.current.as_data()["entries"]
+        dispatcher.attend(*QKV)
+    (entry,) = dispatcher.log.current.as_data()["entries"]
     assert entry["backend"] == "sdpa-math" and entry["calls"] == 3 and "fastest of 3" in entry["why"]
     assert timed[1][:3] == ["sdpa", "sdpa-flash", "sdpa-math"]
     assert [timed[1].count(s) for s in ("sdpa", "sdpa-flash", "sdpa-math")] == [1, 1, autotune.ROUNDS], (
         "the slow ones leave the race after its first round"
     )
-    table = selection.log.current.as_text()
+    table = dispatcher.log.current.as_text()
     assert "2.000 ms" in table and "relative error" in table
 
 
@@ -64,7 +64,7 @@ def test_a_fast_but_wrong_backend_is_rejected_with_its_error(timed, monkeypatch)
 
 def test_the_race_goes_around_all_that_are_close(monkeypatch):
     order, speeds = [], {"a": iter([1.0, 9.0] + [1.0] * 9), "b": iter([1.1] * 11), "c": iter([4.0] * 11)}
-    monkeypatch.setattr(autotune, "elapsed_ms", lambda run: order.append(run()) or next(speeds[order[-1]]))
+    monkeypatch.setattr(autotune, "stream_ms", lambda run: order.append(run()) or next(speeds[order[-1]]))
     found = autotune.race({name: lambda name=name: name for name in "abc"})
     assert found == {"a": 1.0, "b": 1.1, "c": 4.0} and "".join(order).startswith("abcab") and order.count("c") == 1
 
@@ -133,7 +133,7 @@ def test_where_nothing_can_be_timed_the_order_decides():
 def test_masks_take_part(timed):
     mask = torch.ones(1, 1, 1, 300, dtype=torch.bool)
     mask[..., :9] = False
-    selection = Selection("auto", tuner=Tuner())
-    out, _ = selection.attend(*QKV, mask=mask)
-    expected, _ = Selection("sdpa").attend(*QKV, mask=mask)
+    dispatcher = AttentionDispatcher("auto", tuner=Tuner())
+    out, _ = dispatcher.attend(*QKV, mask=mask)
+    expected, _ = AttentionDispatcher("sdpa").attend(*QKV, mask=mask)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)

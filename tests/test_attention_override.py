@@ -3,6 +3,7 @@ graphs.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 
 from flux2_pack.attention import registry
 from flux2_pack.attention.call import AttentionRefused
-from flux2_pack.attention.override import AttentionOverride
-from flux2_pack.attention.dispatch import Schedule, Selection
+from flux2_pack.attention.override import AttentionOverride, Observer
+from flux2_pack.attention.dispatch import Schedule, AttentionDispatcher
 
 B, S, H, D = 2, 40, 4, 16
 CPU_BACKENDS = ["auto", "sdpa", "sdpa-flash", "sdpa-math"]
@@ -57,7 +58,7 @@ def refuse_to_be_called(*args, **kwargs):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("mask", masks())
 def test_every_combination_of_cores_arguments(backend, mask):
-    override = AttentionOverride(Selection(backend))
+    override = AttentionOverride(AttentionDispatcher(backend))
     for skip_reshape, skip_output, gqa, scale in itertools.product(
         [False, True], [False, True], [False, True], [None, 0.2]
     ):
@@ -79,7 +80,7 @@ def test_every_combination_of_cores_arguments(backend, mask):
 
 def test_a_refused_call_stops_with_every_reason(monkeypatch):
     only_keys(monkeypatch)
-    override = AttentionOverride(Selection("sdpa-flash"))
+    override = AttentionOverride(AttentionDispatcher("sdpa-flash"))
     with pytest.raises(AttentionRefused, match="takes no attention mask") as caught:
         override(refuse_to_be_called, *qkv(True), H, mask=masks()["causal 2d"], skip_reshape=True)
     assert "use SDPA and report" in str(caught.value)
@@ -87,11 +88,11 @@ def test_a_refused_call_stops_with_every_reason(monkeypatch):
 
 def test_or_is_computed_by_pytorch_and_reported(monkeypatch):
     only_keys(monkeypatch)
-    selection = Selection("sdpa-flash", unsupported="use SDPA and report")
+    dispatcher = AttentionDispatcher("sdpa-flash", unsupported="use SDPA and report")
     q, k, v = qkv(True)
-    out = AttentionOverride(selection)(refuse_to_be_called, q, k, v, H, mask=masks()["causal 2d"], skip_reshape=True)
+    out = AttentionOverride(dispatcher)(refuse_to_be_called, q, k, v, H, mask=masks()["causal 2d"], skip_reshape=True)
     torch.testing.assert_close(out, core(q, k, v, H, mask=masks()["causal 2d"], skip_reshape=True))
-    (entry,) = selection.log.current.as_data()["entries"]
+    (entry,) = dispatcher.log.current.as_data()["entries"]
     assert entry["backend"] == "sdpa" and "takes no attention mask" in entry["why"] and entry["calls"] == 1
 
 
@@ -117,54 +118,73 @@ def test_calls_that_ask_for_full_precision_go_back_to_whoever_was_there(monkeypa
         seen.append(kwargs)
         return func(*args, **kwargs)
 
-    selection = Selection("sdpa-math")
-    override = AttentionOverride(selection, previous)
+    dispatcher = AttentionDispatcher("sdpa-math")
+    override = AttentionOverride(dispatcher, previous)
     q, k, v = qkv(False)
     out = override(core, q, k, v, H, low_precision_attention=False, scale=0.3)
     torch.testing.assert_close(out, core(q, k, v, H, scale=0.3))
     assert seen[0]["low_precision_attention"] is False and seen[0]["scale"] == 0.3
-    AttentionOverride(selection)(core, q, k, v, H, low_precision_attention=False)
-    entries = selection.log.current.as_data()["entries"]
+    AttentionOverride(dispatcher)(core, q, k, v, H, low_precision_attention=False)
+    entries = dispatcher.log.current.as_data()["entries"]
     assert (
-        [e["backend"] for e in entries] == ["handed back"]
+        [e["backend"] for e in entries] == ["delegated"]
         and entries[0]["calls"] == 2
         and "full precision" in entries[0]["why"]
     )
 
 
-def test_a_previous_override_is_kept_and_named_and_ours_is_replaced():
+def selected_after(override, dispatcher):
+    """What is in the slot after Select Attention found `override` there."""
+    from flux2_pack.flux2 import attention_slot
+
+    model = SimpleNamespace(
+        model_options={"transformer_options": {attention_slot.SLOT: override}},
+        remove_wrappers_with_key=lambda *_: None,
+        add_wrapper_with_key=lambda *_: None,
+    )
+    attention_slot.select(model, dispatcher)
+    return attention_slot.override_of(model)
+
+
+def test_a_previous_override_is_kept_and_named_and_ours_is_replaced(comfy):
     def foreign_override(func, *args, **kwargs):
         raise AssertionError
 
-    first, second = Selection("sdpa"), Selection("sdpa-math")
-    override = AttentionOverride(second, AttentionOverride(first, foreign_override))
+    first, second = AttentionDispatcher("sdpa"), AttentionDispatcher("sdpa-math")
+    override = selected_after(AttentionOverride(first, foreign_override), second)
     assert override.previous is foreign_override
+    looked_through = selected_after(Observer(AttentionOverride(first, foreign_override)), second)
+    assert looked_through.previous is foreign_override
+    assert selected_after(Observer(foreign_override), AttentionDispatcher("sdpa")).previous is foreign_override
     override(refuse_to_be_called, *qkv(False), H)
     assert first.log.current is None and second.log.current.calls == 1
     assert "foreign_override" in second.log.current.previous and "foreign_override" in second.log.current.as_text()
 
 
 def test_an_unknown_backend_or_policy_is_refused_when_it_is_chosen():
-    for make in (lambda: Selection("flash5"), lambda: Selection("sdpa", schedule=Schedule("flash5"))):
+    for make in (
+        lambda: AttentionDispatcher("flash5"),
+        lambda: AttentionDispatcher("sdpa", schedule=Schedule("flash5")),
+    ):
         with pytest.raises(ValueError, match="no attention backend 'flash5'"):
             make()
     with pytest.raises(ValueError, match="'error' or 'use SDPA and report'"):
-        Selection("sdpa", unsupported="ignore")
+        AttentionDispatcher("sdpa", unsupported="ignore")
 
 
 def backends_used(schedule, steps, blocks=(("double", 2), ("single", 3)), counted=False):
     """Which backend computes each block of each step: a list of strings per step, 1 for the edge backend."""
-    selection = Selection("sdpa", schedule=schedule)
-    selection.begin_run(steps)
+    dispatcher = AttentionDispatcher("sdpa", schedule=schedule)
+    dispatcher.begin_run(steps)
     q, k, v = (torch.zeros(1, 4, 1, 8) for _ in range(3))
     used = []
     for step in range(steps):
         line = ""
-        with selection.forward(step, steps):
+        with dispatcher.forward(step, steps):
             for kind, number in ((kind, i) for kind, n in blocks for i in range(n)):
-                before = {e.backend: e.calls for e in selection.log.current.kinds()}
-                selection.attend(q, k, v, block=None if counted else (kind, number))
-                after = {e.backend: e.calls for e in selection.log.current.kinds()}
+                before = {e.backend: e.calls for e in dispatcher.log.current.kinds()}
+                dispatcher.attend(q, k, v, block=None if counted else (kind, number))
+                after = {e.backend: e.calls for e in dispatcher.log.current.kinds()}
                 line += "1" if after.get("sdpa-math", 0) > before.get("sdpa-math", 0) else "0"
         used.append(line)
     return used
@@ -192,16 +212,16 @@ def test_a_schedule_says_what_it_cannot_do():
 
 
 def test_the_log_counts_kinds_of_calls_and_keeps_runs_apart():
-    selection = Selection("sdpa")
-    override = AttentionOverride(selection)
+    dispatcher = AttentionDispatcher("sdpa")
+    override = AttentionOverride(dispatcher)
     for steps in (2, 3):
-        run = selection.begin_run(steps)
-        with selection.forward(0, steps):
+        run = dispatcher.begin_run(steps)
+        with dispatcher.forward(0, steps):
             for _ in range(steps):
                 override(refuse_to_be_called, *qkv(True), H, skip_reshape=True)
             override(refuse_to_be_called, *qkv(True), H, skip_reshape=True, mask=masks()["causal 2d"])
-        selection.log.end(run, torch.full((1, 2, 3), float(steps)))
-    data = selection.log.current.as_data()
+        dispatcher.log.end(run, torch.full((1, 2, 3), float(steps)))
+    data = dispatcher.log.current.as_data()
     assert (
         data["backend"] == "sdpa"
         and data["calls"] == 4
@@ -209,20 +229,20 @@ def test_the_log_counts_kinds_of_calls_and_keeps_runs_apart():
         and sorted(e["calls"] for e in data["entries"]) == [1, 3]
     )
     assert data["seconds_per_step"] > 0 and "PyTorch" in data["entries"][0]["library"]
-    earlier, found = selection.log.find(fingerprint_of(2.0))
+    earlier, found = dispatcher.log.find(fingerprint_of(2.0))
     assert found and earlier.steps == 2
-    newest, found = selection.log.find(fingerprint_of(7.0))
+    newest, found = dispatcher.log.find(fingerprint_of(7.0))
     assert not found and newest.steps == 3
-    assert "4 calls" not in selection.log.current.as_text() and "3 calls: sdpa" in selection.log.current.as_text()
+    assert "4 calls" not in dispatcher.log.current.as_text() and "3 calls: sdpa" in dispatcher.log.current.as_text()
 
 
 def test_a_model_that_never_asks_is_said_loudly(caplog):
-    selection = Selection("sdpa-math")
-    run = selection.begin_run(2)
-    with selection.forward(0, 2):
+    dispatcher = AttentionDispatcher("sdpa-math")
+    run = dispatcher.begin_run(2)
+    with dispatcher.forward(0, 2):
         pass
     assert "No attention call has been seen yet" in run.as_text()
-    selection.log.end(run, torch.zeros(1))
+    dispatcher.log.end(run, torch.zeros(1))
     assert (
         "computed nothing" in run.as_text()
         and "compile node after Select Attention" in caplog.text
@@ -231,17 +251,17 @@ def test_a_model_that_never_asks_is_said_loudly(caplog):
 
 
 def fingerprint_of(value):
-    from flux2_pack.attention.run_log import fingerprint
+    from flux2_pack.attention.run_log import latent_fingerprint
 
-    return fingerprint(torch.full((1, 2, 3), value))
+    return latent_fingerprint(torch.full((1, 2, 3), value))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_graph_breaks_and_still_counted(backend, dynamic):
     torch._dynamo.reset()
-    selection = Selection(backend)
-    override = AttentionOverride(selection)
+    dispatcher = AttentionDispatcher(backend)
+    override = AttentionOverride(dispatcher)
 
     def block(q, k, v, index):
         options = {"block_type": "double", "block_index": index}
@@ -253,7 +273,7 @@ def test_compiled_without_graph_breaks_and_still_counted(backend, dynamic):
         torch.testing.assert_close(
             compiled(q, k, v, 1), core(q * 2, k, v, H, skip_reshape=True) + 1, rtol=1e-5, atol=2e-6
         )
-    assert selection.log.current.calls == 2
+    assert dispatcher.log.current.calls == 2
 
 
 def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
@@ -261,7 +281,7 @@ def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
     none.
     """
     torch._dynamo.reset()
-    first, second = Selection("sdpa-math"), Selection("sdpa-flash")
+    first, second = AttentionDispatcher("sdpa-math"), AttentionDispatcher("sdpa-flash")
     overrides = {"x": AttentionOverride(first)}
 
     def block(q, k, v, transformer_options):
@@ -285,13 +305,13 @@ def test_a_graph_computes_for_the_selection_of_the_running_model(monkeypatch):
 def test_the_fake_of_the_operator_tells_the_truth():
     from flux2_pack.attention import ops
 
-    selection = Selection("sdpa-math")
+    dispatcher = AttentionDispatcher("sdpa-math")
     mask = masks()["keys"]
     for need_lse in (False, True):
         for q in (torch.randn(B, S, H, D), torch.randn(B, H, S, D).transpose(1, 2)):
             torch.library.opcheck(
                 ops._attend,
-                (q, q.clone(), q.clone(), mask, 0.25, need_lse, False, selection.number),
+                (q, q.clone(), q.clone(), mask, 0.25, need_lse, False, dispatcher.number),
                 test_utils=("test_schema", "test_faketensor"),
             )
 
@@ -299,11 +319,11 @@ def test_the_fake_of_the_operator_tells_the_truth():
 def test_a_compiled_call_for_full_precision_is_exact(monkeypatch):
     quantised(monkeypatch)
     torch._dynamo.reset()
-    selection = Selection("sdpa-math")
-    override = AttentionOverride(selection)
+    dispatcher = AttentionDispatcher("sdpa-math")
+    override = AttentionOverride(dispatcher)
     compiled = torch.compile(
         lambda q, k, v: override(core, q, k, v, H, low_precision_attention=False), fullgraph=True, backend="aot_eager"
     )
     q, k, v = qkv(False)
     torch.testing.assert_close(compiled(q, k, v), core(q, k, v, H))
-    assert selection.log.current.as_data()["entries"][0]["backend"] == "handed back"
+    assert dispatcher.log.current.as_data()["entries"][0]["backend"] == "delegated"

@@ -63,7 +63,7 @@ def drawn_prompt(tools):
     from flux2_pack.flux2.prompts.encode import encode
 
     with torch.inference_mode():
-        done = encode.encode(load.load_text_encoder(drawing_models()["text_encoders"][0]), PROMPT)
+        done = encode(load.load_text_encoder(drawing_models()["text_encoders"][0]), PROMPT)
     return [[context, {**values, "guidance": 4.0}] for context, values in done.conditioning]
 
 
@@ -229,7 +229,9 @@ def test_a_quantised_reference_is_judged_by_two_exact_kernels(tools, flux2):
 
     with fakes.registered(), pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            registry.ROWS, slug(fakes.fp8_values_unscaled), registry.Row("fake", "a test", registry.ANY, False, "", "")
+            registry.ROWS,
+            slug(fakes.fp8_values_unscaled),
+            registry.BackendRow("fake", "a test", registry.ANY, False, "", ""),
         )
         found, _, _ = compared(tools, flux2, ["sdpa"], reference=slug(fakes.fp8_values_unscaled), steps=1)
     assert found.control.name == "control: sdpa-flash against sdpa-math"
@@ -376,7 +378,7 @@ def test_the_model_is_left_as_it_was(tools, flux2):
         and flux2.wrappers == wrappers
         and flux2.patches == patches
     )
-    assert tools.patch.occupant(flux2) is None
+    assert tools.patch.override_of(flux2) is None
 
 
 @pytest.mark.parametrize("steps, checked", [(1, {0}), (2, {0}), (3, {0, 2}), (4, {0, 2, 3}), (20, {0, 10, 19})])

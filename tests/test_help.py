@@ -327,7 +327,7 @@ def number_format_that_no_kernel_takes(tools):
     from flux2_pack.attention import dispatch
     from flux2_pack.flux2 import attention_slot
 
-    chosen, q = dispatch.Selection("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
+    chosen, q = dispatch.AttentionDispatcher("sdpa-flash"), torch.zeros(1, 8, 2, 16, dtype=torch.float64)
     attention_slot.during_sampling(chosen)(lambda *args: chosen.attend(q, q, q), None, None, None, [1, 0])
 
 
@@ -338,7 +338,7 @@ def out_of_memory(tools):
     def sample(*args):
         return torch.empty(2**50)
 
-    attention_slot.during_sampling(dispatch.Selection("sdpa"))(sample, None, None, None, [1, 0])
+    attention_slot.during_sampling(dispatch.AttentionDispatcher("sdpa"))(sample, None, None, None, [1, 0])
 
 
 def encoder_without_the_argument(tools):

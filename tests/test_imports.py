@@ -24,9 +24,9 @@ import torch
 sys.meta_path.insert(0, Refuse())
 m = types.ModuleType("flux2_pack"); m.__path__ = [{str(ROOT)!r}]; sys.modules["flux2_pack"] = m
 from flux2_pack.attention import registry, dispatch, override, autotune, reference, masks
-s = dispatch.Selection("auto")
+s = dispatch.AttentionDispatcher("auto")
 q = torch.randn(1, 8, 2, 16)
-out, _ = override.AttentionOverride(s).selection.attend(q, q, q)
+out, _ = override.AttentionOverride(s).dispatcher.attend(q, q, q)
 assert out.shape == q.shape
 print(sorted(slug for slug in registry.ROWS if not registry.unavailable(slug, registry.describe("cpu"))))
 """

@@ -248,18 +248,19 @@ import torch
 module = types.ModuleType("pack")
 module.__path__ = [sys.argv[1]]
 sys.modules["pack"] = module
-from pack.attention import overview, reference, registry
-from pack.attention.selection import Selection
+from pack.attention import reference, registry
+from pack.attention.status import backends_here
+from pack.attention.dispatch import AttentionDispatcher
 q, k, v = (torch.randn(2, n, h, 64) for n, h in ((40, 4), (33, 2), (33, 2)))
-selection = Selection("einsum")
-out, lse = selection.attend(q, k, v, need_lse=True)
+dispatcher = AttentionDispatcher("einsum")
+out, lse = dispatcher.attend(q, k, v, need_lse=True)
 wanted, wanted_lse = reference.attend(q, k, v)
-row = next(row for row in overview.overview(torch.device("cpu"))["backends"] if row["backend"] == "einsum")
+row = next(row for row in backends_here.list_backends(torch.device("cpu"))["backends"] if row["backend"] == "einsum")
 print(json.dumps({"error": reference.relative_error(out, wanted), "lse": (lse - wanted_lse).abs().max().item(), \
 "offered": "einsum" in registry.SLUGS,
                   "probe": registry.probe("einsum", torch.device("cpu"), torch.float32, 128), "state": row["state"], \
-"ran": selection.log.current.as_text(),
-                  "hardware": overview.hardware_text(registry.row("einsum").hardware), "library": row["library"], \
+"ran": dispatcher.log.current.as_text(),
+                  "hardware": backends_here.hardware_text(registry.row("einsum").hardware), "library": row["library"], \
 "summary": row["summary"]}))
 """
 

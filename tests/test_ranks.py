@@ -273,7 +273,7 @@ def test_our_other_nodes_are_carried_too(tools, model):
     }
     specs = json.loads(json.dumps(tools.patch_transfer.carried(there, options)))
     assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX)"]
-    replica = tools.patch_transfer.applied(model, specs, None)
+    replica = tools.patch_transfer.applied(model, specs)
     assert (
         len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6
         and "patches_replace" not in model.model_options["transformer_options"]

@@ -175,7 +175,7 @@ def test_two_clones_with_different_backends_do_not_disturb_each_other(server, wo
 
 
 def test_a_branch_without_the_selector_runs_core(server, workflow, core_latent):
-    """The selection lives on the clone: the model that went into the selector is untouched, and its calls are not
+    """The dispatcher lives on the clone: the model that went into the selector is untouched, and its calls are not
     counted.
     """
     workflow[NODE["select"]]["inputs"]["backend"] = "sdpa-math"

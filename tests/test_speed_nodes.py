@@ -466,7 +466,7 @@ def test_warming_up_runs_each_size_and_changes_nothing(tools, flux2):
 def patched_log(tools, model):
     from flux2_pack.flux2 import attention_slot
 
-    return attention_slot.occupant(model).selection.log
+    return attention_slot.override_of(model).dispatcher.log
 
 
 def test_warming_up_compiles_so_that_the_picture_does_not(tools, flux2):

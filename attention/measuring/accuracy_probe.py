@@ -1,10 +1,10 @@
-"""Check attention calls against float32 while a model runs: a guest in the override slot that lets the occupant compute
-and looks at the result.
+"""Check attention calls against float32 while a model runs: an observer in the override slot, which lets the override
+behind it compute and looks at the result.
 
 Sampled are all heads on a few rows of queries, which move from call to call: a dropped head, text and image in a wrong
 order, a padded tail, a mask that was ignored all show, and a call costs little more than the conversion of its keys.
-Every key takes part. Not covered: calls inside a compiled graph, and overrides that exchange tensors between GPUs
-(`alone` False): their result is not a function of the call's own tensors.
+Every key takes part. On several GPUs the probe sees what rank 0 computes between two exchanges: all tokens, a share of
+the heads. Not covered: calls inside a compiled graph, and the parts of a ring, which no override computes.
 """
 
 import torch
@@ -12,23 +12,23 @@ import torch
 from .. import reference
 from ..masks import normalise
 from .statistics import Call, ratio
-from ..override import to_bshd
+from ..override import Observer, to_bshd
 
 ROWS, HEADS_AT_ONCE = 48, 8  # rows of queries per call; heads that are converted to float32 together
 STRIDE = 17  # by how many rows the sample moves from call to call: odd, so that it meets every place in a kernel's tile
 
 
-class AttentionProbe:
-    """An occupant of the override slot around another one (None: the model's own attention).
+class AttentionProbe(Observer):
+    """Checks the calls of some steps.
 
     step: set by whoever drives the sampler; steps: those in which calls are checked. calls: {(step, block): Call}, the
     worst per block and step. seen: number of calls that passed through. largest_scores: most elements that one call's
     score matrix has.
     """
 
-    def __init__(self, occupant, steps):
-        self.occupant, self.steps = occupant, frozenset(steps)
-        self.alone = getattr(occupant, "alone", True)
+    def __init__(self, inner, steps):
+        super().__init__(inner)
+        self.steps = frozenset(steps)
         self.step, self.seen, self.calls, self.largest_scores = 0, 0, {}, 0
 
     def __call__(
@@ -44,18 +44,12 @@ class AttentionProbe:
         skip_output_reshape=False,
         **kwargs,
     ):
-        rest = dict(
-            kwargs,
-            mask=mask,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-        out = self.occupant(func, q, k, v, heads, **rest) if self.occupant else func(q, k, v, heads, **rest)
+        layout = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+        out = super().__call__(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **layout, **kwargs)
         if torch.compiler.is_compiling():
             return out
         self.seen += 1
-        if self.alone and self.step in self.steps:
+        if self.step in self.steps:
             result = out.transpose(1, 2) if skip_output_reshape else out.unflatten(-1, (heads, -1))
             self.check(*to_bshd(q, k, v, heads, skip_reshape), result, mask, kwargs)
         return out
@@ -72,8 +66,7 @@ class AttentionProbe:
 
 def block_of(options, number):
     """What a report calls the block that attends: "double 3" for models that number their blocks, else the number of
-    the
-    call.
+    the call.
     """
     return (
         f"{options['block_type']} {options['block_index']}"

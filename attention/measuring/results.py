@@ -1,11 +1,10 @@
 """The result of a comparison or a benchmark as data, as a table for people, and as Markdown for docs/. torch only;
-nothing
-is measured here.
+nothing is measured here.
 """
 
 from dataclasses import dataclass, field
 
-from .statistics import Evidence, Thresholds, Verdict, plain
+from .statistics import Evidence, Thresholds, Verdict, as_json
 
 NOT_MEASURED = "-"
 
@@ -36,7 +35,7 @@ def table(header, rows):
 
 
 @dataclass
-class Row:
+class ComparisonRow:
     """One candidate. reason: why it has no figures. psnr in dB and ssim of the decoded picture, None without one; ran:
     what computed, from its log.
     """
@@ -76,17 +75,17 @@ class Row:
 
     def as_data(self):
         evidence = self.evidence and {
-            "steps": [plain(d) for d in self.evidence.latents[:-1]],
-            "latent": plain(self.evidence.latents[-1]),
+            "steps": [as_json(d) for d in self.evidence.latents[:-1]],
+            "latent": as_json(self.evidence.latents[-1]),
             "non_finite": self.evidence.non_finite,
             "attention": [
-                {"step": step, "block": block, **plain(call)} for (step, block), call in self.evidence.calls.items()
+                {"step": step, "block": block, **as_json(call)} for (step, block), call in self.evidence.calls.items()
             ],
         }
         return {
             "name": self.name,
-            "verdict": self.verdict and plain(self.verdict),
-            "psnr": plain(self.psnr),
+            "verdict": self.verdict and as_json(self.verdict),
+            "psnr": as_json(self.psnr),
             "ssim": self.ssim,
             "seconds_per_step": self.seconds_per_step,
             "reason": self.reason,
@@ -111,14 +110,13 @@ COMPARE_HEADER = [
 
 @dataclass
 class Comparison:
-    """Everything one comparison found. reference: a Row that holds no evidence but a time; control: its name, or why
-    there
-    is none.
+    """Everything one comparison found. reference: a ComparisonRow that holds no evidence but a time; control: its name,
+    or why there is none.
     """
 
-    reference: Row
+    reference: ComparisonRow
     rows: list
-    control: Row | None
+    control: ComparisonRow | None
     control_note: str
     machine: dict
     settings: dict
@@ -182,7 +180,7 @@ class Comparison:
             "kind": "comparison",
             "machine": self.machine,
             "settings": self.settings,
-            "thresholds": plain(self.thresholds),
+            "thresholds": as_json(self.thresholds),
             "reference": self.reference.as_data(),
             "control": self.control and self.control.as_data(),
             "control_note": self.control_note,
@@ -195,7 +193,7 @@ class Comparison:
 
 
 @dataclass
-class Measured:
+class BenchmarkRow:
     """One backend at one size. call: which attention call, in words, or "step" for a whole step. timing: Timing or None
     with the reason.
     """
@@ -212,7 +210,7 @@ class Measured:
     reason: str = ""
 
     def as_data(self):
-        return plain(self)
+        return as_json(self)
 
 
 STEP = "step"

@@ -58,8 +58,7 @@ class Difference:
 
 def difference(out, reference):
     """Difference of two tensors of one shape, channels on axis 1 (B, C, ...). Computed in float64; exactly zero for
-    equal
-    tensors.
+    equal tensors.
     """
     broken = int((~torch.isfinite(out)).sum())
     if broken:
@@ -139,8 +138,7 @@ class Call:
     @property
     def plausible(self):
         """Whether an exact kernel can be this far off. Half precision: seen at 0.3 eps. Float32 adds up the error of
-        every
-        key: seen at 9 eps.
+        every key: seen at 9 eps.
         """
         return self.non_finite == 0 and self.worst_head <= (64 if self.eps < 1e-5 else 1.5) * self.eps
 
@@ -198,8 +196,7 @@ class Control:
 
     def attention_ratio(self, calls):
         """Largest error of `calls` over that of the exact kernels in the same call, by all heads or by the worst one;
-        None
-        without calls.
+        None without calls.
         """
         floors = {key: self.attention_floor(key, call) for key, call in calls.items()}
         return max(
@@ -209,8 +206,7 @@ class Control:
 
     def latent_ratio(self, latents):
         """Largest difference of a step's latent over the control's in that step, or of the last one. A step in which
-        the
-        control is exactly equal counts with float32's spacing.
+        the control is exactly equal counts with float32's spacing.
         """
         least = torch.finfo(torch.float32).eps
         return max(ratio(a.relative, max(c.relative, least)) for a, c in zip(latents, self.latents))
@@ -303,16 +299,16 @@ def timed(work, device, repeat, warm_up=2, tick=lambda: None, least_ms=0):
     """
     for _ in range(warm_up):
         tick()
-        once = elapsed_ms(work, device)
+        once = wall_ms(work, device)
     at_a_time = min(MOST_AT_A_TIME, max(1, math.ceil(least_ms / max(once, 1e-6)))) if warm_up else 1
     found = []
     for _ in range(repeat):
         tick()
-        found.append(elapsed_ms(work, device, at_a_time))
+        found.append(wall_ms(work, device, at_a_time))
     return Timing.of(found)
 
 
-def elapsed_ms(work, device, times=1):
+def wall_ms(work, device, times=1):
     """Milliseconds per work() of `times` in a row on a device that is idle before and after."""
     synchronise(device)
     start = time.perf_counter()
@@ -361,15 +357,14 @@ def installed():
     return found
 
 
-def plain(value):
+def as_json(value):
     """`value` as JSON takes it: dataclasses as dicts, tuples as lists; NaN and infinities, which JSON has no word for,
-    as
-    text.
+    as text.
     """
     if hasattr(value, "__dataclass_fields__"):
-        return plain(asdict(value))
+        return as_json(asdict(value))
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [as_json(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,15 +1,15 @@
 """Time every attention backend on the tensors of a call that a model really made. torch only.
 
-A row per backend: Timing, TFLOP/s, error against float32, or the reasons why it has none. Calls go through a Selection,
-as they do in the model.
+A row per backend: Timing, TFLOP/s, error against float32, or the reasons why it has none. Calls go through
+an AttentionDispatcher, as they do in the model.
 """
 
 from . import statistics
 from .. import registry
 from ..call import AttentionRefused, call_of
-from .results import Measured
+from .results import BenchmarkRow
 from .accuracy_probe import call_error
-from ..dispatch import Selection
+from ..dispatch import AttentionDispatcher
 
 REPEAT, WARM_UP = 9, 3
 # of a GPU's work per timed run: calls are queued back to back, as in a model, so that the host's part does not count
@@ -40,13 +40,13 @@ def math_bytes(elements):
 
 
 def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes=float("inf")):
-    """The row (Measured) of a backend on one captured call: an object with q, k, v (B, H, S, D), mask, scale and
+    """The row (BenchmarkRow) of a backend on one captured call: an object with q, k, v (B, H, S, D), mask, scale and
     text.
     """
     heads_first = call.q, call.k, call.v
     q, k, v = (t.transpose(1, 2) for t in heads_first)  # (B, S, H, D)
-    selection = Selection(slug)
-    row = Measured(size, slug, call.text, exact=registry.row(slug).exact)
+    dispatcher = AttentionDispatcher(slug)
+    row = BenchmarkRow(size, slug, call.text, exact=registry.row(slug).exact)
 
     if slug == "sdpa-math" and math_bytes(q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]) > free_bytes:
         row.reason = (
@@ -56,7 +56,7 @@ def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes
         return row
 
     def work():
-        return selection.attend(q, k, v, mask=call.mask, scale=call.scale, heads_first=heads_first)[0]
+        return dispatcher.attend(q, k, v, mask=call.mask, scale=call.scale, heads_first=heads_first)[0]
 
     try:
         out = work()
@@ -67,6 +67,6 @@ def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes
     except Exception as error:  # out of memory, a kernel that does not launch: this row has a reason, the others go on
         row.reason = f"{type(error).__name__}: {error}"
     row.tflops = call_of(q, k, v).flops / row.timing.ms / 1e9 if row.timing else None
-    ran = selection.log.current.kinds() if selection.log.current else []
+    ran = dispatcher.log.current.kinds() if dispatcher.log.current else []
     row.library, row.kernel = (ran[0].library, ran[0].kernel or "") if ran else ("", "")
     return row

@@ -1,6 +1,5 @@
-"""Every backend on this machine: whether it can run here, why not, and what to type to get it. As data, and as text
-for a
-bug report.
+"""Every backend on this machine: whether it can run here, why not, and what to type to get it. As data, and as text for
+a bug report.
 
 Asking imports the libraries of the backends that fit the hardware, once per process; nothing runs on the GPU until
 `test_all` is called.
@@ -21,7 +20,7 @@ HEAD_DIM = 128  # of FLUX.2
 SHORT_NAMES = {"nvidia": "NVIDIA", "amd": "AMD", "cpu": "CPU", "apple": "Apple", "intel": "Intel"}
 
 
-def overview(device):
+def list_backends(device):
     """{"machine", "backends"} for a torch.device. backends: one dict per row of the registry, those that run here
     first.
     """
@@ -95,11 +94,11 @@ def pip_command(install):
 
 
 def test_all(device):
-    """`overview` after one small call of every backend that runs here, against float32: {slug: reasons} under "tested".
-    Takes seconds, or minutes where a library compiles its kernel first. Results are not remembered: a card that was
-    busy is no verdict.
+    """`list_backends` after one small call of each backend that runs here, against float32: {slug: reasons} under
+    "tested". Takes seconds, or minutes where a library compiles its kernel first. Results are not remembered: a card
+    that was busy is no verdict.
     """
-    found = overview(device)
+    found = list_backends(device)
     dtype = torch.float32 if describe(device).platform == "cpu" else torch.bfloat16
     usable = [row["backend"] for row in found["backends"] if row["state"] == HERE]
     return {**found, "tested": {slug: registry.test_call(slug, device, dtype, HEAD_DIM) for slug in usable}}

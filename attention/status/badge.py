@@ -11,8 +11,8 @@ CANCEL = "InterruptProcessingException"  # what ComfyUI raises through a samplin
 REFUSAL = "AttentionRefused"
 
 
-def glance(run, chosen, also=None):
-    """What to show of a runlog.Run. chosen, also: the slugs of the main and the second backend of its selection.
+def badge_of(run, chosen, also=None):
+    """What to show of a runlog.Run. chosen, also: the slugs of the main and the second backend of its dispatcher.
 
     Returns {"state", "text"}. state: RUNNING; RAN as chosen; OTHER when something that was not chosen computed calls
     too; NOTHING when the model asked for no attention; FAILED; CANCELLED.

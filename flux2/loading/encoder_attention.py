@@ -27,8 +27,8 @@ def install(clip, override):
             "layers do not take it as an argument. "
             "Set attention to 'default'."
         )
-    layers[0].register_forward_pre_hook(lambda *_: override.selection.begin_run(None) and None)
-    clip.patcher.attachments[ATTACHMENT] = override.selection
+    layers[0].register_forward_pre_hook(lambda *_: override.dispatcher.begin_run(None) and None)
+    clip.patcher.attachments[ATTACHMENT] = override.dispatcher
     clip.patcher.cached_patcher_init = (reload_with, (clip.patcher.cached_patcher_init, override))
     return len(layers)
 
@@ -64,6 +64,6 @@ def reload_with(original, override, disable_dynamic=False):
     return patcher
 
 
-def selection_of(clip):
-    """The selection that computes a CLIP's attention, or None for core's own."""
+def dispatcher_of(clip):
+    """The dispatcher that computes a CLIP's attention, or None for core's own."""
     return clip.patcher.attachments.get(ATTACHMENT)

@@ -13,6 +13,7 @@ import comfy.samplers
 import torch
 
 from . import sampling
+from ...attention.override import Observer
 from .. import attention_slot
 
 TEXT_TOKENS, LARGEST_SIDE, PATCH = 512, 16384, 16
@@ -66,8 +67,8 @@ def random_conditioning(model, seed=0):
     return [[torch.randn(1, TEXT_TOKENS, width, generator=torch.Generator().manual_seed(seed)), {"guidance": 4.0}]]
 
 
-def job(model, size, positive, steps, seed=0):
-    """compare.Job: `steps` steps of euler at a Size, from the noise of `seed`."""
+def sampling_job(model, size, positive, steps, seed=0):
+    """SamplingJob: `steps` steps of euler at a Size, from the noise of `seed`."""
     formats = model.model.latent_format
     shape = (
         1,
@@ -83,7 +84,7 @@ def job(model, size, positive, steps, seed=0):
         ]
         positive = [[context, {**values, "reference_latents": references}] for context, values in positive]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    return sampling.Job(
+    return sampling.SamplingJob(
         sampling.guider_of(model, positive),
         {"samples": torch.zeros(shape)},
         comfy.samplers.sampler_object("euler"),
@@ -98,8 +99,7 @@ def job(model, size, positive, steps, seed=0):
 @dataclass
 class Captured:
     """One kind of attention call of a model, with the tensors of its first one: q, k, v (B, H, S, D). count: how often
-    a
-    step makes it.
+    a step makes it.
     """
 
     q: torch.Tensor
@@ -119,25 +119,14 @@ class Captured:
         )
 
 
-class Capture:
-    """A guest of the override slot that keeps the tensors of each kind of call."""
+class Capture(Observer):
+    """Keeps the tensors of the first call of each signature."""
 
-    def __init__(self, occupant):
-        self.occupant, self.step, self.kinds = occupant, 0, {}
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.step, self.kinds = 0, {}
 
-    def __call__(
-        self,
-        func,
-        q,
-        k,
-        v,
-        heads,
-        mask=None,
-        attn_precision=None,
-        skip_reshape=False,
-        skip_output_reshape=False,
-        **kwargs,
-    ):
+    def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, **kwargs):
         if not torch.compiler.is_compiling():
             tensors = (
                 (q, k, v)
@@ -145,14 +134,8 @@ class Capture:
                 else (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
             )
             self.keep(*tensors, mask, kwargs.get("scale"))
-        rest = dict(
-            kwargs,
-            mask=mask,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-        return self.occupant(func, q, k, v, heads, **rest) if self.occupant else func(q, k, v, heads, **rest)
+        kwargs = dict(kwargs, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape)
+        return super().__call__(func, q, k, v, heads, **kwargs)
 
     def keep(self, q, k, v, mask, scale):
         """q, k, v (B, H, S, D)."""
@@ -165,10 +148,10 @@ class Capture:
 
 def captured(model, size, positive):
     """[Captured] of one step at a Size. What the model raises passes through."""
-    guest, step = Capture(attention_slot.occupant(model)), job(model, size, positive, 1)
+    capture, step = Capture(attention_slot.override_of(model)), sampling_job(model, size, positive, 1)
     sampling.settle(model, step)
-    sampling.run(sampling.watched(model, guest), step, None)
-    return list(guest.kinds.values())
+    sampling.run(attention_slot.observed(model, capture, sampling.KEY), step, None)
+    return list(capture.kinds.values())
 
 
 # --- whole steps -----------------------------------------------------------------------------------------------------
@@ -187,5 +170,5 @@ def step_times(model, size, positive, repeat, tick=lambda: None):
         tick()
         last = time.perf_counter()
 
-    sampling.run(model, job(model, size, positive, repeat + 1), callback)
+    sampling.run(model, sampling_job(model, size, positive, repeat + 1), callback)
     return times

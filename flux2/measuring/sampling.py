@@ -1,7 +1,7 @@
 """The same noise through variants of a MODEL: what each predicts in every step, how long a step takes, and the
 pictures.
 
-A variant is a Candidate: a name and a transform of the MODEL, so backends, fused blocks, more GPUs or a LoRA are all
+A Variant is a name and a transform of the MODEL, so backends, fused blocks, more GPUs or a LoRA are all
 compared in the same way. Who looks at attention calls is an argument (`make_probe`). Models are cloned, never changed.
 Not covered: video and other nested latents.
 """
@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from .. import error_links, attention_slot
 
@@ -24,7 +23,7 @@ COMPILED = "torch_compile_kwargs"  # what core's helper for compiling leaves in 
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Variant:
     """A variant of a model: transform(MODEL) -> MODEL. Whatever it raises is the reason why the candidate did not run.
     selects: whether the transform puts every attention call of the model on a backend, so that their number is known.
     """
@@ -35,10 +34,9 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """One sampling. guider: a GUIDER whose conditions and settings are used, its model replaced. latent: ComfyUI's
-    dict.
-    sigmas: (steps + 1,).
+    dict. sigmas: (steps + 1,).
     """
 
     guider: object
@@ -55,10 +53,9 @@ class Job:
 @dataclass
 class Recording:
     """One sampling as it went. predicted: per step the denoised latent, float32 on the CPU; latent: the last one;
-    seconds:
-    {step: time} of the steps that were timed; model: what was sampled; probe: what looked at its attention; error: why
-    it stopped; ran, calls: which kernels computed, in words, and how many calls of attention they counted, where the
-    model keeps a log (filled in by the caller).
+    seconds: {step: time} of the steps that were timed; model: what was sampled; probe: what looked at its attention;
+    error: why it stopped; ran, calls: which kernels computed, in words, and how many calls of attention they counted,
+    where the model keeps a log (filled in by the caller).
     """
 
     name: str
@@ -97,22 +94,21 @@ def guided(guider, model):
 
 def checked_steps(steps):
     """The steps in which attention is looked at, and which are therefore not timed: first, middle and last, as long as
-    one
-    is left to time.
+    one is left to time.
     """
     return {0, steps // 2, steps - 1} if steps > 3 else {0, steps - 1} if steps == 3 else {0}
 
 
 def record(candidate, model, job, make_probe, on_step=lambda: None):
-    """Recording of `job` with a Candidate of `model`. make_probe(occupant, steps) makes the guest of the override slot,
-    whose `step` is set here.
+    """Recording of `job` with a Variant of `model`. make_probe(override, steps) makes the
+    Observer.
     """
     found = Recording(candidate.name)
     try:
         found.model = candidate.transform(model)
         settle(model if candidate.selects else found.model, job)
-        found.probe = make_probe(attention_slot.occupant(found.model), checked_steps(job.steps))
-        sample(watched(found.model, found.probe), job, found, on_step)
+        found.probe = make_probe(attention_slot.override_of(found.model), checked_steps(job.steps))
+        sample(attention_slot.observed(found.model, found.probe, KEY), job, found, on_step)
     except (
         Exception
     ) as error:  # whatever it is, it is this candidate's reason; a cancel is no Exception and ends everything
@@ -129,30 +125,16 @@ def reason_of(error):
 
 def settle(model, job):
     """Run one step of a MODEL that core's helper has compiled, as it came. Its graphs are traced in the first run and
-    never look at transformer_options again: traced with a guest of ours they would keep it, and the user's next picture
-    would fail or come from another kernel.
+    never look at transformer_options again: traced with an observer of ours they would keep it, and the user's next
+    picture would fail or come from another kernel.
     """
     if COMPILED in model.model_options:
         run(model, replace(job, sigmas=job.sigmas[:2]), None)
 
 
-def watched(model, probe):
-    """A clone of a MODEL with the probe as its guest."""
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[attention_slot.SLOT] = probe
-
-    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        probe.step = attention_slot.step_of(transformer_options)[0] or 0
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
-    return clone
-
-
 def sample(model, job, found, on_step):
     """Run the job and fill in the Recording. A step's time runs from the end of the model's work in the step before to
-    its
-    end in this one.
+    its end in this one.
     """
     skipped, last = getattr(found.probe, "steps", ()), None
 
@@ -204,8 +186,7 @@ def decode(vae, latent):
 
 def rough_picture(model, latent):
     """A small picture (B, h, w, 3) of a latent without its VAE, by the colour table that ComfyUI previews with; its
-    mean
-    as grey for formats without one.
+    mean as grey for formats without one.
     """
     formats = model.model.latent_format
     if formats.latent_rgb_factors is None:

@@ -22,7 +22,7 @@ REFERENCE_SIDE = 1024
 
 
 @dataclass
-class Row:
+class WarmUpRow:
     """One thing that was run. loading: seconds before the first step; steps: seconds of each; seconds: of what has no
     steps; error: why it did not.
     """
@@ -45,8 +45,8 @@ class Row:
 
 
 def warm_up(model, sizes, steps, positive=None, clip=None, vae=None, batch=1, tick=lambda: None):
-    """[Row] of what was run: the text encoder, `steps` steps of a MODEL at each bench.Size, the VAE. tick() is called
-    between, and after each step.
+    """[WarmUpRow] of what was run: the text encoder, `steps` steps of a MODEL at each bench.Size, the VAE. tick() is
+    called between, and after each step.
 
     positive: a CONDITIONING; without one clip makes it, and without that noise stands in. A size for which memory is
     short becomes a row with its reason; whatever else goes wrong passes through.
@@ -75,10 +75,10 @@ def same_random_numbers(device):
 
 
 def timed(rows, what, work):
-    """The result of work(), its time as a Row."""
+    """The result of work(), its time as a WarmUpRow."""
     start = time.perf_counter()
     result = work()
-    rows.append(Row(what, time.perf_counter() - start))
+    rows.append(WarmUpRow(what, time.perf_counter() - start))
     return result
 
 
@@ -87,14 +87,14 @@ def encode(clip):
 
 
 def sampled(model, size, positive, steps, batch, tick):
-    """The Row of `steps` steps at a Size."""
-    row, clock = Row(str(size) + (f", batch {batch}" if batch > 1 else "")), Clock(model.load_device)
+    """The WarmUpRow of `steps` steps at a Size."""
+    row, clock = WarmUpRow(str(size) + (f", batch {batch}" if batch > 1 else "")), Clock(model.load_device)
 
     def callback(*_):
         row.steps.append(clock.lap())
         tick()
 
-    job = capture.job(model, size, positive, steps)
+    job = capture.sampling_job(model, size, positive, steps)
     job = replace(
         job, latent={"samples": job.latent["samples"].repeat(batch, 1, 1, 1)}, sampler=clocked(job.sampler, clock, row)
     )
@@ -130,7 +130,7 @@ def clocked(sampler, clock, row):
 
 def decoded(rows, model, vae, size, batch):
     """Rows of a VAE's part in a picture of a Size: decoding, and encoding its references."""
-    latent = capture.job(model, size, [], 1).latent["samples"].repeat(batch, 1, 1, 1)
+    latent = capture.sampling_job(model, size, [], 1).latent["samples"].repeat(batch, 1, 1, 1)
     timed(rows, f"VAE, decoding {size.width}x{size.height}", lambda: vae.decode(latent))
     if size.references and not any("encoding" in row.what for row in rows):
         timed(

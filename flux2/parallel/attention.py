@@ -1,17 +1,26 @@
 """Attention of one rank during a shared forward pass: the exchange around whatever computes attention on this MODEL.
 
-Sits in the override slot for the length of a forward pass, in front of the occupant that it finds there (a Select
+Sits in the override slot for the length of a forward pass, in front of the override that it finds there (a Select
 Attention node's, another pack's, or none: then core's own function). That one sees what one rank computes: the tokens
 of all ranks and a share of the heads.
 """
 
 import torch
 
-SLOT = "optimized_attention_override"
+from ...attention.dispatch import AttentionDispatcher
+from ...attention.override import AttentionOverride
+from ..attention_slot import dispatcher_behind
+
+
+def ring_fallback():
+    """The override that computes a ring's parts where nobody chose a kernel: ring attention needs a log-sum-exp, which
+    ComfyUI's own attention does not give, so `auto` does.
+    """
+    return AttentionOverride(AttentionDispatcher("auto"))
 
 
 class SharedAttention:
-    """The occupant of the override slot during one forward pass. state: the Pass it belongs to."""
+    """What is in the override slot during one forward pass. state: the Pass it belongs to."""
 
     def __init__(self, state, previous, fallback):
         self.state, self.previous, self.fallback = state, previous, fallback
@@ -59,7 +68,7 @@ class SharedAttention:
         return Begun(self.state.begun, skip_output_reshape)
 
     def _local(self, func, attn_precision, kwargs):
-        """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the occupant."""
+        """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the override behind."""
         # of another sequence
         options = {key: value for key, value in (kwargs.get("transformer_options") or {}).items() if key != "img_slice"}
         rest = dict(kwargs, attn_precision=attn_precision, transformer_options=options)
@@ -77,8 +86,8 @@ class SharedAttention:
         return local
 
     def _with_lse(self, q, k, v, mask, scale, rest):
-        selection = selection_of(self.previous) or (None if self.previous else selection_of(self.fallback))
-        if selection is None:
+        dispatcher = dispatcher_behind(self.previous or self.fallback)
+        if dispatcher is None:
             raise ValueError(
                 "A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own "
                 "does not. "
@@ -91,7 +100,7 @@ class SharedAttention:
             else None
         )
         precise = rest.get("low_precision_attention", True) is False
-        result = selection.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
+        result = dispatcher.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
         if result is None:
             raise ValueError(
                 "This model asks for full precision in some calls, and the chosen attention is quantised: a ring "
@@ -139,12 +148,3 @@ class Begun:
     def finish(self):
         out = self.call.finish()
         return out.transpose(1, 2) if self.heads_first else out.flatten(2)
-
-
-def selection_of(occupant):
-    """The Selection behind an occupant of the slot, also behind guests that only look on (whom they look at is their
-    `occupant`); or None.
-    """
-    while occupant is not None and not hasattr(occupant, "selection"):
-        occupant = getattr(occupant, "occupant", None)
-    return getattr(occupant, "selection", None)

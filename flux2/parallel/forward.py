@@ -19,7 +19,8 @@ import torch
 
 from comfy.patcher_extension import WrappersMP
 
-from .attention import SLOT, SharedAttention
+from ..attention_slot import SLOT
+from .attention import SharedAttention
 from .shards import Plan
 
 KEY = "flux2_split"
@@ -58,7 +59,7 @@ def shared(network, mesh, transformer_options=None, *, fallback=None):
 
     While the block runs, `forward_orig` of this network is a Shared; afterwards it is what it was. The options are
     handed on as they are: who holds the attention slot and which post_input patches there are is looked up inside, so
-    they may still change on the way. fallback: an attention override with a `selection`, used when the slot is empty
+    they may still change on the way. fallback: an AttentionOverride, used when the slot is empty
     and a ring degree above 1 needs a log-sum-exp. ValueError when the network cannot be shared.
     """
     reasons = unsupported(network, mesh.ulysses)
@@ -135,7 +136,7 @@ class Pass:
     def arguments(self):
         """What forward_orig is called with: the same, our patch behind the other post_input patches, the exchange
         around
-        the occupant of the slot.
+        the override in the slot.
         """
         options = dict(self.options)
         patches = dict(options.get("patches", {}))

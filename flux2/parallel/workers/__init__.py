@@ -13,6 +13,4 @@ model.
   channel.py   messages: JSON and raw tensor bytes over an authenticated socket, never pickle; serialize.py says what
                can be sent
   devices.py   which GPUs there are; versions.py what a rank is; report.py what the ranks did
-
-The attention package is not imported here: nodes/parallel.py and worker.py bring what is needed of it.
 """

@@ -28,12 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Request:
-    """What a Sequence Parallel node decided. plan: who takes part; tools: make_mesh and fallback() of the attention
-    package; why: the reason for the degrees.
-    """
+    """What a Sequence Parallel node decided. plan: who takes part; why: the reason for the degrees."""
 
     plan: Plan
-    tools: object
     why: str = ""
     patcher: object = None  # weak reference to the node's own clone, for callers that are no sampler
 
@@ -43,7 +40,6 @@ class Request:
         return ranks.group_of(
             base,
             self.plan,
-            self.tools,
             device,
             cancelled=management.processing_interrupted,
             in_use=lambda: is_loaded(reference()),
@@ -167,8 +163,8 @@ def moment_of(options):
     for
     the GPU.
     """
-    selection = getattr(options.get(attention_slot.SLOT), "selection", None)
-    return attention_slot.step_of(options) if getattr(selection, "schedule", None) else (None, 0)
+    dispatcher = attention_slot.dispatcher_behind(options.get(attention_slot.SLOT))
+    return attention_slot.step_of(options) if dispatcher and dispatcher.schedule else (None, 0)
 
 
 class Progress:

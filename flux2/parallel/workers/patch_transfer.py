@@ -4,7 +4,7 @@ has to be there too.
 
   specs = carried(patcher, transformer_options)      # rank 0, before each forward pass: [[row, spec], ...] in JSON;
                                                      Refused names what cannot be carried
-  model = applied(model, specs, tools)               # a worker: a clone of its replica with the same things on it
+  model = applied(model, specs)                      # a worker: a clone of its replica with the same things on it
 
 Outside the forward pass is everything that samplers, guiders, schedules, previews, CFG and caches of whole steps
 (EasyCache) do: rank 0 alone runs it, around a network that happens to compute on several GPUs. So wrappers of every
@@ -18,9 +18,12 @@ from dataclasses import dataclass
 import os
 from typing import Callable
 
+from ....attention.dispatch import AttentionDispatcher, Schedule
+from ... import attention_slot
+from ...attention_slot import SLOT
 from .serialize import Unsendable, flatten, restore
 
-SLOT, OPTIONS = "optimized_attention_override", "options"
+OPTIONS = "options"
 # set per rank by core, or read by wrappers, which only rank 0 runs
 LOCAL_OPTIONS = {
     "wrappers",
@@ -64,8 +67,7 @@ class Thing:
 class Row:
     """name: what people call it. find(thing) -> a spec (JSON; equal specs are applied once), or None when it is
     something
-    else. apply(model, spec, tools): put the same on a worker's MODEL clone, which it may replace by returning another.
-    tools: what worker.py brings from the attention package.
+    else. apply(model, spec): put the same on a worker's MODEL clone, which it may replace by returning another.
     """
 
     name: str
@@ -82,8 +84,9 @@ def things(patcher, options):
         yield from (Thing("patch", name, function) for function in functions)
     for name, replacements in options.get("patches_replace", {}).items():
         yield from (Thing("replacement", (name, key), function) for key, function in replacements.items())
-    if options.get(SLOT) is not None:
-        yield Thing("attention", SLOT, options[SLOT])
+    override = attention_slot.behind_observers(options.get(SLOT))  # observers look on, on rank 0 alone
+    if override is not None:
+        yield Thing("attention", SLOT, override)
     yield from (Thing("option", name, value) for name, value in options.items() if name not in LOCAL_OPTIONS)
     for kind, keyed in options.get("wrappers", {}).items():
         yield from (Thing("wrapper", (kind, key), wrapper) for key, wrappers in keyed.items() for wrapper in wrappers)
@@ -141,7 +144,7 @@ def row_of(thing):
     return () if thing.place in ("option", "wrapper") else None
 
 
-def applied(model, specs, tools):
+def applied(model, specs):
     """A clone of a worker's MODEL with these things on it."""
     rows = {row.name: row for row in ROWS}
     model = model.clone()
@@ -151,7 +154,7 @@ def applied(model, specs, tools):
                 f"This worker does not know '{name}': its copy of the pack is not that of rank 0. Use the same "
                 "version on every host."
             )
-        model = rows[name].apply(model, spec, tools) or model
+        model = rows[name].apply(model, spec) or model
     return model
 
 
@@ -241,32 +244,32 @@ def name_of(value):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def find_selection(thing):
+def find_dispatcher(thing):
     """Select Attention: its decisions are small values."""
-    selection = getattr(thing.value, "selection", None)
-    if thing.place != "attention" or selection is None:
+    dispatcher = attention_slot.dispatcher_behind(thing.value)
+    if thing.place != "attention" or dispatcher is None:
         return None
-    if getattr(thing.value, "previous", None) is not None:
+    if thing.value.previous is not None:
         raise Refused(
             f"Select Attention keeps another attention override behind it, {name_of(thing.value.previous)}, and "
             "Sequence parallel cannot carry "
             "that to the other GPUs. Remove the node that sets it."
         )
-    schedule = vars(selection.schedule) if selection.schedule else None
     return flatten(
         {
-            "backend": selection.backend,
-            "unsupported": selection.unsupported,
-            "options": selection.options,
-            "schedule": schedule,
+            "backend": dispatcher.backend,
+            "unsupported": dispatcher.unsupported,
+            "options": dispatcher.options,
+            "schedule": vars(dispatcher.schedule) if dispatcher.schedule else None,
         }
     )[0]
 
 
-def apply_selection(model, spec, tools):
-    from ...attention_slot import install
-
-    install(model, tools.attention(restore(spec, [])))
+def apply_dispatcher(model, spec):
+    settings = restore(spec, [])
+    if settings["schedule"]:
+        settings["schedule"] = Schedule(**settings["schedule"])
+    attention_slot.select(model, AttentionDispatcher(**settings))
 
 
 def find_kv_cache(thing):
@@ -286,7 +289,7 @@ def find_kv_cache(thing):
     return None
 
 
-def apply_kv_cache(model, spec, tools):
+def apply_kv_cache(model, spec):
     from comfy_extras.nodes_flux import FluxKVCache
 
     return FluxKVCache.execute(model).args[0]
@@ -306,7 +309,7 @@ def find_fast_blocks(thing):
     return {}
 
 
-def apply_fast_blocks(model, spec, tools):
+def apply_fast_blocks(model, spec):
     from ...fused.blocks import install
 
     install(model)
@@ -325,7 +328,7 @@ def find_compile(thing):
     }
 
 
-def apply_compile(model, spec, tools):
+def apply_compile(model, spec):
     from ...compiled import blocks as compiled_blocks, toolchain
 
     if spec["folder"]:
@@ -348,12 +351,12 @@ def find_plain(place):
     return find
 
 
-def apply_option(model, spec, tools):
+def apply_option(model, spec):
     name, data = spec
     model.model_options["transformer_options"][name] = restore(data, [])
 
 
-def apply_object(model, spec, tools):
+def apply_object(model, spec):
     name, data = spec
     model.add_object_patch(name, restore(data, []))
 
@@ -361,7 +364,7 @@ def apply_object(model, spec, tools):
 ROWS = (
     Row(OPTIONS, find_plain("option"), apply_option),
     Row("object patches", find_plain("object"), apply_object),
-    Row("Select Attention", find_selection, apply_selection),
+    Row("Select Attention", find_dispatcher, apply_dispatcher),
     Row("Flux KV Cache", find_kv_cache, apply_kv_cache),
     Row("Fast Blocks (FLUX.2)", find_fast_blocks, apply_fast_blocks),
     Row("Compile Blocks (FLUX)", find_compile, apply_compile),

@@ -8,7 +8,7 @@ as on rank 0.
                                               copy in host memory
   replica.set_weights(data, tensors)          # LoRA patches of this version in place of those before; only the weights
                                               concerned are written again
-  replica.set_options(specs, tools)           # what patch_transfer.py sends
+  replica.set_options(specs)                  # what patch_transfer.py sends
 
 Host memory: tensors of a safetensors file stay mapped, so their pages are the file's and shared by all processes; the
 originals of patched weights are taken from there again. Only files that ComfyUI does not map (.ckpt, .pt) and stacked
@@ -154,7 +154,7 @@ class Replica:
         self._patched = set(patches)
         return len(patches)
 
-    def set_options(self, specs, tools):
+    def set_options(self, specs):
         """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on
         the model stays as it is then, with what it keeps between passes (the references of Flux KV Cache).
         """
@@ -162,7 +162,7 @@ class Replica:
         if things == self._things:
             return
         self._things = None
-        self.current = patch_transfer.applied(self.model, things, tools)
+        self.current = patch_transfer.applied(self.model, things)
         for name, value in self._replaced.items():
             comfy.utils.set_attr(self.model.model, name, value)
         self._replaced = {

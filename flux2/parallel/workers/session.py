@@ -1,7 +1,7 @@
 """The ranks of one loaded model: its replicas, the mesh between them, and the forward passes that they share. Rank 0's
 side.
 
-  group = group_of(base_model, plan, tools)    # the one that is there, or a new one in place of one with other
+  group = group_of(base_model, plan)           # the one that is there, or a new one in place of one with other
                                                processes
   group.begin(patcher); group.ready()          # starts what is not running
   group.update(patcher, options)               # LoRA and options of the other ranks, where they differ
@@ -25,6 +25,8 @@ import weakref
 
 import torch
 
+from ....attention.parallel import make_mesh
+from ..attention import ring_fallback
 from . import patch_transfer, versions, process_groups, launch, replica
 from .pool import Crew, RanksFailed
 from .step import Share, described
@@ -42,15 +44,15 @@ def nobody_asks(text, done, of):
 
 
 class Group:
-    """See the module's text. tools: make_mesh and fallback() of the attention package. base: ComfyUI's model
+    """See the module's text. base: ComfyUI's model
     (BaseModel),
     held weakly. seconds: from the start of the processes until they ran ("configure"), had loaded ("load"), stood ready
     ("ready"). last: what the last sampling reported, by rank. cancelled(): whether the user asked to stop. in_use():
     whether rank 0 still has the model loaded.
     """
 
-    def __init__(self, plan, tools, device, cancelled=lambda: False, in_use=lambda: True):
-        self.plan, self.tools, self.device = plan, tools, torch.device(device)
+    def __init__(self, plan, device, cancelled=lambda: False, in_use=lambda: True):
+        self.plan, self.device = plan, torch.device(device)
         self.cancelled, self.in_use = cancelled, in_use
         self.name = "this process", versions.device_name(self.device)
         self.crew, self.seconds, self.last, self.turn = None, {}, {}, threading.RLock()
@@ -174,13 +176,11 @@ class Group:
         with made:
             self._await("mesh", number, MESHING, "connecting", progress)
             mine, self.mesh = made.result(self.crew.check)
-        self._groups, self.share, self._arranged = mine, Share(self.mesh, self.tools.fallback()), self.plan.mesh()
+        self._groups, self.share, self._arranged = mine, Share(self.mesh, ring_fallback()), self.plan.mesh()
 
     def _own_mesh(self, prefix, host):
         mine = process_groups.Groups(self._store, prefix, 0, self.device, host)
-        return mine, self.tools.make_mesh(
-            **self.plan.mesh(), device=self.device, rank=0, size=self.plan.size, groups=mine.make
-        )
+        return mine, make_mesh(**self.plan.mesh(), device=self.device, rank=0, size=self.plan.size, groups=mine.make)
 
     def end_mesh(self):
         """End what waits in the mesh, from any thread. The next pass needs a new one."""
@@ -424,7 +424,7 @@ class InThread:
 _groups = weakref.WeakKeyDictionary()
 
 
-def group_of(base, plan, tools, device, **watching):
+def group_of(base, plan, device, **watching):
     """The Group of a loaded model (BaseModel) for a plan. Another plan with the same processes keeps them; otherwise
     those
     of before are ended.
@@ -437,7 +437,7 @@ def group_of(base, plan, tools, device, **watching):
         return group
     if group is not None:
         group.stop()
-    group = _groups[base] = Group(plan, tools, device, **watching)
+    group = _groups[base] = Group(plan, device, **watching)
     weakref.finalize(base, group.stop)
     return group
 

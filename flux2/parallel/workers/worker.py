@@ -64,7 +64,7 @@ class Worker:
 
     def __init__(self, channel):
         self.channel, self.inbox = channel, queue.SimpleQueue()
-        self.replica = self.mesh = self.groups = self.share = self.tools = None
+        self.replica = self.mesh = self.groups = self.share = None
         self.rank, self.device = 0, "cpu"
         self.running, self.stopped, self.lock = None, 0, threading.Lock()
         self.absent = False  # from exchanges in which the others are
@@ -164,7 +164,6 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         pack("flux2.parallel.workers.replica")
-        self.tools = Tools()
         facts = pack("flux2.parallel.workers.versions")
         return {"versions": facts.versions(), "name": facts.device_name(self.device)}
 
@@ -182,10 +181,12 @@ class Worker:
             self.mesh_ended()
         store = groups.joined_store(*message["store"])
         self.groups = groups.Groups(store, message["prefix"], self.rank, self.device, message["host"])
-        self.mesh = self.tools.make_mesh(
+        self.mesh = pack("attention.parallel").make_mesh(
             **message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make
         )
-        self.share = pack("flux2.parallel.workers.step").Share(self.mesh, self.tools.fallback())
+        self.share = pack("flux2.parallel.workers.step").Share(
+            self.mesh, pack("flux2.parallel.attention").ring_fallback()
+        )
 
     def do_weights(self, message, tensors):
         """tensors: those of message["new"]; the others this rank has from before."""
@@ -198,7 +199,7 @@ class Worker:
         }
 
     def do_options(self, message, tensors):
-        self.replica.set_options(message["specs"], self.tools)
+        self.replica.set_options(message["specs"])
 
     def do_forward(self, message, tensors):
         import torch
@@ -225,7 +226,7 @@ class Worker:
         if self.mesh is not None:
             times = self.mesh.stats.read().as_data()
             self.mesh.stats.reset()
-        return {"times": times, "attention": self.tools.ran(self.replica.options())}
+        return {"times": times, "attention": self.ran()}
 
     def do_room(self, message, tensors):
         """Bytes that are free on this rank's GPU; None on the CPU."""
@@ -258,45 +259,22 @@ class Worker:
 
     def at_moment(self, options, moment):
         """Tell the carried Select Attention where in the sampling this pass is."""
-        selection = self.tools.selection(options)
-        return selection.forward(*moment) if selection is not None else contextlib.nullcontext()
+        dispatcher = self.dispatcher(options)
+        return dispatcher.forward(*moment) if dispatcher is not None else contextlib.nullcontext()
 
+    def dispatcher(self, options):
+        slot = pack("flux2.attention_slot")
+        return slot.dispatcher_behind(options.get(slot.SLOT))
 
-class Tools:
-    """What the attention package brings: flux2 and attention meet in this file and in nodes/ alone."""
-
-    def __init__(self):
-        self.make_mesh = pack("attention.parallel").make_mesh
-
-    def attention(self, spec):
-        """The override of a Select Attention node from its plain values (carry.find_selection)."""
-        selection = pack("attention.dispatch")
-        schedule = selection.Schedule(**spec["schedule"]) if spec["schedule"] else None
-        return self.override(
-            selection.Selection(
-                spec["backend"], unsupported=spec["unsupported"], options=spec["options"], schedule=schedule
-            )
-        )
-
-    def override(self, selection):
-        return pack("attention.override").AttentionOverride(selection)
-
-    def fallback(self):
-        """Ring attention needs a log-sum-exp, which ComfyUI's own attention does not give."""
-        return self.override(pack("attention.dispatch").Selection("auto"))
-
-    def selection(self, options):
-        return getattr(options.get("optimized_attention_override"), "selection", None)
-
-    def ran(self, options):
+    def ran(self):
         """What computed the attention of the last sampling: {backend: calls}."""
-        selection = self.selection(options)
-        if selection is None or selection.log.current is None:
+        dispatcher = self.dispatcher(self.replica.options())
+        if dispatcher is None or dispatcher.log.current is None:
             return {}
         found = {}
-        for entry in selection.log.current.kinds():
+        for entry in dispatcher.log.current.kinds():
             found[entry.backend] = found.get(entry.backend, 0) + entry.calls
-        selection.begin_run(0)
+        dispatcher.begin_run(0)
         return found
 
 

@@ -14,53 +14,53 @@ import torch
 from flux2_pack.attention.status import badge, backends_here
 from flux2_pack.attention import registry
 from flux2_pack.attention.run_log import RunLog
-from flux2_pack.attention.dispatch import USE_SDPA, Schedule, Selection
+from flux2_pack.attention.dispatch import USE_SDPA, Schedule, AttentionDispatcher
 
 
 def tensors(dtype=torch.float32, tokens=8):
     return [torch.randn(1, tokens, 2, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3)]
 
 
-def sampled(selection, steps=2, calls=3, error=None):
+def sampled(dispatcher, steps=2, calls=3, error=None):
     """A run as the sampler's hooks drive it."""
-    run = selection.begin_run(steps)
+    run = dispatcher.begin_run(steps)
     for step in range(steps):
-        with selection.forward(step, steps):
+        with dispatcher.forward(step, steps):
             for index in range(calls):
-                selection.attend(*tensors(), block=("double", index))
-    selection.log.end(run, error=error)
+                dispatcher.attend(*tensors(), block=("double", index))
+    dispatcher.log.end(run, error=error)
     return run
 
 
-def line(selection, run):
-    return badge.glance(run, selection.backend, selection.schedule.backend if selection.schedule else None)
+def line(dispatcher, run):
+    return badge.badge_of(run, dispatcher.backend, dispatcher.schedule.backend if dispatcher.schedule else None)
 
 
 @pytest.mark.parametrize("backend, text", [("auto", "auto → sdpa · 6 calls"), ("sdpa-math", "sdpa-math · 6 calls")])
 def test_a_run_in_one_line(backend, text):
-    chosen = Selection(backend)
+    chosen = AttentionDispatcher(backend)
     assert line(chosen, sampled(chosen)) == {"state": "ran", "text": text}
 
 
 def test_a_single_call_is_no_plural():
-    chosen = Selection("sdpa")
+    chosen = AttentionDispatcher("sdpa")
     assert line(chosen, sampled(chosen, 1, 1))["text"] == "sdpa · 1 call"
 
 
 def test_a_schedule_names_both_backends_with_their_calls():
-    chosen = Selection("sdpa", schedule=Schedule("sdpa-math", first_steps=1, blocks=(("double", 3),)))
+    chosen = AttentionDispatcher("sdpa", schedule=Schedule("sdpa-math", first_steps=1, blocks=(("double", 3),)))
     assert line(chosen, sampled(chosen, steps=3)) == {"state": "ran", "text": "sdpa → sdpa 6 + sdpa-math 3 · 9 calls"}
 
 
 def test_calls_that_another_backend_computed_are_marked():
-    chosen = Selection("flash4", unsupported=USE_SDPA)  # refuses every call on a CPU
+    chosen = AttentionDispatcher("flash4", unsupported=USE_SDPA)  # refuses every call on a CPU
     if not registry.unavailable("flash4", registry.describe("cpu")):
         pytest.skip("it runs here")
     assert line(chosen, sampled(chosen)) == {"state": "other", "text": "flash4 → sdpa · 6 calls"}
 
 
 def test_a_model_that_asks_for_no_attention():
-    chosen = Selection("sdpa")
+    chosen = AttentionDispatcher("sdpa")
     assert line(chosen, sampled(chosen, calls=0)) == {"state": "nothing", "text": "sdpa · not asked by this model"}
 
 
@@ -82,12 +82,12 @@ def test_a_model_that_asks_for_no_attention():
     ],
 )
 def test_a_run_that_stopped(error, state, text):
-    chosen = Selection("sdpa")
+    chosen = AttentionDispatcher("sdpa")
     assert line(chosen, sampled(chosen, error=error)) == {"state": state, "text": text}
 
 
 def test_the_listener_hears_the_kernel_after_the_first_forward_pass_and_the_end():
-    chosen, heard = Selection("auto"), []
+    chosen, heard = AttentionDispatcher("auto"), []
     chosen.log.listener = lambda run: heard.append(line(chosen, run))
     sampled(chosen, steps=4)
     assert [(h["state"], h["text"]) for h in heard] == [
@@ -97,7 +97,7 @@ def test_the_listener_hears_the_kernel_after_the_first_forward_pass_and_the_end(
 
 
 def test_a_listener_that_fails_does_not_stop_the_sampling(caplog):
-    chosen = Selection("sdpa")
+    chosen = AttentionDispatcher("sdpa")
 
     def broken(run):
         raise OSError("the page is gone")
@@ -116,7 +116,7 @@ def test_forward_passes_outside_a_sampling_are_no_news():
 
 
 def test_every_backend_is_listed_once_with_a_reason_or_a_version():
-    found = backends_here.overview(torch.device("cpu"))
+    found = backends_here.list_backends(torch.device("cpu"))
     assert sorted(row["backend"] for row in found["backends"]) == sorted(registry.ROWS)
     for row in found["backends"]:
         assert (row["state"] == backends_here.HERE) == (not row["reasons"]) == bool(row["version"])
@@ -195,7 +195,7 @@ def ask(routes, method, path, **match):
 
 
 def test_a_sampling_is_told_to_the_page_that_queued_it(routes):
-    chosen = Selection("auto")
+    chosen = AttentionDispatcher("auto")
     token = routes.status.follow(chosen)
     assert ask(routes, "GET", routes.status.STATUS_ROUTE, token=token) == (
         200,
@@ -214,14 +214,14 @@ def test_a_sampling_is_told_to_the_page_that_queued_it(routes):
 
 def test_without_a_page_nothing_is_sent(routes):
     routes.server.client_id = None
-    chosen = Selection("auto")
+    chosen = AttentionDispatcher("auto")
     routes.status.follow(chosen)
     sampled(chosen)
     assert routes.sent == []
 
 
 def test_a_selection_that_is_gone_is_not_found(routes):
-    token = routes.status.follow(Selection("auto"))  # nobody holds it: the token must not keep it alive
+    token = routes.status.follow(AttentionDispatcher("auto"))  # nobody holds it: the token must not keep it alive
     code, answer = ask(routes, "GET", routes.status.STATUS_ROUTE, token=token)
     assert code == 404 and answer["error"].endswith(".")
     assert ask(routes, "GET", routes.status.STATUS_ROUTE, token="../../etc/passwd")[0] == 404
@@ -229,7 +229,7 @@ def test_a_selection_that_is_gone_is_not_found(routes):
 
 def test_slow_libraries_do_not_block_the_server(routes, monkeypatch):
     """The list is made in another thread: the event loop goes on meanwhile."""
-    monkeypatch.setattr(backends_here, "overview", lambda device: slow())
+    monkeypatch.setattr(backends_here, "list_backends", lambda device: slow())
     seen = []
 
     def slow():
