@@ -123,7 +123,7 @@ def main():
         job = nodes.model_bench.sampling_job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
         found, *_ = nodes.compare(model, job, args.reference, candidates(args, nodes), vae)
         data = {
-            **nodes.measure.plain(found.as_data()),
+            **nodes.statistics.as_json(found.as_data()),
             "weights": TEXTS[args.weights],
             "command": shareable("accuracy.py", sys.argv[1:]),
         }

@@ -48,7 +48,7 @@ def measured(args):
     )
     borrowed = ", AITER's Triton kernels compiled for this card" if args.aiter_source else ""
     return found.as_text(), {
-        **nodes.measure.plain(found.as_data()),
+        **nodes.statistics.as_json(found.as_data()),
         "weights": f"random weights, FLUX.2 {args.weights}{borrowed}",
         "command": shareable("speed.py", sys.argv[1:]),
     }

@@ -73,7 +73,7 @@ def in_process(args):
             args.step_repeat,
         )
         images = measuring.write_pictures(args, nodes, [nodes.figures.chart(found)], FILES)
-        return found.as_text(), {**nodes.measure.plain(found.as_data()), "images": images}
+        return found.as_text(), {**nodes.statistics.as_json(found.as_data()), "images": images}
 
 
 def main():

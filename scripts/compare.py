@@ -102,7 +102,7 @@ def in_process(args):
         ]
         found, *images = nodes.compare(model, job, args.reference, nodes.unnamed_twice(candidates))
         return found.as_text(), {
-            **nodes.measure.plain(found.as_data()),
+            **nodes.statistics.as_json(found.as_data()),
             "images": measuring.write_pictures(args, nodes, images, FILES),
         }
 

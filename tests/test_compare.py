@@ -73,7 +73,7 @@ def vae(tools, small_models):
 
 
 def job(tools, model, steps=STEPS, seed=0, positive=None):
-    return tools.bench.job(
+    return tools.bench.sampling_job(
         model, tools.bench.Size(*PIXELS), positive or tools.bench.random_conditioning(model, seed), steps, seed
     )
 
@@ -180,7 +180,7 @@ def test_nan_a_crash_and_an_absent_library_are_rows_with_reasons(tools, flux2):
     assert fine.verdict.word == tools.measure.NOISE and torch.isfinite(pictures).all()
     text = found.as_text()
     assert text.count("did not run") == 2 and all(row.reason in text for row in found.rows)
-    json.dumps(tools.measure.plain(found.as_data()), allow_nan=False)
+    json.dumps(tools.measure.as_json(found.as_data()), allow_nan=False)
 
 
 def test_gross_faults_are_refused_by_the_selectors_test_call_already(tools, flux2):
@@ -632,7 +632,7 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
             flux2, tools.bench.sizes("64x64"), wanted=["sdpa", "flash4"], call_repeat=1, step_repeat=1
         )
     for name, result in (("accuracy-a", found), ("speed-b", speed)):
-        data = {**tools.measure.plain(result.as_data()), "weights": "small weights", "command": "python scripts/x.py"}
+        data = {**tools.measure.as_json(result.as_data()), "weights": "small weights", "command": "python scripts/x.py"}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     accuracy, fast = (path.read_text() for path in measured_pages.pages(tmp_path, tmp_path / "docs"))
     assert (
