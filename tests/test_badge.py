@@ -140,13 +140,13 @@ def test_an_install_command_names_the_python_that_runs_this(monkeypatch):
 
 
 @pytest.mark.parametrize("slug", registry.ROWS)
-def test_hardware_reads_like_the_readme(slug):
+def test_hardware_reads_like_the_table_of_backends(slug):
     from pack import ROOT
 
     row = registry.row(slug)
     assert (
         f"| `{slug}` | {row.library}: {row.summary} | {backends_here.hardware_text(row.hardware)} |"
-        in (ROOT / "README.md").read_text()
+        in (ROOT / "docs" / "backends.md").read_text()
     )
 
 

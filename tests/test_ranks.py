@@ -722,7 +722,7 @@ def test_ranks_that_never_join_are_said_and_can_be_cancelled(tools, monkeypatch)
 
 
 def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
-    """The line of the README, with this machine as the other host."""
+    """The line of docs/several-gpus.md, with this machine as the other host."""
     secret, port = "a secret of some length", free_port()
     monkeypatch.setenv("FLUX2_RANKS_LISTEN", f"127.0.0.1:{port}")
     monkeypatch.setenv("FLUX2_RANKS_SECRET", secret)

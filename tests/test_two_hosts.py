@@ -50,7 +50,7 @@ def hosts():
 
 @pytest.fixture
 def worker(hosts, comfyui):
-    """torchrun on the second host, by the line of the README."""
+    """torchrun on the second host, by the line of docs/several-gpus.md."""
     command = [
         "ip",
         "netns",

@@ -65,7 +65,7 @@ def plan(device, gpus, degrees):
 
 def hint(here):
     if here.device == "cuda":
-        return f"GPUs of other hosts can join when ComfyUI is started with {launch.LISTEN} (see the README)."
+        return f"GPUs of other hosts can join when ComfyUI is started with {launch.LISTEN} (see docs/several-gpus.md)."
     return (
         f"Without GPUs it can only be tried out: start ComfyUI with {launch.CPU_RANKS}=2, and two processes share "
         "the CPU."

@@ -216,7 +216,7 @@ class Crew:
             return (
                 f"{len(arrivals)} of {self.plan.elsewhere} ranks on other hosts joined within {REMOTE_STARTING} "
                 "seconds. Start the workers there with "
-                f"torchrun (see the README), with this host's {launch.LISTEN} as --join and the same {launch.SECRET}."
+                f"torchrun (see docs/several-gpus.md), with this host's {launch.LISTEN} as --join and the same {launch.SECRET}."
             )
         return ""
 
