@@ -215,8 +215,8 @@ class Crew:
         if len(arrivals) < self.plan.elsewhere:
             return (
                 f"{len(arrivals)} of {self.plan.elsewhere} ranks on other hosts joined within {REMOTE_STARTING} "
-                "seconds. Start the workers there with "
-                f"torchrun (see docs/several-gpus.md), with this host's {launch.LISTEN} as --join and the same {launch.SECRET}."
+                "seconds. Start the workers there with torchrun (see docs/several-gpus.md), with this host's "
+                f"{launch.LISTEN} as --join and the same {launch.SECRET}."
             )
         return ""
 
