@@ -79,9 +79,9 @@ def lse_bhs(lse, q):
     return flat[..., :s].float()
 
 
-def repeat_heads(t, heads):
-    """k or v (B, S, Hkv, D) with each head repeated to `heads` heads; a view's worth of work when they are equal."""
-    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)
+def repeat_heads(t, heads, axis=2):
+    """k or v, whose heads lie on `axis`, with each head repeated to `heads` heads; as it is when they are equal."""
+    return t if t.shape[axis] == heads else t.repeat_interleave(heads // t.shape[axis], dim=axis)
 
 
 def per_tensor_fp8(t, dtype):

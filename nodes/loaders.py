@@ -8,7 +8,7 @@ sentence, before anything is loaded.
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2.loading import lazy_clip, load
+from ..flux2.loading import encoder_precision, lazy_clip, load
 from ..flux2.checkpoints.header import CheckpointError
 from ..flux2.checkpoints.folders import choices, locate, pipeline_parts
 from ..flux2.loading.memory import AUTO, MODEL_MODES, MODES
@@ -208,6 +208,16 @@ class Flux2LoadTextEncoder(io.ComfyNode):
                         "that are kept on disk never need the file."
                     ),
                 ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(encoder_precision.PRECISIONS),
+                    default=encoder_precision.AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Number format in which the prompt is computed. 'auto': bf16 where the device computes it "
+                    "natively, else float32 (recommended). 'bf16': as diffusers and the official code do, several "
+                    "times faster on a GPU. 'float32': as ComfyUI does.",
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder. An ordinary CLIP: connect it to CLIP Text Encode.")],
         )
@@ -218,11 +228,17 @@ class Flux2LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, text_encoder_name, device, padding="zeros", attention=ENCODER_BACKENDS[0], memory=AUTO, load=lazy_clip.NOW
+        cls,
+        text_encoder_name,
+        device,
+        padding="zeros",
+        attention=ENCODER_BACKENDS[0],
+        memory=AUTO,
+        load=lazy_clip.NOW,
+        precision=encoder_precision.AUTO,
     ) -> io.NodeOutput:
-        source = lazy_clip.EncoderSource(
-            _path("text_encoders", text_encoder_name), device, padding, memory, (("attention", attention),)
-        )
+        path = _path("text_encoders", text_encoder_name)
+        source = lazy_clip.EncoderSource(path, device, padding, memory, (("attention", attention),), precision)
         check_encoder_attention(source.load_device, attention)
         return io.NodeOutput(
             lazy_clip.text_encoder(source, lambda: _text_encoder(source, attention), load == lazy_clip.WHEN_NEEDED)
@@ -232,7 +248,8 @@ class Flux2LoadTextEncoder(io.ComfyNode):
 def _text_encoder(source, attention):
     embeddings = folder_paths.get_folder_paths("embeddings")
     return choose_encoder_attention(
-        load.load_text_encoder(source.path, source.device, source.padding, embeddings, source.memory), attention
+        load.load_text_encoder(source.path, source.device, source.padding, embeddings, source.memory, source.precision),
+        attention,
     )
 
 

@@ -3,6 +3,7 @@ here,
 on fakes.
 """
 
+import contextlib
 import importlib
 import sys
 import types
@@ -363,3 +364,27 @@ def test_the_probe_reports_failures_and_wrong_results(monkeypatch):
     assert "no kernel image" in registry.probe("sdpa", "cpu", torch.float32, 64)[0]
     monkeypatch.setitem(adapters, "sdpa", Wrong())
     assert "wrong result" in registry.probe("sdpa", "cpu", torch.float32, 128)[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("slug", ["sdpa-efficient", "sdpa-flash", "sdpa-cudnn"])
+def test_a_named_kernel_is_never_given_grouped_heads(slug, masked, monkeypatch):
+    """ROCm's memory-efficient kernel takes none. Heads first, as ComfyUI's text encoders call; computed by PyTorch."""
+    import torch.nn.functional as F
+    from flux2_pack.attention.backends import sdpa
+
+    q, k, v = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 2, 6, 64)
+    mask, plain, seen = torch.ones(6, 6).tril().bool() if masked else None, F.scaled_dot_product_attention, []
+
+    def exact(q, k, v, attn_mask=None, scale=None, enable_gqa=False):
+        seen.append((q.shape[1], k.shape[1], v.shape[1], enable_gqa))
+        return plain(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(
+        sdpa.ADAPTERS[slug], "operator", lambda q, k, v, scale, lse: (exact(q, k, v, None, scale), None)
+    )
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", exact)
+    out = sdpa.ADAPTERS[slug].attend_heads_first(q, k, v, mask, 0.1)
+    assert seen == [(4, 4, 4, False)]
+    torch.testing.assert_close(out, plain(q, k, v, attn_mask=mask, scale=0.1, enable_gqa=True))

@@ -45,14 +45,16 @@ class Named(Adapter):
         return f"PyTorch {KERNEL_NAMES[int(self.backend.value)]}"
 
     def run(self, q, k, v, mask, scale, need_lse):
-        k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
         if not need_lse:
             return self.attend_heads_first(*bhsd(q, k, v), mask, scale).transpose(1, 2), None
+        k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
         out, lse = self.operator(*bhsd(q, k, v), scale, True)
         return out.transpose(1, 2), lse_bhs(lse, q)
 
     def attend_heads_first(self, q, k, v, mask, scale):
-        if mask is None and q.shape[1] == k.shape[1]:
+        # not every kernel takes grouped heads: PyTorch's memory-efficient one does not on ROCm (sdp_utils.cpp)
+        k, v = repeat_heads(k, q.shape[1], axis=1), repeat_heads(v, q.shape[1], axis=1)
+        if mask is None:
             return self.operator(q, k, v, scale, False)[0]
         with sdpa_kernel(self.backend):
             return public(q, k, v, mask, scale)

@@ -35,12 +35,17 @@ def install(clip, override):
 
 def hook_layers(network, override):
     """Hook every attention layer of a network; returns the layers."""
-    layers = [
-        m for m in network.modules() if hasattr(m, "o_proj") and ARGUMENT in inspect.signature(m.forward).parameters
-    ]
+    layers = attention_layers(network)
     for layer in layers:
         layer.register_forward_pre_hook(replace_argument(override), with_kwargs=True)
     return layers
+
+
+def attention_layers(network):
+    """The layers of a network that compute attention with a function that they are given."""
+    return [
+        m for m in network.modules() if hasattr(m, "o_proj") and ARGUMENT in inspect.signature(m.forward).parameters
+    ]
 
 
 def replace_argument(override):

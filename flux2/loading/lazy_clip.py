@@ -18,7 +18,7 @@ import comfy.sd
 
 from .. import error_links
 from ..checkpoints import identify
-from . import tekken
+from . import encoder_precision, tekken
 from ..checkpoints.header import open_checkpoint
 from .encoder_families import FAMILIES, dimensions
 from .fingerprint import fingerprint
@@ -41,6 +41,7 @@ class EncoderSource:
     memory: str = "auto"  # one of memory.MODES; changes nothing in what is encoded
     # further (name, value) pairs that may change what a prompt is encoded to, such as the attention kernel
     options: tuple = ()
+    precision: str = "auto"  # one of encoder_precision.PRECISIONS
     kind: str = ""  # a key of FAMILIES
     fingerprint: str = ""
 
@@ -50,6 +51,11 @@ class EncoderSource:
         import torch
 
         return torch.device("cpu") if self.device == "cpu" else comfy.model_management.text_encoder_device()
+
+    @property
+    def computed_in(self):
+        """Name of the number format in which prompts are computed: what `precision` stands for on the load device."""
+        return encoder_precision.resolved(self.precision, self.load_device)
 
 
 def examined(source):

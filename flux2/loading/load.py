@@ -24,7 +24,7 @@ import torch
 
 from .. import error_links
 from ..checkpoints import identify, keys, variants
-from . import memory, reference_padding as prompt_padding, tekken as tokenizer
+from . import encoder_precision, memory, reference_padding as prompt_padding, tekken as tokenizer
 from ..checkpoints.header import CheckpointError, open_checkpoint
 from .encoder_families import FAMILIES, dimensions
 from ..checkpoints.validate import (
@@ -205,14 +205,21 @@ class Target:
 
 
 def load_text_encoder(
-    path, device="default", padding="zeros", embedding_directory=None, memory_mode="auto", disable_dynamic=False
+    path,
+    device="default",
+    padding="zeros",
+    embedding_directory=None,
+    memory_mode="auto",
+    precision="auto",
+    disable_dynamic=False,
 ):
     """CLIP from Mistral 3 (FLUX.2 dev) or Qwen3 (klein): a file, or a Hugging Face folder. Layers above the last one
     used are not loaded.
 
     `device` is "default" (where ComfyUI keeps text encoders) or "cpu". `padding` says what fills short prompts up to
     512 tokens: "zeros" as ComfyUI does, or what the "reference" (diffusers) has there, which also cuts longer ones.
-    `embedding_directory` is where prompts find embeddings. `memory_mode` is one of memory.MODES.
+    `embedding_directory` is where prompts find embeddings. `memory_mode` is one of memory.MODES, `precision` of
+    encoder_precision.PRECISIONS.
     """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
@@ -222,7 +229,11 @@ def load_text_encoder(
     tokenizer_data = _tokenizer_data(checkpoint, family, weights, found.width)
     weights = _language_weights(weights, dict(checkpoint.metadata), found.prefix, family)
     options = {f"{family.name}_model_config": sizes, **_text_devices(device, memory_mode)}
-    target = Target(_text_model(family, weights, padding, memory_mode), family.tokenizer(comfy.text_encoders.flux))
+    run_on = options.get("load_device", comfy.model_management.text_encoder_device())
+    computed = encoder_precision.resolved(precision, run_on)
+    target = Target(
+        _text_model(family, weights, padding, memory_mode, computed), family.tokenizer(comfy.text_encoders.flux)
+    )
     log.info("%s", describe(checkpoint, found))
     clip = _built(
         checkpoint,
@@ -236,12 +247,13 @@ def load_text_encoder(
             disable_dynamic=disable_dynamic or memory.needs_plain_patcher(memory_mode),
         ),
     )
+    encoder_precision.compute_in(clip, family, computed)
     clip.patcher = memory.manage(clip.patcher, memory_mode)
     if memory_mode == memory.ON_GPU:
         memory.start_on_gpu(clip.patcher)
     clip.patcher.cached_patcher_init = (
         _text_encoder_patcher,
-        (str(path), device, padding, embedding_directory, memory_mode),
+        (str(path), device, padding, embedding_directory, memory_mode, precision),
     )
     return clip
 
@@ -254,16 +266,18 @@ def _text_devices(device, memory_mode):
     return {} if memory_mode == memory.AUTO else {"initial_device": cpu}
 
 
-def _text_model(family, weights, padding, memory_mode):
+def _text_model(family, weights, padding, memory_mode, precision):
     """The class of ComfyUI's text encoder, with what `padding` and the memory mode change."""
     text_model = family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights]))
     if padding == "reference":
-        text_model = prompt_padding.like_the_reference(text_model, family)
+        text_model = prompt_padding.like_the_reference(text_model, family, encoder_precision.PRECISIONS[precision])
     return memory.idle_text_model(text_model, memory_mode)
 
 
-def _text_encoder_patcher(path, device, padding, embedding_directory, memory_mode, disable_dynamic=False):
-    return load_text_encoder(path, device, padding, embedding_directory, memory_mode, disable_dynamic).patcher
+def _text_encoder_patcher(path, device, padding, embedding_directory, memory_mode, precision, disable_dynamic=False):
+    return load_text_encoder(
+        path, device, padding, embedding_directory, memory_mode, precision, disable_dynamic
+    ).patcher
 
 
 def _language_weights(weights, metadata, prefix, family):

@@ -14,10 +14,10 @@ LENGTH = 512  # tokens, the chat template included
 log = logging.getLogger(__name__)
 
 
-def like_the_reference(text_model, family):
-    """The class of a text encoder, with prompts cut and padded as diffusers does."""
+def like_the_reference(text_model, family, dtype=torch.float32):
+    """The class of a text encoder that computes in `dtype`, with prompts cut and padded as diffusers does."""
     shortened = _cut(text_model, family)
-    return _padded(shortened, family) if family.pad_token else shortened
+    return _padded(shortened, family, dtype) if family.pad_token else shortened
 
 
 def _cut(text_model, family):
@@ -37,7 +37,7 @@ def _cut(text_model, family):
     return Cut
 
 
-def _padded(text_model, family):
+def _padded(text_model, family, dtype):
     """With encoded <pad> tokens on the left of short prompts, as transformers encodes them behind its attention mask.
 
     A padding token attends to nothing there, and nothing attends to it: attention gives it zero, so its hidden states
@@ -60,7 +60,7 @@ def _padded(text_model, family):
             layers = encoder.transformer.model.layers
             embedding = encoder.transformer.get_input_embeddings()
             token = torch.tensor([[family.pad_token]], device=encoder.execution_device or embedding.weight.device)
-            x, taps = embedding(token, out_dtype=torch.float32), []  # (1, 1, h)
+            x, taps = embedding(token, out_dtype=dtype), []  # (1, 1, h)
             for number, layer in enumerate(layers, 1):
                 x = x + layer.mlp(layer.post_attention_layernorm(x))
                 taps += [x] if number in encoder.layer else []

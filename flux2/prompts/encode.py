@@ -131,6 +131,8 @@ def key(clip, text, limit):
     source = lazy_clip.source_of(clip)
     device = clip.patcher.load_device if lazy_clip.is_loaded(clip) else source.load_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    # float32 has no mark, so that what was kept before there was a choice is still found
+    computed = {} if source.computed_in == "float32" else {"computed_in": source.computed_in}
     return {
         "format": FORMAT,
         "prompt": text,
@@ -142,6 +144,7 @@ def key(clip, text, limit):
         "dtype": str(comfy.model_management.text_encoder_dtype(device)),
         "comfyui": comfyui_version.__version__,
         "torch": torch.__version__,
+        **computed,
     }
 
 
