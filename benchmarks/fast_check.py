@@ -22,6 +22,8 @@ from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu  # noqa: E402
+from flux2_pack.flux2.fused.kernels.formats import FP8_TENSOR, Format  # noqa: E402
+from flux2_pack.flux2.fused.linear import Products  # noqa: E402
 
 H, D, N = 48, 128, 6144
 LENGTHS = (4608, 16896)
@@ -64,7 +66,8 @@ def kernels():
             torch.ones(D, device="cuda", dtype=torch.bfloat16),
             randn(1, 1, length, D // 2, 2, 2, dtype=torch.float32),
         )
-        attn, size, one = randn(1, length, N), 2 * length * N, torch.ones((), device="cuda")
+        attn, size = randn(1, length, N), 2 * length * N
+        fp8 = Format(FP8_TENSOR, torch.ones((), device="cuda"))
         txt, img = both[:, :512, : 3 * N].contiguous(), both[:, 512:, : 3 * N].contiguous()
         target = torch.empty_like(both)
         works = {
@@ -72,7 +75,7 @@ def kernels():
             "norm_modulate": (2 * size, lambda: norm.norm_modulate(x, mod[0], mod[1]), NORM),
             "norm_modulate fp8": (
                 1.5 * size,
-                lambda: norm.norm_modulate(x, mod[0], mod[1], fp8_scale=one),
+                lambda: norm.norm_modulate(x, mod[0], mod[1], to=fp8),
                 [(norm, {})],
             ),
             "add_gated": (3 * size, lambda: norm.add_gated(x, delta, mod[2]), NORM),
@@ -81,7 +84,7 @@ def kernels():
                 lambda: norm.add_gated_norm_modulate(x, delta, mod[2], mod[0], mod[1]),
                 NORM,
             ),
-            "single_qkv": (4 * size, lambda: qkv.single_qkv(both, H, qw, qw, pe), HEADS),
+            "single_qkv": (4 * size, lambda: qkv.single_qkv(both, H, (qw, qw), pe), HEADS),
             "joint_qkv": (6 * size, lambda: qkv.joint_qkv(txt, img, H, (qw, qw), (qw, qw), pe), HEADS),
             "swiglu beside attention": (
                 11 * size,
@@ -89,7 +92,7 @@ def kernels():
                 [(swiglu, {"LARGEST": b, "ELEMENTS": e}) for b in (2048,) for e in (8, 16, 32)],
             ),
             "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N :]), [(swiglu, {})]),
-            "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N :], attn, fp8_scale=one), [(swiglu, {})]),
+            "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N :], attn, to=fp8), [(swiglu, {})]),
         }
         for name, (traffic, work, options) in works.items():
             for module, values in filter(launchable, options):
@@ -165,12 +168,11 @@ def exact(patcher):
 
         def run(which, dtype):
             args = {name: cast(v, dtype) if name != "pe" else v for name, v in given.items()}
-            args |= {"attn_mask": None, "transformer_options": {}}
+            args |= {"x": args.pop("img")} if kind == "single" else {}
             if which is fused:
-                out = fused(block, args, (0, 0))
-                return [out[n].double() for n in ("img", "txt") if n in out]
-            first = [args.pop("img")] if kind == "single" else []
-            out = which(*first, **args)
+                out = fused(block, Products(), **args, attn_mask=None, segment=(0, 0), options={})
+            else:
+                out = which(**args)
             return [t.double() for t in (out if isinstance(out, tuple) else (out,))]
 
         wide = run(float32_of(block), torch.float32)
@@ -196,7 +198,7 @@ def exact(patcher):
 def fp8_rounding():
     """Whether the kernels' fp8 is what PyTorch makes of the same bf16 tensor: the share of equal bytes."""
     x, one = randn(1, 512, 2 * N) * 30, torch.tensor(0.37, device="cuda")
-    ours = swiglu.swiglu(x, fp8_scale=one).view(torch.uint8)
+    ours = swiglu.swiglu(x, to=Format(FP8_TENSOR, one)).data.view(torch.uint8)
     plain = (swiglu.swiglu(x).float() / one).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     return (ours == plain).float().mean().item()
 
@@ -296,10 +298,11 @@ def steps(patcher, cases=((1024, 0, 6), (1024, 1, 4), (2048, 0, 3))):
 
     auto = with_attention(patcher)
     fused = auto.clone()
-    log, _ = fused_blocks.install(fused)
-    eight, rows_fp8 = auto.clone(), fp8_rowwise.RowFp8()
-    rows_fp8.install(eight)
-    log8, _ = fused_blocks.install(eight, rows_fp8)
+    fused_blocks.install(fused)
+    eight, fp8 = auto.clone(), fp8_rowwise.RowwiseFp8()
+    fp8.install(eight)
+    fused_blocks.install(eight, fp8)
+    log, log8 = fused_blocks.log_of(fused), fused_blocks.log_of(eight)
     for pixels, references, repeat in cases:
         inputs = step_inputs(patcher, pixels, references)
         models = {"core": patcher, "auto": auto, "fused": fused, "fp8": eight}

@@ -56,18 +56,18 @@ class Flux2FastBlocks(io.ComfyNode):
                 f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing."
             )
         patched = model.clone()
-        fused_blocks.install(patched, fp8_rows(patched) if precision == FP8 else None)
+        fused_blocks.install(patched, rowwise_fp8(patched) if precision == FP8 else None)
         return io.NodeOutput(patched)
 
 
-def fp8_rows(model):
+def rowwise_fp8(model):
     """The fp8 products for a MODEL clone. RuntimeError with the reason where they cannot run."""
-    reason = fp8_rowwise.unavailable(model)
+    reason = fp8_rowwise.unavailable_for(model)
     if reason:
         raise RuntimeError(f"Fast Blocks cannot use fp8 here: {reason} Set precision to '{CHECKPOINT}'.")
-    rows = fp8_rowwise.RowFp8()
-    rows.install(model)
-    return rows
+    fp8 = fp8_rowwise.RowwiseFp8()
+    fp8.install(model)
+    return fp8
 
 
 NODES = [Flux2FastBlocks]

@@ -67,9 +67,8 @@ says that the same thing was computed; peaks behind an *ours-fp8* row contain it
 made anew for each
 sampling: that time is not in the medians. The first version of the fused blocks was measured. Since then they look \
 more closely at which
-calls they may compute, write the next block's normed input together with their own output (58 launches fewer in a \
-step of dev), and give up their largest tensor before the
-second product of a single block; none of that has been measured. Two exact attention kernels under core's own blocks \
+calls they may compute, and give up their largest tensor before the
+second product of a single block; neither has been measured. Two exact attention kernels under core's own blocks \
 are 1.2e-2 to 1.3e-2 apart on such weights in bf16 (docs/accuracy.md); no such control was measured in fp8.
 """
 

@@ -10,8 +10,6 @@ HIDDEN, SINGLE, DOUBLE = 6144, 48, 8  # FLUX.2-dev: comfy/ldm/flux, flux2/checkp
 # (k, n): q, k, v with both halves of the feed-forward part; attention with its output
 SINGLE_PRODUCTS = ((HIDDEN, 9 * HIDDEN), (4 * HIDDEN, HIDDEN))
 DOUBLE_PRODUCTS = ((HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 6 * HIDDEN), (3 * HIDDEN, HIDDEN))
-# of the version that was measured; since then a block writes the next one's norm together with its own add
-# (flux2/fused/handover.py)
 SINGLE_KERNELS = ("norm_modulate", "single_qkv", "swiglu beside attention", "add_gated")
 # text and image together
 DOUBLE_KERNELS = ("norm_modulate", "joint_qkv", "add_gated_norm_modulate", "swiglu", "add_gated")

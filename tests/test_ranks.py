@@ -258,13 +258,13 @@ def test_what_is_on_the_model_works_with_two_ranks(tools, model, two, patch, cas
     assert difference(sample(tools, ours, **case), expected) < SAME, "a second sampling starts afresh"
 
 
-def test_our_other_nodes_are_carried_too(tools, model):
+def test_our_other_nodes_are_carried_too(tools, model, monkeypatch):
     """Their kernels need a GPU or a compiler; what a rank is told, and what it makes of that, does not."""
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
-    from flux2_pack.flux2.fused import blocks as fused_blocks
+    from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise
 
     there = model.clone()
-    fused_blocks.install(there)
+    fused_blocks.install(there, fp8_rowwise.RowwiseFp8())
     compiled_blocks.install(there, compiled_blocks.Plan("max-autotune-no-cudagraphs", compiled_blocks.EAGER))
     options = {
         **there.model_options["transformer_options"],
@@ -273,11 +273,16 @@ def test_our_other_nodes_are_carried_too(tools, model):
     }
     specs = json.loads(json.dumps(tools.patch_transfer.carried(there, options)))
     assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX)"]
+    assert specs[1][1] == {"fp8": True}
+    with pytest.raises(tools.patch_transfer.Refused, match="cannot use fp8 on this GPU"):
+        tools.patch_transfer.applied(model, specs)
+    monkeypatch.setattr(fp8_rowwise, "unavailable_for", lambda model: None)
     replica = tools.patch_transfer.applied(model, specs)
-    assert (
-        len(replica.model_options["transformer_options"]["patches_replace"]["dit"]) == 6
-        and "patches_replace" not in model.model_options["transformer_options"]
-    )
+    assert fused_blocks.fusing_of(replica).fp8.copies == {} and fused_blocks.fusing_of(model) is None
+    fused_blocks.install(there)
+    plain = tools.patch_transfer.carried(there, {**options, "wrappers": there.wrappers})
+    assert plain[1][1] == {"fp8": False}
+    assert fused_blocks.fusing_of(tools.patch_transfer.applied(model, plain)).fp8 is None
     plan = compiled_blocks.plan_of(replica)
     assert (plan.mode, plan.on_failure) == (
         "max-autotune-no-cudagraphs",

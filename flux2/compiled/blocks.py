@@ -24,6 +24,8 @@ from comfy.patcher_extension import WrappersMP
 
 from . import toolchain, graph_ops
 from .. import error_links
+from ..fused.blocks import FusedBlock, fusing_of
+from ..module_forward import forward_as
 
 KEY = "flux2_compile"
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -273,9 +275,8 @@ class Compiling:
             stack.enter_context(symbols.patch(use_duck_shape=False))
             for kind in ("double", "single"):
                 for block in getattr(network, f"{kind}_blocks"):
-                    stack.enter_context(
-                        graph_ops.forward_as(block, Runner(self.plan, kind, block, self.layers_of(block)))
-                    )
+                    if not isinstance(block.forward, FusedBlock):  # Fast Blocks compute those
+                        stack.enter_context(forward_as(block, Runner(self.plan, kind, block, self.layers_of(block))))
             return executor(*args, **kwargs)
 
     def layers_of(self, block):
@@ -337,8 +338,8 @@ def report(model):
     if plan is None:
         return ""
     taken = ", ".join(f"{count} {kind}" for kind, count in replaced(model).items())
-    note = (
-        f"\n  {taken} blocks are replaced by another node (Fast Blocks, say): they are compiled only where it "
-        "calls ComfyUI's block."
-    )
-    return plan.log.as_text() + (note if taken else "")
+    notes = [f"{taken} blocks are replaced by another node: they are compiled only where it calls ComfyUI's block."]
+    notes = notes if taken else []
+    if fusing_of(model):
+        notes.append("Fast Blocks (FLUX.2) computes the blocks: none of those is compiled.")
+    return "\n  ".join([plan.log.as_text(), *notes])

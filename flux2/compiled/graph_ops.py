@@ -18,6 +18,7 @@ from torch import Tensor
 from comfy.ldm.flux import math as flux_math
 
 from ..fused.linear import norm_weight
+from ..module_forward import forward_as
 
 
 class _Running(threading.local):
@@ -133,20 +134,6 @@ def stand_ins(layers, like):
         for place, layer in outside:
             stack.enter_context(forward_as(layer, stand_in(place, layer)))
         yield len(outside)
-
-
-@contextmanager
-def forward_as(module, function):
-    """A module with another forward, and as it was afterwards."""
-    before = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def stand_in(place, layer):

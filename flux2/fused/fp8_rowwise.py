@@ -7,25 +7,29 @@ while there is room for it and the weights lie on the GPU unchanged; then what c
 that ComfyUI counts on. Where there is no copy, it is made anew for each product.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 
 import comfy.model_management
 from comfy.ops import cast_bias_weight, uncast_bias_weight
 from comfy.patcher_extension import CallbacksMP
 
+from .kernels.formats import Quantised
 from .linear import FP8_LAYOUT
 
-KEY = "flux2_row_fp8"
+KEY = "flux2_fp8_rowwise"
 ROOM = 4 * 2**30  # bytes that stay free for activations and for what ComfyUI loads next
 CHANGES = (CallbacksMP.ON_LOAD, CallbacksMP.ON_DETACH, CallbacksMP.ON_APPLY_HOOKS, CallbacksMP.ON_CLEANUP)
 SAMPLE = 128  # tokens whose products are also computed in the checkpoint's precision, once for each kind of layer
 
 
-class RowFp8:
-    """fp8 copies of a MODEL's weights, and the error that their products were measured to have."""
+class RowwiseFp8:
+    """fp8 copies of a MODEL's weights. errors: what their products were measured to be off, by the layers' names."""
 
     def __init__(self):
         self.copies, self.errors, self.left, self.kept = {}, {}, set(), (0, 0)
+        self.names = WeakKeyDictionary()  # of the blocks' linear layers
 
     def forget(self, *_, **__):
         self.copies.clear()
@@ -41,52 +45,57 @@ class RowFp8:
         self.left.clear()
         self.kept = (0, 0)
 
+    def know(self, block):
+        """The names of a block's layers, under which errors are kept."""
+        if block not in self.names:
+            self.names.update({module: name for name, module in block.named_modules()})
+
     def suits(self, linear):
         """Whether a layer's product is computed here; why not is kept for the report."""
         reason = unsuitable(linear)
-        if reason and not torch.compiler.is_compiling():
+        if reason:
             self.left.add(reason)
         return reason is None
 
-    def exact(self, linear, name, write):
-        """Some tokens' products (SAMPLE, out) by the layer itself, on the input that write(None) gives, for a kind of
-        layer not seen yet; else None.
-        """
-        return (
-            None
-            if name in self.errors or torch.compiler.is_compiling()
-            else linear(write(None)[:1, :SAMPLE])[0].float()
-        )
+    def measured(self, linear):
+        """Whether the error of this kind of layer is known; until then product() needs its input as it is."""
+        return self.names.get(linear) in self.errors
 
-    def product(self, linear, like, given, name):
-        """The product of a products.Input, in fp8: (B, S, out)."""
-        weight, weight_scale, bias = self.weight(linear, like)
+    def product(self, linear, x):
+        """linear applied to x (B, S, K), a tensor or a Quantised with a scale per row, in fp8: (B, S, out)."""
+        from .kernels.quantise import quantise_rows
+
+        given = x if isinstance(x, Quantised) else quantise_rows(x)
+        weight, weight_scale, bias = self.weight(linear, given.data.device, given.dtype)
         out = torch._scaled_mm(
             given.data.flatten(0, 1),
             weight.t(),
             given.scale.flatten(0, 1),
             weight_scale,
             bias=bias,
-            out_dtype=like.dtype,
+            out_dtype=given.dtype,
             use_fast_accum=True,
         )
-        if given.exact is not None:
-            self.errors[name] = sample_error(given.exact, out)
-        return out.unflatten(0, like.shape[:2])
+        if given is not x and not self.measured(linear):
+            exact = linear(x[:1, :SAMPLE])[0].float()
+            self.errors[self.names.get(linear)] = sample_error(exact, out)
+        return out.unflatten(0, given.data.shape[:2])
 
-    def weight(self, linear, like):
-        """(fp8 (out, in), scales (1, out), bias or None) of a linear layer as it is now."""
+    def weight(self, linear, device, dtype):
+        """(fp8 (out, in), scales (1, out), bias or None) of a linear layer, for inputs of this device and dtype."""
         kept = self.copies.get(linear)
         if kept and kept[0] == linear.weight.data_ptr():
             return kept[1:]
         self.copies.pop(linear, None)  # the weight has been moved: partial unloading calls nobody back
         from .kernels.quantise import quantise_rows
 
-        weight, bias, stream = cast_bias_weight(linear, like, offloadable=True)
-        scales = torch.empty((1, weight.shape[0], 1), device=like.device, dtype=torch.float32)
-        made = quantise_rows(weight[None], scales)[0], scales[0].t(), bias if bias is None else bias.clone()
+        weight, bias, stream = cast_bias_weight(
+            linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True, compute_dtype=dtype
+        )
+        rows = quantise_rows(weight[None])
+        made = rows.data[0], rows.scale[0].t(), bias if bias is None else bias.clone()
         uncast_bias_weight(linear, weight, bias, stream)
-        if resident(linear, like) and comfy.model_management.get_free_memory(like.device) > ROOM:
+        if resident(linear, device) and comfy.model_management.get_free_memory(device) > ROOM:
             self.copies[linear] = (linear.weight.data_ptr(), *made)
             self.kept = len(self.copies), sum(data.numel() for _, data, *_ in self.copies.values())
         return made
@@ -103,12 +112,11 @@ class RowFp8:
         ) + left
 
 
-def resident(linear, like):
+def resident(linear, device):
     """True where a layer's weight lies unchanged on the GPU: not offloaded, not faulted in on demand, nothing computed
-    at
-    call time.
+    at call time.
     """
-    return linear.weight.device == like.device and not hasattr(linear, "_v") and not linear.weight_function
+    return linear.weight.device == device and not hasattr(linear, "_v") and not linear.weight_function
 
 
 def sample_error(exact, out):
@@ -131,7 +139,7 @@ def unsuitable(linear):
     return None
 
 
-def unavailable(model):
+def unavailable_for(model):
     """Why fp8 products cannot run for a MODEL on its device, as a sentence; None when they can."""
     if not comfy.model_management.supports_fp8_compute(model.load_device):
         return "this GPU has no fp8 matrix products (NVIDIA from Ada, AMD MI355X or Radeon RX 9000)."

@@ -1,10 +1,9 @@
 """Fused elementwise kernels of FLUX.2's blocks, in Triton. The kernel files import triton: they are imported when a
-fast
-block runs.
+fused block runs.
 
-norm: gated residual, LayerNorm and modulation. heads: q/k RMSNorm, RoPE and the joint q, k, v. swiglu: SwiGLU beside
-the attention output. quantise: fp8 with a scale per row. Every kernel computes in float32, rounds once when it stores,
-and optionally stores fp8 e4m3 for the matrix product that follows.
+norm: gated residual, LayerNorm and modulation. qkv: q/k RMSNorm, RoPE and the joint q, k, v. swiglu: SwiGLU beside
+the attention output. quantise: fp8 with a scale per row. formats: how a kernel writes the input of the matrix product
+that follows. Every kernel computes in float32 and rounds once when it stores.
 """
 
 from importlib.util import find_spec

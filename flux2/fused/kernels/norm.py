@@ -1,13 +1,13 @@
 """Gated residual, LayerNorm and modulation in one pass over a token's row."""
 
-import torch
 import triton
 import triton.language as tl
 
-from .rows import FP16_MAX, FP8_MAX, as_fp8, mod_strides, modulation, to16, token_rows
+from .formats import FP8_ROW, FP8_TENSOR, allocate
+from .rows import FP16_MAX, as_fp8, mod_strides, modulation, rounded, row_scale, to16, token_rows
 
-
-PER_TENSOR, PER_ROW = tl.constexpr(1), tl.constexpr(2)  # kinds of fp8 scale
+PER_TENSOR, PER_ROW = tl.constexpr(1), tl.constexpr(2)
+KINDS = {None: 0, FP8_TENSOR: 1, FP8_ROW: 2}
 
 
 @triton.jit
@@ -66,7 +66,8 @@ def _residual_norm(
         value = normed * (1.0 + scale) + shift
         out = OUT + row[:, None] * N + at[None, :]
         if FP8 == PER_ROW:
-            scale = tl.maximum(tl.max(tl.where(inside, tl.abs(value), 0.0), 1), 1e-12) / FP8_MAX
+            value = rounded(value, TO16)
+            scale = row_scale(tl.max(tl.where(inside, tl.abs(value), 0.0), 1))
             tl.store(FP8_SCALE + row, scale, mask=row < rows)
             tl.store(out, as_fp8(value, scale[:, None], 0), mask=inside)
         elif FP8 == PER_TENSOR:
@@ -75,47 +76,40 @@ def _residual_norm(
             tl.store(out, value.to(OUT.dtype.element_ty), mask=inside)
 
 
-def norm_modulate(x, shift, scale, *, segment=(0, 0), eps=1e-6, fp8_scale=None):
-    """LayerNorm(x) * (1 + scale) + shift, without the norm's own weights: (B, S, N) contiguous, in x's dtype or in fp8.
+def norm_modulate(x, shift, scale, *, segment=(0, 0), eps=1e-6, to=None):
+    """LayerNorm(x) * (1 + scale) + shift, without weights of the norm's own: (B, S, N) contiguous.
 
     x: (B, S, N), any batch and token stride. shift, scale: (B or 1, 1 or 2, N), two views of one tensor (equal
     strides). segment: (start, end) of the tokens that row 1 of the modulation is for (ComfyUI's index_timestep_zero).
-    fp8_scale: None keeps x's dtype; a float32 scalar tensor gives fp8 e4m3 of the result over it (the input scale of
-    the product that follows); one of (B, S, 1) is filled with a scale for each token, its largest magnitude over 448,
-    and the result is fp8 over that.
+    to: a formats.Format, then the result is a Quantised; None keeps x's dtype. Raises ValueError for strides that the
+    kernel cannot read.
     """
-    return _launch(x, None, None, shift, scale, segment, eps, fp8_scale, False)
+    return _launch(x, None, None, shift, scale, segment, eps, to, False)
 
 
 def add_gated(x, delta, gate, *, segment=(0, 0), finite=False):
-    """x += delta * gate in place. finite: replace what float16 cannot hold (nan by 0, infinities by the largest
-    value), as
-    core does.
+    """x += delta * gate in place; returns x. finite: replace what float16 cannot hold (nan by 0, infinities by the
+    largest value), as core does.
     """
     _launch(x, delta, gate, None, None, segment, 0.0, None, finite)
     return x
 
 
-def add_gated_norm_modulate(x, delta, gate, shift, scale, *, segment=(0, 0), eps=1e-6, fp8_scale=None, finite=False):
+def add_gated_norm_modulate(x, delta, gate, shift, scale, *, segment=(0, 0), eps=1e-6, to=None, finite=False):
     """add_gated(x, delta, gate), then norm_modulate of the new x, in one pass."""
-    return _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite)
+    return _launch(x, delta, gate, shift, scale, segment, eps, to, finite)
 
 
-def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
+def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
     batch, tokens, width, x_b, x_s = token_rows(x)
     count, add, norm = batch * tokens, delta is not None, scale is not None
-    out = (
-        torch.empty(x.shape, device=x.device, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn)
-        if norm
-        else x
-    )
+    out, fp8_scale, result = allocate(x.shape, x, to) if norm else (x, None, None)
     d_b, d_s = token_rows(delta)[3:] if add else (0, 0)
     g, n = mod_strides(gate) if add else (0, 0), mod_strides(scale) if norm else (0, 0)
     if norm and mod_strides(shift) != n:
         raise ValueError("shift and scale must be views of one modulation tensor, with equal strides.")
     # rows of one program that share one modulation read it once: it is as long as a row, and would be half of all reads
     shared = segment[0] >= segment[1] and (batch == 1 or tokens % ROWS == 0)
-    fp8 = 0 if fp8_scale is None else PER_ROW.value if fp8_scale.ndim == 3 else PER_TENSOR.value
     _residual_norm[(triton.cdiv(count, ROWS),)](
         x,
         delta if add else x,
@@ -137,7 +131,7 @@ def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
         *n,
         ADD=add,
         NORM=norm,
-        FP8=fp8,
+        FP8=KINDS[to and to.kind],
         FINITE=finite,
         SHARED=shared,
         TO16=to16(x.dtype),
@@ -145,10 +139,7 @@ def _launch(x, delta, gate, shift, scale, segment, eps, fp8_scale, finite):
         BLOCK=triton.next_power_of_2(width),
         num_warps=WARPS,
     )
-    if add and not x.is_inference():
-        # PyTorch does not see what a kernel of ours writes, and fused/handover.py asks it
-        torch.autograd.graph.increment_version(x)
-    return out
+    return result
 
 
 ROWS, WARPS = 1, 8  # tokens and warps of a program: the fastest of those that benchmarks/fast_check.py times on an H200

@@ -79,15 +79,15 @@ def _qkv(
             tl.store(V + out, tl.load(source + 2 * H * D + at, mask=inside, other=0.0), mask=inside)
 
 
-def single_qkv(qkv, heads, q_weight, k_weight, pe):
-    """q, k, v (B, S, H, D) of a single block: q and k normalised and turned, v a view of `qkv`.
+def single_qkv(qkv, heads, weights, pe):
+    """q, k, v (B, S, H, D) of a single block: q and k normalised and rotated, v a view of `qkv`.
 
-    qkv: (B, S, >= 3*H*D), q, k and v first, any token stride. q_weight, k_weight: (D,). pe: (B or 1, 1, S, D/2, 2, 2)
-    float32 or None (not turned).
+    qkv: (B, S, >= 3*H*D), q, k and v first, any token stride. weights: (q weight, k weight) of the norms, (D,) each.
+    pe: (B or 1, 1, S, D/2, 2, 2) float32, or None (not rotated).
     """
-    size = q_weight.shape[0]
+    size = weights[0].shape[0]
     q, k = (qkv.new_empty((*qkv.shape[:2], heads, size)) for _ in range(2))
-    _launch(qkv, qkv, (q_weight, k_weight), (q_weight, k_weight), pe, q, k, q, text=0, copy_v=False)
+    _launch(qkv, qkv, weights, weights, pe, q, k, q, text=0, copy_v=False)
     return q, k, qkv[..., 2 * heads * size : 3 * heads * size].unflatten(-1, (heads, size))
 
 

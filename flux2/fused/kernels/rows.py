@@ -45,6 +45,12 @@ def as_fp8(value, scale, TO16: tl.constexpr):
     return tl.minimum(tl.maximum(scaled, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 
+@triton.jit
+def row_scale(largest):
+    """The fp8 scale of a row with this largest magnitude; of a row of zeros it is tiny."""
+    return tl.maximum(largest, 1e-12) / FP8_MAX
+
+
 def to16(dtype):
     """The TO16 argument for a torch dtype."""
     return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 0)

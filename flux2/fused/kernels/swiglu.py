@@ -1,9 +1,9 @@
 """SwiGLU, written beside the attention output so that the second product of a single block needs no concatenation."""
 
-import torch
 import triton
 import triton.language as tl
 
+from .formats import FP8_ROW, allocate
 from .quantise import swiglu_rows
 from .rows import as_fp8, to16, token_rows
 
@@ -43,22 +43,18 @@ def _swiglu(
         tl.store(out, value.to(OUT.dtype.element_ty), mask=inside)
 
 
-def swiglu(mlp, attn=None, *, fp8_scale=None):
-    """silu(first half of mlp) * second half: (B, S, M), or (B, S, A + M) with attn copied in front, in mlp's dtype or
-    in
-    fp8.
+def swiglu(mlp, attn=None, *, to=None):
+    """silu(first half of mlp) * second half: (B, S, M), or (B, S, A + M) with attn copied in front.
 
-    mlp: (B, S, 2*M), any batch and token stride. attn: (B, S, A) or None. fp8_scale: as in norm.norm_modulate.
+    mlp: (B, S, 2*M), any batch and token stride. attn: (B, S, A) or None. to: as in norm.norm_modulate.
     """
-    if fp8_scale is not None and fp8_scale.ndim == 3:
-        return swiglu_rows(mlp, attn, fp8_scale)
+    if to is not None and to.kind == FP8_ROW:
+        return swiglu_rows(mlp, attn)
     batch, tokens, double, m_b, m_s = token_rows(mlp)
     width, attn_width = double // 2, 0 if attn is None else attn.shape[2]
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
     block = block_size(width, attn_width)
-    out = mlp.new_empty(
-        (batch, tokens, attn_width + width), dtype=mlp.dtype if fp8_scale is None else torch.float8_e4m3fn
-    )
+    out, fp8_scale, result = allocate((batch, tokens, attn_width + width), mlp, to)
     _swiglu[(batch * tokens, triton.cdiv(attn_width + width, block))](
         mlp,
         mlp if attn is None else attn,
@@ -76,7 +72,7 @@ def swiglu(mlp, attn=None, *, fp8_scale=None):
         BLOCK=block,
         num_warps=max(1, block // (32 * ELEMENTS)),
     )
-    return out
+    return result
 
 
 def block_size(width, attn_width):

@@ -296,23 +296,23 @@ def apply_kv_cache(model, spec):
 
 
 def find_fast_blocks(thing):
-    """Fast Blocks (FLUX.2): a replacement for every block."""
-    if thing.place != "replacement" or not type(thing.value).__module__.endswith(".fast_blocks"):
+    """Fast Blocks (FLUX.2): a wrapper of the network that computes its blocks."""
+    if thing.place != "wrapper" or thing.key != ("diffusion_model", "flux2_fast_blocks"):
         return None
-    before = getattr(thing.value, "before", None)
-    if before is not None:
-        raise Refused(
-            f"Fast Blocks keeps another replacement of {thing.key[1]} behind it, {name_of(before)}, and Sequence "
-            "parallel cannot carry that to "
-            f"the other GPUs. {CURES['replacement']}"
-        )
-    return {}
+    return {"fp8": thing.value.fp8 is not None}
 
 
 def apply_fast_blocks(model, spec):
-    from ...fused.blocks import install
+    from ...fused import blocks as fused_blocks, fp8_rowwise
 
-    install(model)
+    fp8 = None
+    if spec["fp8"]:
+        reason = fp8_rowwise.unavailable_for(model)
+        if reason:
+            raise Refused(f"Fast Blocks cannot use fp8 on this GPU: {reason} Set precision to 'checkpoint'.")
+        fp8 = fp8_rowwise.RowwiseFp8()
+        fp8.install(model)
+    fused_blocks.install(model, fp8)
 
 
 def find_compile(thing):
