@@ -43,6 +43,11 @@ class Adapter:
         """Every reason why `call` (AttentionCall) cannot run; empty means it can."""
         return self.limits.reasons(call)
 
+    def variants(self, call):
+        """{name: Adapter}: ways to launch this kernel for `call` that differ in speed alone, this one first. With more
+        than one, the fastest measured is used."""
+        return {"": self}
+
     def attend(self, q, k, v, *, mask=None, scale=None, need_lse=False):
         """Attention.
 

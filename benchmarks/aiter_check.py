@@ -8,6 +8,9 @@ GPU.
                                                                                 interpreter, on the CPU (fp16)
   python3 benchmarks/aiter_check.py --aiter-source FOLDER --compile gfx942      compile for an AMD GPU exactly what the
                                                                                 backends launch, and run nothing
+  python3 benchmarks/aiter_check.py --aiter-source FOLDER --compile gfx1100 --tiles
+                                                                                the same for each tile that aiter-triton
+                                                                                tries there, with registers and LDS
   python3 benchmarks/aiter_check.py --aiter-source FOLDER --list-files          which files of the source tree are
                                                                                 needed (to copy them elsewhere)
 
@@ -22,6 +25,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 import sys
 import time
 
@@ -205,6 +209,63 @@ def compiled(torch, adapters, arch, dtype):
     return rows
 
 
+# Of one SIMD: vector registers a lane can have, and the step they are given in (LLVM's AMDGPU backend,
+# Utils/AMDGPUBaseInfo.cpp: getTotalNumVGPRs, getVGPRAllocGranule). LDS of a compute unit, and of RDNA's work group
+# processor of two, in bytes: ISA documents on gpuopen.com.
+REGISTERS = {"gfx90a": (512, 8), **dict.fromkeys(("gfx1100", "gfx1101", "gfx1151", "gfx1201"), (1536, 24))}
+LDS = {"gfx90a": 65536, **dict.fromkeys(("gfx1100", "gfx1101", "gfx1151", "gfx1201"), 131072)}
+SIMDS = 4  # of a compute unit or work group processor
+
+
+def resources(compiled):
+    """What a compiled Triton kernel uses, from the metadata in its assembly (LLVM's AMDGPU code object v5): registers
+    per lane, registers spilled, scratch bytes per lane, LDS bytes and warps per work group."""
+    names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    found = dict(re.findall(rf"\.({names}):\s+(\d+)", compiled.asm["amdgcn"]))
+    registers, spilled, scratch = (int(found[name]) for name in names.split("|"))
+    lds, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return {"registers": registers, "spilled": spilled, "scratch": scratch, "lds": lds, "warps": warps}
+
+
+def groups_that_fit(used, arch):
+    """How many work groups a compute unit (RDNA: a work group processor) holds at a time, by registers and by LDS."""
+    total, step = REGISTERS[arch]
+    waves = total // (-(-used["registers"] // step) * step) * SIMDS
+    return min(waves // used["warps"], LDS[arch] // used["lds"])
+
+
+def compiled_tiles(torch, module, arch, dtype):
+    """compile_only for each tile that aiter-triton tries on an architecture. Rows as of `compiled`, with what each tile
+    uses."""
+    from torch._subclasses import FakeTensorMode
+
+    kernels, rows = [], []
+    aiter_shim.compile_only(arch, kernels.append)
+    with FakeTensorMode():
+        tensors = [torch.empty(1, 4608, 48, 128, dtype=dtype, device="cuda") for _ in range(3)]
+        for tile in module.TILES[arch]:
+            kernels.clear()
+            module.TritonMha(tile).attend(*tensors)
+            used = resources(kernels[-1])
+            used["groups"] = groups_that_fit(used, arch)
+            rows.append(
+                {
+                    "backend": "aiter-triton",
+                    "tile": str(tile),
+                    "arch": arch,
+                    "dtype": str(dtype),
+                    "need_lse": False,
+                    "kernel": kernels[-1].metadata.name,
+                    "bytes": len(kernels[-1].asm["hsaco"]),
+                    **used,
+                    "ok": aiter_shim.is_code_object(kernels[-1].asm["hsaco"], arch)
+                    and used["spilled"] == used["scratch"] == 0
+                    and used["groups"] >= 2,
+                }
+            )
+    return rows
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -220,11 +281,13 @@ def arguments():
     parser.add_argument(
         "--compile", metavar="ARCH", choices=sorted(aiter_shim.MACH), help="compile only, for this architecture"
     )
+    parser.add_argument("--tiles", action="store_true", help="with --compile: each tile that aiter-triton tries there")
     parser.add_argument("--json", help="file to write the result to as well")
     parser.add_argument("--list-files", action="store_true", help="print the needed files, relative to FOLDER")
     return parser.parse_args()
 
 
+TRITON_BACKENDS = "flux2_pack.attention.backends.aiter_triton"
 # the second implementation behind aiter-triton, which it uses where the first has no tiles (gfx90a, Radeon)
 DAO = "aiter-triton (dao_ai)"
 
@@ -238,7 +301,7 @@ def dao(module):
                 [] if hasattr(module.MHA, "mha_set_impl") else ["This build has one implementation only."]
             )
 
-        def implementation(self, device):
+        def implementation(self, arch):
             return "dao_ai"
 
         def unsupported(self, call):
@@ -270,7 +333,7 @@ def prepare(args):
     fp8 = torch.float8_e4m3fnuz if args.compile == "gfx942" else torch.float8_e4m3fn
     # gfx942 and not gfx950 also elsewhere: only its tiles fit into the shared memory of other GPUs
     aiter_shim.install(args.aiter_source, args.compile or "gfx942", fp8)
-    module = importlib.import_module("flux2_pack.attention.backends.aiter_triton")
+    module = importlib.import_module(TRITON_BACKENDS)
     backends = {**module.ADAPTERS, DAO: dao(module)}
     if args.compile:
         device = Device("amd", args.compile, args.compile)
@@ -291,6 +354,11 @@ def show(rows):
             print(
                 f"{'ok ' if r['ok'] else 'BAD'} {r['backend']:14} {r['arch']} lse={r['need_lse']!s:5} "
                 f"{r['kernel'][:60]:60} {r['bytes']:>8} bytes"
+                + (
+                    f"  {r['tile']}: {r['registers']} registers, {r['spilled']} spilled, {r['lds']} bytes of LDS"
+                    if "tile" in r
+                    else ""
+                )
             )
         elif "refused" in r:
             print(f"ok  {r['backend']:14} {r['case']:26} refused: {r['refused'][0]}", flush=True)
@@ -312,7 +380,10 @@ def main():
     torch, adapters = prepare(args)
     from flux2_pack.attention import reference
 
-    rows = compiled(torch, adapters, args.compile, torch.bfloat16) if args.compile else []
+    if args.tiles:
+        rows = compiled_tiles(torch, sys.modules[TRITON_BACKENDS], args.compile, torch.bfloat16)
+    else:
+        rows = compiled(torch, adapters, args.compile, torch.bfloat16) if args.compile else []
     show(rows)
     for slug, adapter in ({} if args.compile else adapters).items():
         for name, (lengths, options, scale) in cases(args.device).items():

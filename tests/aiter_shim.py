@@ -225,10 +225,9 @@ class Pointer:
         return 0
 
 
-def compile_only(arch):
+def compile_only(arch, keep=None):
     """From now on a launch of any Triton kernel compiles it for an architecture (gfx942, sm90), for exactly its
-    arguments,
-    and runs nothing.
+    arguments, and runs nothing. keep: called with each compiled kernel.
 
     Returns the list of (kernel name, code object) that launches add to. Tuned kernels are compiled with their first
     configuration.
@@ -244,6 +243,8 @@ def compile_only(arch):
         args = [Pointer(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
         kwargs = {k: Pointer(a.dtype) if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
         compiled = launch(kernel, *args, grid=(1,), warmup=True, **kwargs)
+        if keep:
+            keep(compiled)
         objects.append((compiled.metadata.name, compiled.asm["cubin" if arch.startswith("sm") else "hsaco"]))
 
     def run_first(tuner, *args, **kwargs):
@@ -258,7 +259,10 @@ def compile_only(arch):
 EM_CUDA, EM_AMDGPU, MACH = (
     190,
     224,
-    {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E},
+    {
+        **{"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F},
+        **{"gfx1100": 0x41, "gfx1101": 0x46, "gfx1151": 0x4A, "gfx1201": 0x4E},
+    },
 )
 
 

@@ -414,6 +414,95 @@ def test_a_build_without_tiles_for_a_gpu_says_so(library):
     ]
 
 
+# --- its tiles -------------------------------------------------------------------------------------------------------
+
+
+class Tuned:
+    """Triton's tuner as the second implementation has it: a list of configurations, one of which launches."""
+
+    def __init__(self):
+        self.configs = ["AITER's own"]
+
+
+@pytest.fixture
+def dao(library):
+    """A build that can be given tiles: `library` with the modules of the second implementation."""
+    library.module("aiter.ops.triton._triton_kernels.flash_attn_triton_amd.fwd_prefill", attn_fwd=Tuned())
+    library.module("aiter.ops.triton._triton_kernels.flash_attn_triton_amd.utils", FWD_CONF_OVERRIDE=None)
+    return library
+
+
+def with_switch(library, device):
+    """aiter-triton on a device, over a library whose switch switches."""
+    module = library.on(device, "aiter_triton")
+    module.MHA._MHA_IMPL = "default"
+    module.MHA.mha_set_impl = lambda name: setattr(module.MHA, "_MHA_IMPL", name)
+    return module, module.ADAPTERS["aiter-triton"]
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1151", "gfx1201"])
+def test_every_architecture_without_a_tuned_tile_has_several_to_try(dao, arch):
+    device = Device("amd", arch, "AMD")
+    _, adapter = with_switch(dao, device)
+    tried = adapter.variants(call(device))
+    assert list(tried)[0] == "AITER's own tile" and len(tried) > 2 and tried["AITER's own tile"] is adapter
+
+
+def test_instinct_has_a_tile_of_its_own_and_nothing_is_tried(dao):
+    assert list(with_switch(dao, MI300)[1].variants(call(MI300))) == ["AITER's own tile"]
+
+
+def test_a_tile_launches_alone_and_the_list_is_put_back(dao):
+    module, adapter = with_switch(dao, W7900)
+    launched, compute = [], module.MHA.flash_attn_func.compute
+
+    def launch(given):
+        launched.append((module.MHA._MHA_IMPL, list(module.DAO_KERNEL.attn_fwd.configs)))
+        return compute(given)
+
+    module.MHA.flash_attn_func.compute = launch
+    q, k, v = tensors()
+    for name, variant in adapter.variants(call(W7900)).items():
+        out, lse = variant.attend(q, k, v, need_lse=True)
+        assert reference.relative_error(out, reference.attend(q, k, v)[0]) < 0.01 and lse.shape == (2, 4, 37)
+        implementation, configs = launched[-1]
+        assert implementation == "dao_ai" and len(configs) == 1
+        if variant is not adapter:
+            assert configs[0].num_warps == variant.tile.warps and configs[0].num_stages == 1
+            assert configs[0].kwargs["BLOCK_M"] == variant.tile.queries and "PRE_LOAD_V" in configs[0].kwargs
+            assert f"tile {variant.tile.queries}x{variant.tile.keys}" in variant.kernel(q, k, v)
+        assert module.DAO_KERNEL.attn_fwd.configs == ["AITER's own"] and module.MHA._MHA_IMPL == "default"
+    assert len(launched) == len({str(configs) for _, configs in launched}) > 2
+
+
+def test_a_tile_that_does_not_launch_leaves_the_list_as_it_was(dao):
+    module, adapter = with_switch(dao, W7900)
+    module.MHA.flash_attn_func.compute = lambda given: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(adapter.variants(call(W7900)).values())[1].attend(*tensors())
+    assert module.DAO_KERNEL.attn_fwd.configs == ["AITER's own"] and module.MHA._MHA_IMPL == "default"
+
+
+@pytest.mark.parametrize("arch", ["gfx1100", "gfx1151"])
+def test_the_users_own_tile_wins_and_is_named(dao, monkeypatch, arch):
+    """Also where AITER has a tile of its own in the other implementation (gfx1151), which would not read it."""
+    dao.tiles("gfx1151")
+    device, own = Device("amd", arch, "AMD"), '{"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4}'
+    module, adapter = with_switch(dao, device)
+    q, k, v = tensors()
+    assert adapter.implementation(arch) == ("default" if arch == "gfx1151" else "dao_ai")
+    monkeypatch.setenv(module.CONFIG_VARIABLE, own)
+    assert adapter.kernel(q, k, v).endswith(f"{module.CONFIG_VARIABLE} is set and AITER ignores it)")
+    monkeypatch.setattr(module.DAO_SETTINGS, "FWD_CONF_OVERRIDE", object())  # AITER read it while it was imported
+    assert adapter.kernel(q, k, v) == f"AITER Triton mha (dao_ai, tile of {module.CONFIG_VARIABLE}: {own})"
+    assert list(adapter.variants(call(device))) == ["AITER's own tile"] and adapter.unsupported(call(device)) == []
+
+
+def test_builds_that_cannot_be_given_a_tile_have_none_to_try(library):
+    _, adapter = with_switch(library, W7900)
+    assert list(adapter.variants(call(W7900))) == ["AITER's own tile"]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

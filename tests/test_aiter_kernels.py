@@ -107,6 +107,15 @@ def test_newer_kernels_compile_for_amd(tmp_path, newer, arch, backends, kernels)
     assert {c["backend"] for c in cases} == set(backends) and kernels <= {c["kernel"] for c in cases}
 
 
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1151", "gfx1201"])
+def test_every_tile_that_is_tried_compiles_without_spilling(tmp_path, newer, arch):
+    """And two work groups fit beside each other, by registers and by LDS."""
+    cases = check(tmp_path, newer, "--compile", arch, "--tiles", "--backends", "aiter-triton")
+    assert len(cases) >= 2 and len({c["tile"] for c in cases}) == len(cases)
+    for case in cases:
+        assert case["spilled"] == case["scratch"] == 0 and case["groups"] >= 2, case
+
+
 def test_a_code_object_is_told_from_other_files():
     header = bytearray(64)
     header[:5], header[18:20], header[48:52] = (
