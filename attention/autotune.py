@@ -111,8 +111,8 @@ class Tuner:
     def __init__(self, file=None):
         self.file = Path(file) if file else None
         self._known = self._read()
-        self._tables = {}
-        self._lock = threading.Lock()
+        self._tables, self._variants = {}, {}
+        self._lock = threading.RLock()  # choose measures backends, and of each its fastest variant
 
     def choose(self, call, q, k, v, mask=None, kept=None, scale=None):
         """(slug, AutoChoice) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
@@ -125,6 +125,43 @@ class Tuner:
             )
             self._tables[key] = table
             return table.chosen, table
+
+    def variant(self, slug, adapter, call, q, k, v, mask=None, kept=None, scale=None):
+        """The fastest of an adapter's variants on these tensors, itself an Adapter. Measured on the first call of a
+        shape and remembered like the choices of `auto`; where nothing can be timed, the adapter as it is.
+        """
+        variants = adapter.variants(call)
+        if len(variants) < 2 or not can_time(q.device.type):
+            return adapter
+        key = f"{slug}: {', '.join(variants)}|{bucket_key(call)}"
+        with self._lock:
+            if key not in self._variants:
+                chosen = self._known.get(key, {}).get("chosen")
+                self._variants[key] = (
+                    chosen
+                    if chosen in variants
+                    else self._fastest_variant(key, call, variants, q, k, v, mask, kept, scale)
+                )
+            return variants[self._variants[key]]
+
+    def _fastest_variant(self, key, call, variants, q, k, v, mask, kept, scale):
+        rows, runners, own_error = [TimedBackend(name) for name in variants], {}, None
+        for row in rows:  # the first is the library's own choice: the others may not be further from float32
+            run = check(row, lambda row=row: variants[row.backend], q, k, v, mask, kept, scale)
+            own_error = row.error if own_error is None else own_error
+            if row.error is not None and row.error > max(ERROR_FACTOR * own_error, ERROR_FLOOR):
+                row.reason = f"rejected: error above {ERROR_FACTOR:g} times {own_error:.1e}"
+            elif run is not None:
+                runners[row.backend] = run
+        for name, ms in race(runners).items():
+            next(row for row in rows if row.backend == name).ms = ms
+        timed = [row for row in rows if row.ms is not None]
+        if not timed:  # memory is short for measuring: let the library's own choice try
+            return rows[0].backend
+        best = min(timed, key=lambda row: row.ms)
+        why = f"fastest of {len(timed)}, measured on this call"
+        self._remember(key, AutoChoice(str(call), str(call.device), best.backend, why, rows))
+        return best.backend
 
     def _decide(self, key, call, q, k, v, mask, kept, scale):
         rows = [
@@ -142,7 +179,16 @@ class Tuner:
         sdpa_error = None
         runners = {}
         for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
-            run = check(candidate, call, q, k, v, mask, kept, scale)
+            run = check(
+                candidate,
+                lambda c=candidate: self._adapter(c.backend, call, q, k, v, mask, kept, scale),
+                q,
+                k,
+                v,
+                mask,
+                kept,
+                scale,
+            )
             sdpa_error = candidate.error if candidate.backend == "sdpa" else sdpa_error
             if candidate.error is not None and sdpa_error is None:
                 candidate.reason = "not used: PyTorch's own kernel failed, so there is nothing to check it against"
@@ -170,6 +216,9 @@ class Tuner:
         )
         self._remember(key, table)
         return table
+
+    def _adapter(self, slug, call, *tensors):
+        return self.variant(slug, registry.adapter(slug, call.device), call, *tensors)
 
     def _remembered(self, key, call):
         entry = self._known.get(key)
@@ -200,13 +249,12 @@ class Tuner:
         os.replace(handle.name, self.file)  # another process reads the old file or the new one, never half of it
 
 
-def check(candidate, call, q, k, v, mask, kept, scale):
-    """Run a TimedBackend once on the tensors and fill in its error, or its reason when it fails. Returns the function
-    that runs it, or None.
+def check(candidate, adapter, q, k, v, mask, kept, scale):
+    """Run a TimedBackend once on the tensors and fill in its error, or its reason when it fails. adapter: a function
+    that returns the Adapter. Returns the function that runs it, or None.
     """
-    adapter = registry.adapter(candidate.backend, call.device)
     try:
-        run = bound(adapter, q, k, v, mask, kept, scale)
+        run = bound(adapter(), q, k, v, mask, kept, scale)
         candidate.error = sample_error(run(), q, k, v, mask, scale)
         return run
     except (

@@ -231,6 +231,9 @@ class AttentionDispatcher:
         adapter = registry.adapter(slug, call.device)
         if hasattr(adapter, "with_options"):
             adapter = adapter.with_options(**self.options)
+        if len(adapter.variants(call)) > 1:
+            normal = None if mask is None else normalise(mask, q.shape[1])
+            adapter = (self.tuner or default_tuner()).variant(slug, adapter, call, q, k, v, normal, kept)
         if kept is not None and not adapter.limits.mask:
             why += "; the mask only hides keys, so they are left out: exact"
         kernel = adapter.kernel(q, k, v, None if mask is None else normalise(mask, q.shape[1]))

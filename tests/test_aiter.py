@@ -3,6 +3,7 @@ the library can be broken or old. Signatures are in test_aiter_signatures.py, AI
 test_aiter_kernels.py.
 """
 
+import json
 import sys
 import threading
 import time
@@ -12,9 +13,10 @@ import torch
 
 import aiter_fakes
 from aiter_fakes import MAIN, Library
-from flux2_pack.attention import reference, registry
+from flux2_pack.attention import autotune, reference, registry
 from flux2_pack.attention.call import AttentionCall, AttentionRefused
 from flux2_pack.attention.device import Device
+from flux2_pack.attention.dispatch import AttentionDispatcher
 
 MI300, MI355, MI250 = (
     Device("amd", "gfx942", "AMD Instinct MI300X"),
@@ -496,6 +498,74 @@ def test_the_users_own_tile_wins_and_is_named(dao, monkeypatch, arch):
     monkeypatch.setattr(module.DAO_SETTINGS, "FWD_CONF_OVERRIDE", object())  # AITER read it while it was imported
     assert adapter.kernel(q, k, v) == f"AITER Triton mha (dao_ai, tile of {module.CONFIG_VARIABLE}: {own})"
     assert list(adapter.variants(call(device))) == ["AITER's own tile"] and adapter.unsupported(call(device)) == []
+
+
+@pytest.fixture
+def timed_tiles(dao, monkeypatch):
+    """A machine that can time tiles: (module, adapter, milliseconds by tile name, names of what ran)."""
+    module, adapter = with_switch(dao, W7900)
+    speeds, last = {"AITER's own tile": 9.0, "dao_ai 64x32, 4 warps": 5.0}, []
+    bound = autotune.bound
+
+    def noted(chosen, *rest):
+        run = bound(chosen, *rest)
+        name = str(chosen.tile or "AITER's own tile") if hasattr(chosen, "tile") else "sdpa"
+        return lambda: last.append(name) or run()
+
+    monkeypatch.setattr(autotune, "can_time", lambda device: True)
+    monkeypatch.setattr(autotune, "bound", noted)
+    monkeypatch.setattr(autotune, "stream_ms", lambda run: run() is not None and speeds.get(last[-1], 7.0))
+    return module, adapter, speeds, last
+
+
+def test_the_fastest_tile_is_used_and_remembered_per_card(timed_tiles, tmp_path):
+    module, adapter, speeds, last = timed_tiles
+    q, k, v = tensors()
+    tuner = autotune.Tuner(tmp_path / "auto.json")
+    chosen = tuner.variant("aiter-triton", adapter, call(W7900), q, k, v)
+    assert str(chosen.tile) == "dao_ai 64x32, 4 warps" and "64x32, 4 warps, the fastest measured here" in chosen.kernel(
+        q, k, v
+    )
+    speeds["dao_ai 64x64, 4 warps"] = 1.0
+    last.clear()
+    for again in (tuner, autotune.Tuner(tmp_path / "auto.json")):  # in this process, and in the next one
+        assert again.variant("aiter-triton", adapter, call(W7900), q, k, v).tile == chosen.tile
+    assert last == [], "nothing is measured twice"
+    other = Device("amd", "gfx1100", "AMD Radeon RX 7900 XTX")
+    assert str(tuner.variant("aiter-triton", adapter, call(other), q, k, v).tile) == "dao_ai 64x64, 4 warps"
+
+
+def test_a_tile_that_fails_or_is_wrong_is_not_used(timed_tiles, tmp_path):
+    module, adapter, speeds, _ = timed_tiles
+    speeds.update({"dao_ai 64x32, 4 warps": 1.0, "dao_ai 64x64, 4 warps": 2.0, "dao_ai 128x32, 8 warps": 3.0})
+    compute = module.MHA.flash_attn_func.compute
+
+    def launch(given):
+        config = module.DAO_KERNEL.attn_fwd.configs[0]
+        tile = getattr(config, "kwargs", {}).get("BLOCK_M"), getattr(config, "kwargs", {}).get("BLOCK_N")
+        if tile == (64, 32):
+            raise RuntimeError("out of resource: shared memory")
+        return compute(given) * (1.5 if tile == (64, 64) else 1.0)
+
+    module.MHA.flash_attn_func.compute = launch
+    chosen = autotune.Tuner(tmp_path / "auto.json").variant("aiter-triton", adapter, call(W7900), *tensors())
+    assert str(chosen.tile) == "dao_ai 128x32, 8 warps"
+    (entry,) = json.loads((tmp_path / "auto.json").read_text()).values()
+    reasons = {row["backend"]: row["reason"] for row in entry["candidates"]}
+    assert "out of resource" in reasons["dao_ai 64x32, 4 warps"] and "rejected" in reasons["dao_ai 64x64, 4 warps"]
+
+
+def test_auto_and_an_explicit_choice_launch_the_fastest_tile(timed_tiles, monkeypatch, tmp_path):
+    """Through the dispatcher, as every model and Benchmark call goes."""
+    monkeypatch.setattr("flux2_pack.attention.call.describe", lambda _: W7900)
+    monkeypatch.setattr(registry, "AUTO_ORDER", ["sdpa", "aiter-triton"])
+    speeds = timed_tiles[2]
+    for backend in ("aiter-triton", "auto"):
+        speeds["sdpa"] = 8.0  # slower than the best tile, faster than AITER's own
+        dispatcher = AttentionDispatcher(backend, tuner=autotune.Tuner(tmp_path / f"{backend}.json"))
+        dispatcher.attend(*tensors())
+        (entry,) = dispatcher.log.current.as_data()["entries"]
+        assert entry["backend"] == "aiter-triton" and "64x32, 4 warps" in entry["kernel"], entry
 
 
 def test_builds_that_cannot_be_given_a_tile_have_none_to_try(library):
