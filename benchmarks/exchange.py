@@ -26,7 +26,7 @@ from common import import_pack, write
 import_pack()
 from flux2_pack.attention import reference, registry  # noqa: E402
 from flux2_pack.attention.device import describe  # noqa: E402
-from flux2_pack.attention.parallel import make_mesh, ring  # noqa: E402
+from flux2_pack.attention.parallel import make_mesh, ring, usp  # noqa: E402
 from flux2_pack.attention.parallel.lse_merge import merge  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 
@@ -89,7 +89,7 @@ def untouched(q, k, v, *, mask, scale, need_lse):
 def bare(bench, mesh, lengths):
     """{"collective_ms", "collective_gbs"} of q, k and v to their ranks, without packing."""
     mine, width = lengths[bench.rank], 3 * bench.options.heads // mesh.ulysses * HEAD_DIM
-    near = [lengths[r] for r in mesh.neighbours()]
+    near = [lengths[r] for r in mesh.ulysses_group_ranks()]
     sent, received = (
         torch.empty(n * width, device=bench.device, dtype=bench.dtype) for n in (mine * mesh.ulysses, sum(near))
     )
@@ -100,7 +100,7 @@ def bare(bench, mesh, lengths):
 
 def rotation(bench, mesh, q, k, lengths):
     """{"rotation_ms", "rotation_gbs", "merge_ms"} of a ring's keys and values."""
-    group = [sum(lengths[r] for r in mesh.neighbours(n)) for n in range(mesh.ring)]
+    group = [sum(lengths[r] for r in mesh.ulysses_group_ranks(n)) for n in range(mesh.ring)]
     here, there = ring.buffers(k, group, 1, bench.options.heads // mesh.ulysses)
     own, coming = group[mesh.ring_rank], group[mesh.ring_rank - 1]
     ms = bench.ms(lambda: mesh.rotate(here[:own].view(-1), there[:coming].view(-1))())
@@ -122,10 +122,10 @@ def covered(bench, mesh, own, lengths):
 
     def in_turn():
         product(), product()
-        mesh.attend(bench.local, *own, lengths)
+        usp.attend(bench.local, *own, mesh, lengths)
 
     def at_once():
-        call = mesh.begin(bench.local, *own, lengths)
+        call = usp.begin(bench.local, *own, mesh, lengths)
         product()
         call.compute()
         product()
@@ -145,7 +145,7 @@ def case(bench, mesh, seq):
     own = [t.split(lengths, dim=1)[bench.rank] for t in (q, k, v)]
     heads = bench.options.heads // mesh.ulysses
     part, keys = (
-        q[:, : sum(lengths[r] for r in mesh.neighbours()), :heads],
+        q[:, : sum(lengths[r] for r in mesh.ulysses_group_ranks()), :heads],
         [t[:, : seq // mesh.ring, :heads] for t in (k, v)],
     )
 
@@ -158,16 +158,16 @@ def case(bench, mesh, seq):
         "ulysses": mesh.ulysses,
         "ring": mesh.ring,
         "backend": bench.options.backend,
-        "exchange_ms": bench.ms(lambda: mesh.attend(untouched, *own, lengths)),
+        "exchange_ms": bench.ms(lambda: usp.attend(untouched, *own, mesh, lengths)),
         "attention_ms": bench.ms(attention, False),
     }
-    for groups in bench.options.head_groups if mesh.ring == 1 else [1]:
+    for groups in bench.options.overlap_chunks if mesh.ring == 1 else [1]:
         if heads % groups == 0:
-            mesh.head_groups = groups
-            found[f"ms_{groups}_groups"] = bench.ms(lambda: mesh.attend(bench.local, *own, lengths))
-    mesh.head_groups = 1
+            mesh.overlap_chunks = groups
+            found[f"ms_{groups}_groups"] = bench.ms(lambda: usp.attend(bench.local, *own, mesh, lengths))
+    mesh.overlap_chunks = 1
     exact = reference.attend(*(t[:, :, :CHECKED] for t in (own[0], k, v)))[0]
-    found["rel_error"] = reference.relative_error(mesh.attend(bench.local, *own, lengths)[:, :, :CHECKED], exact)
+    found["rel_error"] = reference.relative_error(usp.attend(bench.local, *own, mesh, lengths)[:, :, :CHECKED], exact)
     found |= bare(bench, mesh, lengths) if mesh.ulysses > 1 else {}
     found |= rotation(bench, mesh, q, k, lengths) if mesh.ring > 1 else {}
     return found | (covered(bench, mesh, own, lengths) if mesh.ring == 1 else {})
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--seq", type=int, nargs="+", default=[4608, 16896], help="tokens of all GPUs together")
     parser.add_argument("--heads", type=int, default=48)
     parser.add_argument("--backend", default="sdpa-cudnn", help="attention kernel on each GPU")
-    parser.add_argument("--head-groups", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--overlap-chunks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument(
         "--feed-forward",
         type=int,

@@ -38,7 +38,7 @@ from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
-from flux2_pack.flux2.parallel.workers import session as ranks, devices, install  # noqa: E402
+from flux2_pack.flux2.parallel.workers import session as sessions, devices, install  # noqa: E402
 
 CASES = {
     "bf16-1024": (build, 1024, 0, 10),
@@ -70,14 +70,14 @@ def prepared(patcher, backend, fast):
     return clone
 
 
-def split(model, gpus, ulysses=0, ring=0, head_groups=1):
-    """(the model on several GPUs, its Plan)."""
+def split(model, gpus, ulysses=0, ring=0, overlap_chunks=1):
+    """(the model on several GPUs, its ParallelPlan)."""
     plan, why = devices.plan(
         model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring)
     )
-    plan = type(plan)(**{**vars(plan), "head_groups": head_groups})
+    plan = type(plan)(**{**vars(plan), "overlap_chunks": overlap_chunks})
     clone = model.clone()
-    install.install(clone, install.Request(plan, why))
+    install.install(clone, install.ParallelRequest(plan, why))
     return clone, plan
 
 
@@ -105,19 +105,19 @@ def exchange(model):
     """What the ranks spent in exchanges since the last time, per step: {"exchange_ms", "compute_ms", "sent_mb",
     "sent_gb_per_s", "tokens"}.
     """
-    group = ranks.existing(model.model)
-    group.finish()
-    times = [one["times"] for one in group.last.values()]
+    session = sessions.existing(model.model)
+    session.finish()
+    times = [one["times"] for one in session.last.values()]
     steps = max(1, min(one["forwards"] for one in times))
     mean = {
         name: statistics.mean(one[name] for one in times) / steps
-        for name in ("exchange_seconds", "compute_seconds", "sent")
+        for name in ("collective_seconds", "compute_seconds", "sent")
     }
     return {
-        "exchange_ms": round(mean["exchange_seconds"] * 1e3, 2),
+        "exchange_ms": round(mean["collective_seconds"] * 1e3, 2),
         "compute_ms": round(mean["compute_seconds"] * 1e3, 2),
         "sent_mb": round(mean["sent"] / 1e6, 1),
-        "sent_gb_per_s": round(mean["sent"] / 1e9 / max(mean["exchange_seconds"], 1e-9), 1),
+        "sent_gb_per_s": round(mean["sent"] / 1e9 / max(mean["collective_seconds"], 1e-9), 1),
         "tokens": times[0]["tokens"],
     }
 
@@ -125,13 +125,13 @@ def exchange(model):
 def measure(model, plan, inputs, repeat, one, expected):
     """One row: a step on several GPUs. one: the one-GPU row."""
     out = step(model, inputs)
-    group = ranks.existing(model.model)
+    session = sessions.existing(model.model)
     exchange(model)
     row = {
         "gpus": plan.size,
         "ulysses": plan.ulysses,
         "ring": plan.ring,
-        "head_groups": plan.head_groups,
+        "overlap_chunks": plan.overlap_chunks,
         **summary(timed(lambda: step(model, inputs), repeat)),
         "one_gpu_ms": one["ms"],
     }
@@ -140,7 +140,7 @@ def measure(model, plan, inputs, repeat, one, expected):
         "speedup": round(one["ms"] / row["ms"], 3),
         **exchange(model),
         "error_to_one_gpu": difference(out, expected),
-        "seconds_to_ready": {name: round(seconds, 2) for name, seconds in group.seconds.items()},
+        "seconds_to_ready": {name: round(seconds, 2) for name, seconds in session.seconds.items()},
     }
 
 
@@ -160,7 +160,7 @@ def case(patcher, name, options):
     rows = []
     for gpus in options.gpus:
         for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, options.rings):
-            for parts in options.head_groups if arranged.ring == 1 else [1]:
+            for parts in options.overlap_chunks if arranged.ring == 1 else [1]:
                 model, plan = split(single, gpus, arranged.ulysses, arranged.ring, parts)
                 rows.append(
                     {"name": name, **measure(model, plan, inputs, repeat, one, expected), "kernel_noise": noise}
@@ -171,8 +171,8 @@ def case(patcher, name, options):
 
 def line(row):
     return (
-        f"{row['name']:<16} {row['gpus']} GPUs, Ulysses {row['ulysses']} x ring {row['ring']}, head groups "
-        f"{row['head_groups']}: {row['ms']:9.2f} ms  "
+        f"{row['name']:<16} {row['gpus']} GPUs, Ulysses {row['ulysses']} x ring {row['ring']}, overlap chunks "
+        f"{row['overlap_chunks']}: {row['ms']:9.2f} ms  "
         f"{row['speedup']:.2f}x  exchange {row['exchange_ms']} ms ({row['sent_mb']} MB, {row['sent_gb_per_s']} GB/s)  "
         f"error {row['error_to_one_gpu']:.1e}  ready after {row['seconds_to_ready'].get('ready')} s"
     )
@@ -200,9 +200,9 @@ def steps(options):
 
 def end(patcher):
     """End the ranks of a model. Returns None, to forget it by."""
-    group = ranks.existing(patcher.model) if patcher is not None else None
-    if group is not None:
-        group.stop()
+    session = sessions.existing(patcher.model) if patcher is not None else None
+    if session is not None:
+        session.stop()
 
 
 def free():
@@ -256,13 +256,13 @@ def rounds(options):
     model, _ = split(patcher, options.gpus[0])
     size, chance, pids = (64 if torch.cuda.is_available() else 24), random.Random(3), set()
     expected, slow = sample(model, size, 3), []
-    group = ranks.existing(patcher.model)
+    session = sessions.existing(patcher.model)
     for number in range(options.rounds):
-        pids |= {member.pid for member in group.crew.members}
+        pids |= {member.pid for member in session.pool.workers}
         kill, delay, victim = (
             chance.random() < 0.34,
             chance.random() * options.window,
-            chance.choice(group.crew.members).pid,
+            chance.choice(session.pool.workers).pid,
         )
         slow.append(
             disturbed(
@@ -286,9 +286,9 @@ def rounds(options):
             f"{slow[-1][1]:.2f} s",
             flush=True,
         )
-    group.stop()
+    session.stop()
     left = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
-    patcher = model = group = None
+    patcher = model = session = None
     free()
     time.sleep(2)
     slowest = {
@@ -395,7 +395,7 @@ def main():
     )
     parser.add_argument("--rings", action="store_true", help="arrangements with rings too")
     parser.add_argument(
-        "--head-groups", type=int, nargs="+", default=[1], help="into how many parts heads are cut for the exchange"
+        "--overlap-chunks", type=int, nargs="+", default=[1], help="into how many parts heads are cut for the exchange"
     )
     parser.add_argument(
         "--rounds", type=int, help="instead: so many kills and cancels at random moments, with the first of --gpus"

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..attention.parallel import degrees
-from ..flux2 import parallel as split
+from ..flux2.parallel.forward import unsupported
 from ..flux2.parallel.workers import devices, replica, install
 from .attention import CATEGORY, tuner
 
@@ -18,15 +18,15 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     install.say(f"Changes nothing. {why}" if plan is None else f"Ulysses {plan.ulysses} x ring {plan.ring}. {why}")
     if plan is None:
         return model
-    reasons = split.unsupported(network, plan.ulysses)
+    reasons = unsupported(network, plan.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
     replica.source_of(model)
     tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
-    patched, request = model.clone(), install.Request(plan, why)
+    patched, request = model.clone(), install.ParallelRequest(plan, why)
     install.install(patched, request)
-    # importing PyTorch and ComfyUI takes them seconds: while the prompt is encoded
-    request.group(model.model, model.load_device).start()
+    # starting and loading takes them seconds: while the prompt is encoded
+    request.session(model.model, model.load_device).prepare(model)
     return patched
 
 

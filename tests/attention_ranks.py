@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from flux2_pack.attention import reference
-from flux2_pack.attention.parallel import make_mesh
+from flux2_pack.attention.parallel import make_mesh, usp
 from flux2_pack.attention.parallel.mesh import pairs
 
 HEADS, HEAD = 12, 16  # heads that 2, 3 and 4 ranks can share
@@ -32,7 +32,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     mask: str = ""
     scale: float | None = None
-    head_groups: int = 1
+    overlap_chunks: int = 1
     rings: bool = True
 
 
@@ -45,11 +45,11 @@ CASES = {
     "a scale": Case(UNEVEN, scale=0.4),
     "more keys than queries": Case(UNEVEN, more_keys=6, batch=2),
     "bfloat16": Case(UNEVEN, dtype=torch.bfloat16),
-    "heads in 3 groups": Case(UNEVEN, batch=2, head_groups=3),
-    "heads in 2 groups, more keys": Case(UNEVEN, more_keys=3, head_groups=2),
+    "heads in 3 groups": Case(UNEVEN, batch=2, overlap_chunks=3),
+    "heads in 2 groups, more keys": Case(UNEVEN, more_keys=3, overlap_chunks=2),
     "key mask": Case(UNEVEN, batch=2, mask="keys", rings=False),
     "full mask, one per head": Case(UNEVEN, mask="heads", rings=False),
-    "added mask, heads in 3 groups": Case(UNEVEN, mask="added", head_groups=3, rings=False),
+    "added mask, heads in 3 groups": Case(UNEVEN, mask="added", overlap_chunks=3, rings=False),
 }
 
 
@@ -110,9 +110,9 @@ def mine(tensor, lengths, rank):
 def own(mesh, case, local=exact):
     """This rank's part of the output."""
     q, k, v, mask, lengths, keys = whole(case, mesh.size)
-    mesh.head_groups = case.head_groups
+    mesh.overlap_chunks = case.overlap_chunks
     tensors = (mine(tensor, of, mesh.rank) for tensor, of in ((q, lengths), (k, keys), (v, keys)))
-    return mesh.attend(local, *tensors, lengths, kv_lengths=keys, mask=mask, scale=case.scale)
+    return usp.attend(local, *tensors, mesh, lengths, kv_lengths=keys, mask=mask, scale=case.scale)
 
 
 def error(mesh, case, local=exact):
@@ -140,11 +140,13 @@ def refusals(mesh):
     q = torch.zeros(1, 4, HEADS, HEAD)
     lengths = (4,) * mesh.size
     kinds = {
-        "length": lambda: mesh.attend(exact, q[:, :3], q, q, lengths),
-        "heads": lambda: mesh.attend(exact, q[:, :, :1], q[:, :, :1], q[:, :, :1], lengths),
-        "grouped heads": lambda: mesh.attend(exact, q, q[:, :, :4], q[:, :, :4], lengths),
-        "no lse": lambda: mesh.attend(lambda *t, **_: (t[0], None), q, q, q, lengths),
-        "mask": lambda: mesh.attend(exact, q, q, q, lengths, mask=torch.ones(1, 1, 1, 4 * mesh.size, dtype=torch.bool)),
+        "length": lambda: usp.attend(exact, q[:, :3], q, q, mesh, lengths),
+        "heads": lambda: usp.attend(exact, q[:, :, :1], q[:, :, :1], q[:, :, :1], mesh, lengths),
+        "grouped heads": lambda: usp.attend(exact, q, q[:, :, :4], q[:, :, :4], mesh, lengths),
+        "no lse": lambda: usp.attend(lambda *t, **_: (t[0], None), q, q, q, mesh, lengths),
+        "mask": lambda: usp.attend(
+            exact, q, q, q, mesh, lengths, mask=torch.ones(1, 1, 1, 4 * mesh.size, dtype=torch.bool)
+        ),
     }
     return {name: refusal(call) for name, call in kinds.items()}
 

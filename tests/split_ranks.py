@@ -271,10 +271,10 @@ def selected(model, backend="sdpa-math"):
 
 def share(model, mesh, **kwargs):
     """A clone whose passes are shared."""
-    from flux2_pack.flux2.parallel import split
+    from flux2_pack.flux2.parallel.forward import shard
 
     clone = model.clone()
-    split(clone, mesh, **kwargs)
+    shard(clone, mesh, **kwargs)
     return clone
 
 
@@ -285,12 +285,12 @@ def changed_cut(change):
     """A fault: what the ranks keep of the inputs, changed. change(kept, inputs, state)."""
 
     def fault(monkeypatch, forward):
-        original = forward.Pass.cut
+        original = forward.ForwardState.shard_inputs
 
         def cut(state, inputs):
             return change(original(state, inputs), inputs, state)
 
-        monkeypatch.setattr(forward.Pass, "cut", cut)
+        monkeypatch.setattr(forward.ForwardState, "shard_inputs", cut)
 
     return fault
 
@@ -304,22 +304,22 @@ def first_text(kept, inputs, state):
 
 
 def whole_slices(kept, inputs, state):
-    start = sum(end - begin for begin, end in state.plan.picture)
-    state.zero_slices[:] = [[start, start + sum(end - begin for begin, end in state.plan.references)]]
+    start = sum(end - begin for begin, end in state.shards.image)
+    state.zero_slices[:] = [[start, start + sum(end - begin for begin, end in state.shards.references)]]
     return kept
 
 
 def ungathered(monkeypatch, forward):
     monkeypatch.setattr(
-        forward.Pass, "gathered", lambda state, out: state.mesh.gather(out, state.plan.picture_lengths())
+        forward.ForwardState, "gather_output", lambda state, out: state.mesh.gather(out, state.shards.image_lengths())
     )
 
 
 def unexchanged(monkeypatch, forward):
     from flux2_pack.attention.parallel import usp
 
-    for kind in ("RingCall", "UlyssesCall"):
-        monkeypatch.setattr(usp, kind, usp.Alone)
+    for kind in ("RingAttention", "UlyssesAttention"):
+        monkeypatch.setattr(usp, kind, usp.SingleRank)
 
 
 FAULTS = {

@@ -12,7 +12,7 @@ import torch
 import attention_ranks
 from attention_ranks import CASES, FAULTS, HEAD, HEADS, RING_FAULTS, UNEVEN
 from flux2_pack.attention import reference
-from flux2_pack.attention.parallel import Mesh, degrees
+from flux2_pack.attention.parallel import Mesh, degrees, usp
 from flux2_pack.attention.parallel.mesh import pairs
 from flux2_pack.attention.parallel.lse_merge import merge, start
 from flux2_pack.attention.parallel.timing import Stats
@@ -86,9 +86,9 @@ def bytes_sent(size, ulysses):
 def test_one_exchange_for_q_k_and_v_and_no_byte_of_padding(found, size, name):
     ulysses, ring = int(name.split()[1]), int(name.split()[-1])
     times = found[size][0][name]["times"]
-    assert times["exchanges"] == 2 * (ulysses > 1) + (ring - 1) + 1 and times["forwards"] == 1
+    assert times["collectives"] == 2 * (ulysses > 1) + (ring - 1) + 1 and times["forwards"] == 1
     assert times["sent"] == bytes_sent(size, ulysses)
-    assert 0 < times["exchange_seconds"] < times["forward_seconds"]
+    assert 0 < times["collective_seconds"] < times["forward_seconds"]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -120,7 +120,7 @@ def test_alone_is_the_kernel_itself(found):
         return q, None
 
     q = torch.randn(1, 5, 3, 8)
-    assert Mesh().attend(local, q, q, q, (5,), scale=0.5) is q and calls == [(q.shape, 0.5, False)]
+    assert usp.attend(local, q, q, q, Mesh(), (5,), scale=0.5) is q and calls == [(q.shape, 0.5, False)]
     assert Mesh().gather(q.flatten(2), (5,)).shape == (1, 5, 24)
 
 
@@ -301,17 +301,17 @@ def test_the_cost_model_takes_the_fixed_part_from_measurements(model):
 def test_times_add_up_and_begin_again():
     stats = Stats("cpu")
     with stats.forward():
-        with stats.exchange(12):
+        with stats.collective(12):
             pass
-        with stats.exchange(None):
+        with stats.collective(None):
             pass
     times = stats.read()
-    assert (times.forwards, times.exchanges, times.sent) == (
+    assert (times.forwards, times.collectives, times.sent) == (
         1,
         1,
         12,
-    ) and 0 < times.exchange_seconds < times.forward_seconds
-    assert times.as_data()["compute_seconds"] == pytest.approx(times.forward_seconds - times.exchange_seconds)
+    ) and 0 < times.collective_seconds < times.forward_seconds
+    assert times.as_data()["compute_seconds"] == pytest.approx(times.forward_seconds - times.collective_seconds)
     stats.reset()
     assert stats.read().forwards == 0
 

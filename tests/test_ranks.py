@@ -4,9 +4,9 @@
                                                        otherwise)
 
 Rank 0 is this process, as it is ComfyUI's in real life; ranks 1 and up are started from
-flux2/parallel/workers/worker.py and talk gloo. One group of two ranks serves most tests. The mathematics of more ranks
-is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun on this one here, a
-network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
+flux2/parallel/workers/worker.py and talk gloo. One session of two ranks serves most tests. The mathematics of more
+ranks is test_split.py's. Not covered: NCCL, GPU memory (benchmarks/parallel.py). A second host: torchrun on this one
+here, a network between two in test_two_hosts.py. That a killed rank 0 leaves nothing: test_parallel_server.py.
 """
 
 import contextlib
@@ -50,12 +50,12 @@ def tools(comfy):
     from flux2_pack.flux2.loading import load
     from flux2_pack.flux2.parallel.workers import (
         patch_transfer,
-        pool as crew,
+        pool,
         versions,
-        session as group,
+        session,
         launch,
         devices,
-        channel as protocol,
+        channel,
         replica,
         report,
         install,
@@ -90,16 +90,16 @@ def two(tools, model):
     """The model on two ranks. Every process is gone afterwards."""
     with ranks_on_cpu(2):
         yield tools.parallel.parallel(model)
-        group = tools.group.existing(model.model)
-        pids = [member.pid for member in group.crew.members]
-        group.stop()
+        session = tools.session.existing(model.model)
+        pids = [worker.pid for worker in session.pool.workers]
+        session.stop()
         assert not any(alive(pid) for pid in pids)
 
 
 @pytest.fixture
-def group(tools, two):
-    """The Group behind `two`, whose seven lives the tests may take."""
-    return tools.group.existing(two.model)
+def session(tools, two):
+    """The ParallelSession behind `two`, whose seven lives the tests may take."""
+    return tools.session.existing(two.model)
 
 
 def alive(pid):
@@ -271,18 +271,18 @@ def test_our_other_nodes_are_carried_too(tools, model, monkeypatch):
         "wrappers": there.wrappers,
         "rope_options": {"scale_x": 1.5},
     }
-    specs = json.loads(json.dumps(tools.patch_transfer.carried(there, options)))
+    specs = json.loads(json.dumps(tools.patch_transfer.encode_patches(there, options)))
     assert [name for name, _ in specs] == ["options", "Fast Blocks (FLUX.2)", "Compile Blocks (FLUX)"]
     assert specs[1][1] == {"fp8": True}
     with pytest.raises(tools.patch_transfer.Refused, match="cannot use fp8 on this GPU"):
-        tools.patch_transfer.applied(model, specs)
+        tools.patch_transfer.apply_patches(model, specs)
     monkeypatch.setattr(fp8_rowwise, "unavailable_for", lambda model: None)
-    replica = tools.patch_transfer.applied(model, specs)
+    replica = tools.patch_transfer.apply_patches(model, specs)
     assert fused_blocks.fusing_of(replica).fp8.copies == {} and fused_blocks.fusing_of(model) is None
     fused_blocks.install(there)
-    plain = tools.patch_transfer.carried(there, {**options, "wrappers": there.wrappers})
+    plain = tools.patch_transfer.encode_patches(there, {**options, "wrappers": there.wrappers})
     assert plain[1][1] == {"fp8": False}
-    assert fused_blocks.fusing_of(tools.patch_transfer.applied(model, plain)).fp8 is None
+    assert fused_blocks.fusing_of(tools.patch_transfer.apply_patches(model, plain)).fp8 is None
     plan = compiled_blocks.plan_of(replica)
     assert (plan.mode, plan.on_failure) == (
         "max-autotune-no-cudagraphs",
@@ -299,7 +299,7 @@ def test_the_report_says_what_every_rank_did(tools, two):
         "48 of the picture and 512 of the text"
     )
     assert all(
-        one["exchange_seconds"] > 0 and one["compute_seconds"] > 0 and one["sent_bytes"] > 0 for one in data["ranks"]
+        one["collective_seconds"] > 0 and one["compute_seconds"] > 0 and one["sent_bytes"] > 0 for one in data["ranks"]
     )
     assert data["ranks"][1]["attention"] == {"sdpa-math": 18} and data["seconds_to_start"]["ready"] > 0
     assert "Ulysses 2 x ring 1" in text and "rank 1 on this machine's CPU" in text and "560" not in text
@@ -317,19 +317,19 @@ def test_one_gpu_changes_nothing(tools, model, monkeypatch):
     assert tools.parallel.parallel(model, 0) is model, "all of this machine is the CPU"
 
 
-def test_the_model_without_the_node_stays_on_one_rank(tools, model, two, group):
+def test_the_model_without_the_node_stays_on_one_rank(tools, model, two, session):
     sample(tools, two)
-    passes = group.crew._number
+    passes = session.pool._number
     sample(tools, model)
-    assert group.crew._number == passes and tools.install.KEY not in model.model_options["transformer_options"]
+    assert session.pool._number == passes and tools.install.KEY not in model.model_options["transformer_options"]
     assert "forward_orig" not in vars(model.model.diffusion_model)
 
 
-def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, group, monkeypatch):
+def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, session, monkeypatch):
     sample(tools, lora(tools, two, 0.7))
-    asked, ask = [], group.crew.ask
+    asked, ask = [], session.pool.ask
     monkeypatch.setattr(
-        group.crew,
+        session.pool,
         "ask",
         lambda what, tensors=(), **rest: asked.append((what, len(tensors))) or ask(what, tensors, **rest),
     )
@@ -343,48 +343,48 @@ def test_a_new_lora_strength_sends_numbers_and_no_weights(tools, two, group, mon
     ]
 
 
-def damaged(crew, what, **content):
-    """A Crew.ask that damages one kind of message, so that every rank answers it with an error."""
-    ask = crew.ask
+def damaged(pool, what, **content):
+    """A WorkerPool.ask that damages one kind of message, so that every rank answers it with an error."""
+    ask = pool.ask
     return lambda asked, tensors=(), **rest: ask(asked, tensors, **{**rest, **(content if asked == what else {})})
 
 
-def test_what_one_rank_could_not_take_over_is_sent_again(tools, model, two, group, monkeypatch):
+def test_what_one_rank_could_not_take_over_is_sent_again(tools, model, two, session, monkeypatch):
     """Others may have taken it over, so it is not known what any of them has."""
     expected, ours = (
         (sample(tools, lora(tools, model, 0.7)), sample(tools, selected(tools, model))),
         lora(tools, two, 0.7),
     )
     sample(tools, ours)
-    pids = [member.pid for member in group.crew.members]
+    pids = [worker.pid for worker in session.pool.workers]
     with (
         monkeypatch.context() as patch,
-        pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"),
+        pytest.raises(tools.pool.RanksFailed, match="could not take over the LoRA weights"),
     ):
-        patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
+        patch.setattr(session.pool, "ask", damaged(session.pool, "weights", patches={"nothing.weight": []}))
         sample(tools, lora(tools, two, 0.7, seed=6))
     assert difference(sample(tools, ours), expected[0]) < SAME
     with (
         monkeypatch.context() as patch,
-        pytest.raises(tools.crew.RanksFailed, match="could not take over the LoRA weights"),
+        pytest.raises(tools.pool.RanksFailed, match="could not take over the LoRA weights"),
     ):
-        patch.setattr(group.crew, "ask", damaged(group.crew, "weights", patches={"nothing.weight": []}))
+        patch.setattr(session.pool, "ask", damaged(session.pool, "weights", patches={"nothing.weight": []}))
         sample(tools, lora(tools, two, 0.7, seed=6))
     assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME, "no LoRA has to be said too"
     with (
         monkeypatch.context() as patch,
         pytest.raises(
-            tools.crew.RanksFailed, match="could not take over the model's options: This worker does not know 'x'"
+            tools.pool.RanksFailed, match="could not take over the model's options: This worker does not know 'x'"
         ),
     ):
-        patch.setattr(group.crew, "ask", damaged(group.crew, "options", specs=[["x", {}]]))
+        patch.setattr(session.pool, "ask", damaged(session.pool, "options", specs=[["x", {}]]))
         sample(tools, two)
-    asked, ask = [], group.crew.ask
+    asked, ask = [], session.pool.ask
     monkeypatch.setattr(
-        group.crew, "ask", lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content)
+        session.pool, "ask", lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content)
     )
     assert difference(sample(tools, selected(tools, two)), expected[1]) < SAME and "options" in asked
-    assert [member.pid for member in group.crew.members] == pids
+    assert [worker.pid for worker in session.pool.workers] == pids
 
 
 def test_host_memory_holds_no_copy_of_a_mapped_file(tools, tmp_path):
@@ -537,9 +537,9 @@ def with_compile(tools, model):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two, group, change, words):
+def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two, session, change, words):
     sample(tools, two, steps=1)
-    pids, changed = [member.pid for member in group.crew.members], two.clone()
+    pids, changed = [worker.pid for worker in session.pool.workers], two.clone()
     change(tools, changed)
     with pytest.raises(ValueError) as caught:
         sample(tools, changed)
@@ -547,11 +547,11 @@ def test_what_cannot_be_carried_is_refused_by_name_and_the_ranks_stay(tools, two
     assert (
         all(map(alive, pids))
         and torch.isfinite(sample(tools, two, steps=1)).all()
-        and [member.pid for member in group.crew.members] == pids
+        and [worker.pid for worker in session.pool.workers] == pids
     )
 
 
-def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, model, two, group, expected):
+def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, model, two, session, expected):
     """As step caches of other packs do it, for the length of a call and past every option of the MODEL."""
     network = model.model.diffusion_model
 
@@ -559,7 +559,7 @@ def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, mod
         return original(*args, **kwargs)
 
     sample(tools, two)
-    pids, original = [member.pid for member in group.crew.members], network.forward_orig
+    pids, original = [worker.pid for worker in session.pool.workers], network.forward_orig
     network.forward_orig = somebodys_forward
     try:
         with pytest.raises(
@@ -572,7 +572,7 @@ def test_a_forward_pass_that_was_swapped_on_rank_0_is_refused_by_name(tools, mod
             sample(tools, two)
     finally:
         del network.forward_orig
-    assert difference(sample(tools, two), expected) < SAME and [member.pid for member in group.crew.members] == pids
+    assert difference(sample(tools, two), expected) < SAME and [worker.pid for worker in session.pool.workers] == pids
 
 
 def test_a_model_that_cannot_be_loaded_twice_is_refused_at_the_node(tools, model):
@@ -612,14 +612,14 @@ def test_degrees_and_devices_that_do_not_work_are_refused_with_those_that_do(too
 # ----------------------------------------------------------------------------------------------------------
 
 
-def crew_waiting_for_one(tools, monkeypatch, port=0):
-    """A Crew that listens for one rank from elsewhere, at a free port of this machine."""
+def pool_waiting_for_one(tools, monkeypatch, port=0):
+    """A WorkerPool that listens for one rank from elsewhere, at a free port of this machine."""
     port = port or free_port()
     monkeypatch.setenv("FLUX2_RANKS_LISTEN", f"127.0.0.1:{port}")
     monkeypatch.setenv("FLUX2_RANKS_SECRET", "a secret of some length")
-    crew = tools.crew.Crew(tools.crew.Plan(2, 1, "cpu", (None,), elsewhere=1))
-    crew.start()
-    return crew, port
+    pool = tools.pool.WorkerPool(tools.pool.ParallelPlan(2, 1, "cpu", (None,), elsewhere=1))
+    pool.start()
+    return pool, port
 
 
 def free_port():
@@ -629,44 +629,44 @@ def free_port():
 
 
 def introduce(tools, port, secret="a secret of some length", host="far"):
-    channel = tools.protocol.connect(("127.0.0.1", port), secret, timeout=5)
+    channel = tools.channel.connect(("127.0.0.1", port), secret, timeout=5)
     channel.send({"is": "here", "rank": None, "pid": 1, "host": host, "local_rank": 0})
     return channel
 
 
 def test_a_process_without_the_secret_cannot_join_and_disturbs_nobody(tools, monkeypatch):
-    crew, port = crew_waiting_for_one(tools, monkeypatch)
+    pool, port = pool_waiting_for_one(tools, monkeypatch)
     try:
         silent = socket.create_connection(("127.0.0.1", port))
         http = socket.create_connection(("127.0.0.1", port))
         http.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"x" * 100)
-        with pytest.raises(tools.protocol.Stranger, match="secret|did not prove"):
+        with pytest.raises(tools.channel.Stranger, match="secret|did not prove"):
             introduce(tools, port, "another secret of some length").receive()
-        assert crew.members == []
+        assert pool.workers == []
         channel = introduce(tools, port)
         assert channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000, (
             "a host that is gone is noticed while data is on its way"
         )
-        assert channel.receive()[0]["do"] == "configure" and [member.where for member in crew.members] == ["far GPU 0"]
+        assert channel.receive()[0]["do"] == "configure" and [worker.where for worker in pool.workers] == ["far GPU 0"]
         silent.close(), http.close()
     finally:
-        crew.stop()
+        pool.stop()
 
 
-def test_the_secret_never_travels(tools, two, group, monkeypatch):
+def test_the_secret_never_travels(tools, two, session, monkeypatch):
     """Between hosts everything can be read on the way, and the keys of torch's store are sent as they are."""
     sample(tools, two, steps=1)
-    asked, ask = [], group.crew.ask
+    asked, ask = [], session.pool.ask
     monkeypatch.setattr(
-        group.crew, "ask", lambda what, *rest, **content: asked.append(content) or ask(what, *rest, **content)
+        session.pool, "ask", lambda what, *rest, **content: asked.append(content) or ask(what, *rest, **content)
     )
-    group.end_mesh()
+    session.end_mesh()
     sample(tools, two, steps=1)
-    assert any("prefix" in content for content in asked) and group.crew.secret not in str(asked)
+    assert any("prefix" in content for content in asked) and session.pool.secret not in str(asked)
 
 
 def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
-    crew, port = crew_waiting_for_one(tools, monkeypatch)
+    pool, port = pool_waiting_for_one(tools, monkeypatch)
     try:
         channel = introduce(tools, port, host="oldhost")
         asked = channel.receive()[0]
@@ -678,13 +678,13 @@ def test_other_versions_on_another_host_are_refused_by_name(tools, monkeypatch):
                 "name": "Some GPU",
             }
         )
-        with pytest.raises(tools.crew.RanksFailed) as caught:
-            crew.done("configure", 1, 10)
+        with pytest.raises(tools.pool.RanksFailed) as caught:
+            pool.done("configure", 1, 10)
         assert "Rank 1 (oldhost GPU 0, Some GPU) cannot work with rank 0: PyTorch is " in str(
             caught.value
         ) and "2.6.0 there" in str(caught.value)
     finally:
-        crew.stop()
+        pool.stop()
 
 
 def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_path):
@@ -710,7 +710,7 @@ def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
         with pytest.raises(
             OSError, match=f"cannot listen at 127.0.0.1:{taken.getsockname()[1]}.*Another program has that port"
         ):
-            crew_waiting_for_one(tools, monkeypatch, taken.getsockname()[1])
+            pool_waiting_for_one(tools, monkeypatch, taken.getsockname()[1])
     monkeypatch.setenv("FLUX2_RANKS_SECRET", "short")
     with pytest.raises(ValueError, match="FLUX2_RANKS_SECRET is missing or shorter"):
         tools.launch.listening_at()
@@ -720,10 +720,10 @@ def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):
 
 
 def test_ranks_that_never_join_are_said_and_can_be_cancelled(tools, monkeypatch):
-    monkeypatch.setattr(tools.crew, "REMOTE_STARTING", 1)
-    crew, _ = crew_waiting_for_one(tools, monkeypatch)
-    with pytest.raises(tools.crew.RanksFailed, match="0 of 1 ranks on other hosts joined within 1 seconds.*torchrun"):
-        crew.done("configure", 1, 20)
+    monkeypatch.setattr(tools.pool, "REMOTE_STARTING", 1)
+    pool, _ = pool_waiting_for_one(tools, monkeypatch)
+    with pytest.raises(tools.pool.RanksFailed, match="0 of 1 ranks on other hosts joined within 1 seconds.*torchrun"):
+        pool.done("configure", 1, 20)
 
 
 def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
@@ -755,13 +755,13 @@ def test_a_rank_joins_through_torchrun(tools, model, monkeypatch, comfy):
         ours = tools.parallel.parallel(fresh, 2)
         assert difference(sample(tools, ours), sample(tools, model)) < SAME
         assert "GPU 0" in tools.report.report(ours)[0]
-        crew, pid = tools.group.existing(fresh.model).crew, tools.group.existing(fresh.model).crew.members[0].pid
+        pool, pid = tools.session.existing(fresh.model).pool, tools.session.existing(fresh.model).pool.workers[0].pid
         del fresh, ours
         tools.management.unload_all_models()
         gc.collect()
-        wait_until(lambda: not crew.started, 30)
+        wait_until(lambda: not pool.started, 30)
         time.sleep(0.5)
-        assert alive(pid), "it waits for the next group"
+        assert alive(pid), "it waits for the next session"
     finally:
         os.killpg(torchrun.pid, signal.SIGKILL)
         torchrun.wait()
@@ -786,12 +786,12 @@ def test_a_rank_that_starts_afresh_keeps_its_gpu(tools, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
-def in_a_step(group, action, delay=0.15):
+def in_a_step(session, action, delay=0.15):
     """Run action() in the middle of the next step; returns (thread, [the moment])."""
     moment = []
 
     def work():
-        while group._pass is None:
+        while session._pass is None:
             time.sleep(0.002)
         time.sleep(delay)
         moment.append(time.perf_counter())
@@ -802,9 +802,9 @@ def in_a_step(group, action, delay=0.15):
     return thread, moment
 
 
-def interrupted(tools, model, group, action, delay=0.15):
+def interrupted(tools, model, session, action, delay=0.15):
     """(what a large sampling raised, seconds after `action` took place in the middle of a step)."""
-    thread, moment = in_a_step(group, action, delay)
+    thread, moment = in_a_step(session, action, delay)
     with pytest.raises(BaseException) as caught:
         sample(tools, model, **LARGE)
     seconds = time.perf_counter() - moment[0]
@@ -817,17 +817,17 @@ def expected(tools, model):
     return sample(tools, model)
 
 
-def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, group, expected):
+def test_a_cancel_in_a_step_returns_at_once_and_everything_stays(tools, two, session, expected):
     def once(delay):
         sample(tools, two)
-        before = [member.pid for member in group.crew.members], group._generation
+        before = [worker.pid for worker in session.pool.workers], session._generation
         error, seconds = interrupted(
-            tools, two, group, lambda: tools.management.interrupt_current_processing(True), delay
+            tools, two, session, lambda: tools.management.interrupt_current_processing(True), delay
         )
         assert isinstance(error, tools.management.InterruptProcessingException)
         assert difference(sample(tools, two), expected) < SAME
         # no process and no connection was made anew
-        return seconds < 2 and ([member.pid for member in group.crew.members], group._generation) == before
+        return seconds < 2 and ([worker.pid for worker in session.pool.workers], session._generation) == before
 
     for delay in (0.02, 0.3):
         assert kept(once, delay)
@@ -858,24 +858,24 @@ def test_a_cancel_is_heard_by_a_rank_that_has_not_begun_the_pass(tools):
     assert not tools.management.processing_interrupted()
 
 
-def test_a_cancel_between_two_steps_begins_no_pass(tools, two, group, expected):
+def test_a_cancel_between_two_steps_begins_no_pass(tools, two, session, expected):
     sample(tools, two)
     asked = []
 
     def cancel(step, *_):
-        asked.append(group.crew._number)
+        asked.append(session.pool._number)
         tools.management.interrupt_current_processing(True)
 
     with pytest.raises(tools.management.InterruptProcessingException):
         sample(tools, two, steps=3, callback=cancel)
-    assert len(asked) == 1 and group.crew._number == asked[0] + 1, "the end of the sampling is all that is asked for"
+    assert len(asked) == 1 and session.pool._number == asked[0] + 1, "the end of the sampling is all that is asked for"
     assert difference(sample(tools, two), expected) < SAME
 
 
-def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, group, expected):
+def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, session, expected):
     def once():
         sample(tools, two)
-        pid, moment = group.crew.members[0].pid, []
+        pid, moment = session.pool.workers[0].pid, []
 
         def hang(step, *_):
             if step == 1:
@@ -890,35 +890,35 @@ def test_a_cancel_is_heard_while_the_end_of_a_sampling_is_awaited(tools, two, gr
             sample(tools, two, callback=hang)
         seconds = time.perf_counter() - moment[0]
         os.kill(pid, signal.SIGCONT)
-        assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid
+        assert difference(sample(tools, two), expected) < SAME and session.pool.workers[0].pid == pid
         return seconds < 2
 
     assert kept(once)
 
 
-def test_what_no_rank_can_do_is_said_by_rank_0_and_the_ranks_stay(tools, two, group, expected):
+def test_what_no_rank_can_do_is_said_by_rank_0_and_the_ranks_stay(tools, two, session, expected):
     sample(tools, two)
-    pids = [member.pid for member in group.crew.members]
+    pids = [worker.pid for worker in session.pool.workers]
     for _ in range(3):
         with pytest.raises(
-            ValueError, match="^2 GPUs cannot share 1 tokens of the picture: use fewer GPUs or a larger picture"
+            ValueError, match="^2 GPUs cannot share 1 tokens of the image: use fewer GPUs or a larger image"
         ):
             sample(tools, two, size=(1, 1))
-    assert difference(sample(tools, two), expected) < SAME and [member.pid for member in group.crew.members] == pids
+    assert difference(sample(tools, two), expected) < SAME and [worker.pid for worker in session.pool.workers] == pids
 
 
-def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, group, expected):
+def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, session, expected):
     def once():
         sample(tools, two)
         moment = []
 
         def hang_and_cancel():
-            os.kill(group.crew.members[0].pid, signal.SIGSTOP)
+            os.kill(session.pool.workers[0].pid, signal.SIGSTOP)
             time.sleep(0.5)
             moment.append(time.perf_counter())
             tools.management.interrupt_current_processing(True)
 
-        error, _ = interrupted(tools, two, group, hang_and_cancel)
+        error, _ = interrupted(tools, two, session, hang_and_cancel)
         seconds = time.perf_counter() - moment[0]
         assert (
             isinstance(error, tools.management.InterruptProcessingException)
@@ -929,60 +929,61 @@ def test_a_cancel_does_not_wait_for_a_rank_that_hangs(tools, two, group, expecte
     assert kept(once)
 
 
-def test_a_killed_rank_is_named_and_the_next_prompt_rebuilds(tools, two, group, expected):
+def test_a_killed_rank_is_named_and_the_next_prompt_rebuilds(tools, two, session, expected):
     sample(tools, two)
-    pid = group.crew.members[0].pid
-    error, seconds = interrupted(tools, two, group, lambda: os.kill(pid, signal.SIGKILL))
-    assert isinstance(error, tools.crew.RanksFailed) and seconds < 10
+    pid = session.pool.workers[0].pid
+    error, seconds = interrupted(tools, two, session, lambda: os.kill(pid, signal.SIGKILL))
+    assert isinstance(error, tools.pool.RanksFailed) and seconds < 10
     assert (
         "Rank 1 (this machine's CPU" in str(error)
         and "SIGKILL" in str(error)
         and "the next one starts the rank again" in str(error)
     )
-    assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid != pid
+    assert difference(sample(tools, two), expected) < SAME and session.pool.workers[0].pid != pid
 
 
-def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, group, expected):
+def test_a_rank_that_is_lost_between_two_steps_fails_the_sampling(tools, two, session, expected):
     """Also where rank 0 would not notice by an exchange: what a GPU computed after the loss is worthless, so the
-    sampling
-    must not go on with new ranks.
+    sampling must not go on with new ranks.
     """
 
     def kill(step, *_):
         if step == 0:
-            os.kill(group.crew.members[0].pid, signal.SIGKILL)
-            wait_until(lambda: not group.crew.started, 30)
+            os.kill(session.pool.workers[0].pid, signal.SIGKILL)
+            wait_until(lambda: not session.pool.started, 30)
 
-    with pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*SIGKILL"):
+    with pytest.raises(tools.pool.RanksFailed, match="Rank 1 .*SIGKILL"):
         sample(tools, two, steps=3, callback=kill)
     assert difference(sample(tools, two), expected) < SAME
 
 
-def test_a_rank_that_fails_before_the_exchanges_leaves_nobody_waiting_in_them(tools, two, group, expected, monkeypatch):
+def test_a_rank_that_fails_before_the_exchanges_leaves_nobody_waiting_in_them(
+    tools, two, session, expected, monkeypatch
+):
     """As one that cannot allocate the inputs: it takes part in nothing, and gloo's waits end only with the process."""
     from flux2_pack.flux2.parallel.workers import session as module
 
     sample(tools, two)
 
-    def unknown_kind(inputs, original=module.described):
+    def unknown_kind(inputs, original=module.describe_inputs):
         data, kinds, tensors = original(inputs)
         return data, [["no_dtype", shape] for _, shape in kinds], tensors
 
     begun = time.monotonic()
-    with monkeypatch.context() as patch, pytest.raises(tools.crew.RanksFailed, match="Rank 1 .*no_dtype"):
-        patch.setattr(module, "described", unknown_kind)
+    with monkeypatch.context() as patch, pytest.raises(tools.pool.RanksFailed, match="Rank 1 .*no_dtype"):
+        patch.setattr(module, "describe_inputs", unknown_kind)
         sample(tools, two)
     assert time.monotonic() - begun < 10
     assert difference(sample(tools, two), expected) < SAME
 
 
-def test_a_rank_out_of_memory_is_named_and_the_next_prompt_works(tools, two, group, expected):
+def test_a_rank_out_of_memory_is_named_and_the_next_prompt_works(tools, two, session, expected):
     sample(tools, two)
-    pid = group.crew.members[0].pid
+    pid = session.pool.workers[0].pid
     with open(f"/proc/{pid}/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
-    with pytest.raises(tools.crew.RanksFailed) as caught:
+    with pytest.raises(tools.pool.RanksFailed) as caught:
         sample(tools, two, size=(64, 64))
     if alive(pid):
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -999,16 +1000,18 @@ def test_what_ends_the_ranks_is_heard_after_what_does_not(tools):
     and rank 0 would wait for it.
     """
     ended = []
-    crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3), on_failure=lambda: ended.append(True))
-    crew._keeper = threading.current_thread()
-    first, second = (tools.crew.Member(rank, "somewhere") for rank in (1, 2))
-    crew._note(first, {"failed": "forward", "number": 4, "cause": "memory", "broken": False, "text": "memory ran out"})
-    assert crew.started and not ended
-    crew._note(second, {"failed": "forward", "number": 4, "cause": "memory", "broken": True, "text": "memory ran out"})
+    pool = tools.pool.WorkerPool(
+        tools.pool.ParallelPlan(3, 1, "cpu", (None,) * 3), on_failure=lambda: ended.append(True)
+    )
+    pool._supervisor = threading.current_thread()
+    first, second = (tools.pool.WorkerHandle(rank, "somewhere") for rank in (1, 2))
+    pool._note(first, {"failed": "forward", "number": 4, "cause": "memory", "broken": False, "text": "memory ran out"})
+    assert pool.started and not ended
+    pool._note(second, {"failed": "forward", "number": 4, "cause": "memory", "broken": True, "text": "memory ran out"})
     assert (
         ended == [True]
-        and not crew.started
-        and crew.failure.startswith("Rank 1 (somewhere) could not compute its part of a step: memory ran out.")
+        and not pool.started
+        and pool.failure.startswith("Rank 1 (somewhere) could not compute its part of a step: memory ran out.")
     )
 
 
@@ -1022,12 +1025,12 @@ def test_a_rank_that_cannot_be_started_takes_those_before_it_along(tools, monkey
         return started[0]
 
     monkeypatch.setattr(tools.launch, "start", no_more_than_one)
-    crew = tools.crew.Crew(tools.crew.Plan(3, 1, "cpu", (None,) * 3))
-    crew.start()
+    pool = tools.pool.WorkerPool(tools.pool.ParallelPlan(3, 1, "cpu", (None,) * 3))
+    pool.start()
     with pytest.raises(
-        tools.crew.RanksFailed, match="The other ranks could not be started: BlockingIOError: .*temporarily unavailable"
+        tools.pool.RanksFailed, match="The other ranks could not be started: BlockingIOError: .*temporarily unavailable"
     ):
-        crew.done("configure", 1, 20)
+        pool.done("configure", 1, 20)
     assert started[0].poll() is not None
 
 
@@ -1045,13 +1048,13 @@ def wait_until(true, seconds):
         time.sleep(0.05)
 
 
-def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, expected):
+def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, session, expected):
     """FLUX2_ROUNDS of them. Each is followed by a sampling that has to be right."""
     sample(tools, two)
     chance, started, threads, files = random.Random(7), set(), threading.active_count(), open_files()
     for number in range(ROUNDS):
         sample(tools, two)
-        pids = [member.pid for member in group.crew.members]
+        pids = [worker.pid for worker in session.pool.workers]
         started.update(pids)
         kill = chance.random() < 0.34
         action = (
@@ -1060,17 +1063,17 @@ def test_kills_and_cancels_at_random_moments_lose_nothing(tools, two, group, exp
             else (lambda: tools.management.interrupt_current_processing(True))
         )
         try:
-            thread, _ = in_a_step(group, action, chance.random() * 0.8)
+            thread, _ = in_a_step(session, action, chance.random() * 0.8)
             sample(tools, two, **LARGE)
-        except tools.crew.RanksFailed if kill else tools.management.InterruptProcessingException:
+        except tools.pool.RanksFailed if kill else tools.management.InterruptProcessingException:
             pass
         thread.join()
         tools.management.interrupt_current_processing(False)
         try:
             assert difference(sample(tools, two), expected) < SAME, f"round {number}"
-        except tools.crew.RanksFailed:
+        except tools.pool.RanksFailed:
             assert kill, "only a rank that was killed after the last step may fail the next prompt"
-    started.update(member.pid for member in group.crew.members)
+    started.update(worker.pid for worker in session.pool.workers)
     gc.collect()
     assert sum(map(alive, started)) <= 1 and threading.active_count() <= threads + 8 and open_files() <= files + 8
 
@@ -1080,30 +1083,30 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_unloading_frees_every_rank(tools, two, group, expected, monkeypatch):
+def test_unloading_frees_every_rank(tools, two, session, expected, monkeypatch):
     sample(tools, two)
-    member, pid = group.crew.members[0], group.crew.members[0].pid
+    worker, pid = session.pool.workers[0], session.pool.workers[0].pid
     # at once: nobody has looked whether the model is loaded since the sampling ended
     tools.management.unload_all_models()
-    wait_until(lambda: "drop" in member.done, 30)
-    assert member.done["drop"][1]["freed"] and alive(pid), "the process may be needed again"
-    assert difference(sample(tools, two), expected) < SAME and group.crew.members[0].pid == pid
-    monkeypatch.setattr(tools.group, "GRACE", 1)
+    wait_until(lambda: "drop" in worker.done, 30)
+    assert worker.done["drop"][1]["freed"] and alive(pid), "the process may be needed again"
+    assert difference(sample(tools, two), expected) < SAME and session.pool.workers[0].pid == pid
+    monkeypatch.setattr(tools.session, "GRACE", 1)
     time.sleep(1.2)
     tools.management.unload_all_models()
     wait_until(lambda: not alive(pid), 60)
 
 
 def test_a_cancel_while_the_ranks_start_leaves_nothing_for_long(tools, model, small_models, monkeypatch):
-    monkeypatch.setattr(tools.group, "GRACE", 1)
+    monkeypatch.setattr(tools.session, "GRACE", 1)
     fresh = tools.load.load_model(str(small_models["model"]))
     with ranks_on_cpu(2):
         ours = tools.parallel.parallel(fresh)
-    group = tools.group.existing(fresh.model)
+    session = tools.session.existing(fresh.model)
     threading.Timer(0.5, tools.management.interrupt_current_processing).start()
     begun = time.perf_counter()
     with pytest.raises(tools.management.InterruptProcessingException):
         sample(tools, ours)
     assert time.perf_counter() - begun < 2.5
-    pids = [member.pid for member in group.crew.members]
+    pids = [worker.pid for worker in session.pool.workers]
     wait_until(lambda: not any(map(alive, pids)), 30)

@@ -51,8 +51,8 @@ def test_work_is_shared_evenly_and_exchanged_once_per_block(found, size, name):
     for rank in found[size]:
         times = rank[name]["times"]
         assert sum(times["tokens"]) == tokens and max(times["tokens"]) - min(times["tokens"]) <= 1
-        assert times["exchanges"] == blocks * (2 * (ulysses > 1) + ring - 1) + 1 and times["forwards"] == 1
-        assert 0 < times["exchange_seconds"] < times["forward_seconds"]
+        assert times["collectives"] == blocks * (2 * (ulysses > 1) + ring - 1) + 1 and times["forwards"] == 1
+        assert 0 < times["collective_seconds"] < times["forward_seconds"]
 
 
 @pytest.mark.parametrize("size, name", ARRANGED)
@@ -117,14 +117,14 @@ def test_too_few_tokens_are_refused_by_every_rank(found, size, name):
         )
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+# --- shards --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def plan(comfy):
-    from flux2_pack.flux2.parallel import shards as plan
+def shards(comfy):
+    from flux2_pack.flux2.parallel import shards
 
-    return plan
+    return shards
 
 
 @pytest.mark.parametrize(
@@ -132,17 +132,17 @@ def plan(comfy):
     [(512, 4096, 0), (512, 4096, 4096), (37, 63, 57), (5, 7, 6), (7, 5, 5), (8, 8, 0), (0, 9, 0)],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_every_token_has_one_rank_and_none_more_than_one_more(plan, text, picture, references, size):
-    made = plan.Plan.of(text, picture, references, size)
+def test_every_token_has_one_rank_and_none_more_than_one_more(shards, text, picture, references, size):
+    made = shards.TokenShards.of(text, picture, references, size)
     assert sorted(made.order()) == list(range(text + picture + references))
     assert sum(made.lengths()) == text + picture + references and max(made.lengths()) - min(made.lengths()) <= 1
     assert made.order() == [at for rank in range(size) for at in rank_order(made, rank, text)]
-    cached = plan.Plan.of(text, picture, references, size, attended=False)
+    cached = shards.TokenShards.of(text, picture, references, size, attended=False)
     assert sorted(cached.order()) == list(range(text + picture)) and cached.order(references=True) == made.order()
 
 
 def rank_order(made, rank, text):
-    picture = [text + at for begin, end in made.picture_ranges(rank) for at in range(begin, end)]
+    picture = [text + at for begin, end in made.image_ranges(rank) for at in range(begin, end)]
     return [*range(*made.text[rank]), *picture]
 
 
@@ -150,14 +150,14 @@ def rank_order(made, rank, text):
     "tokens, said",
     [
         ((2, 9, 0), "2 tokens of text"),
-        ((9, 2, 0), "2 tokens of the picture"),
-        ((9, 0, 0), "0 tokens of the picture"),
-        ((9, 9, 2), "2 tokens of the reference pictures"),
+        ((9, 2, 0), "2 tokens of the image"),
+        ((9, 0, 0), "0 tokens of the image"),
+        ((9, 9, 2), "2 tokens of the reference images"),
     ],
 )
-def test_a_rank_without_a_share_is_refused(plan, tokens, said):
+def test_a_rank_without_a_share_is_refused(shards, tokens, said):
     with pytest.raises(ValueError, match=f"3 GPUs cannot share {said}"):
-        plan.Plan.of(*tokens, 3)
+        shards.TokenShards.of(*tokens, 3)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -170,38 +170,26 @@ class NotFlux(torch.nn.Module):
 
 
 def test_other_models_are_refused_with_what_they_lack(comfy):
-    from flux2_pack.flux2.parallel import shared, split, unsupported
+    from flux2_pack.flux2.parallel.forward import shard, sharded_forward, unsupported
 
     assert "NotFlux) lacks forward_orig, double_blocks" in unsupported(NotFlux())[0]
     with (
         pytest.raises(ValueError, match="Several GPUs can share models of FLUX.2's shape"),
-        shared(NotFlux(), types.SimpleNamespace(ulysses=2)),
+        sharded_forward(NotFlux(), types.SimpleNamespace(ulysses=2)),
     ):
         pass
     with pytest.raises(ValueError, match="lacks"):
-        split(
+        shard(
             types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=NotFlux())),
             types.SimpleNamespace(ulysses=2),
         )
 
 
 def test_heads_that_do_not_divide_are_refused(comfy):
-    from flux2_pack.flux2.parallel import unsupported
+    from flux2_pack.flux2.parallel.forward import unsupported
 
     network = split_ranks.patcher().model.diffusion_model
     assert (
         unsupported(network, 4) == []
         and "Ulysses degree 5 does not divide the 12 attention heads" in unsupported(network, 5)[0]
     )
-
-
-def test_the_package_does_not_import_the_attention_package():
-    for file in (ROOT / "flux2" / "split").glob("*.py"):
-        levels = [
-            (node.level, node.module or "")
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.ImportFrom)
-        ]
-        assert all(level < 2 for level, _ in levels) and not any("attention" in module for _, module in levels), (
-            file.name
-        )

@@ -18,7 +18,7 @@ OTHER = os.environ.get("FLUX2_OTHER_HOST", "")
 def two(tools, model):  # noqa: F811
     fresh = tools.load.load_model(model.cached_patcher_init[1][0])
     yield tools.parallel.parallel(fresh, 2)
-    tools.group.existing(fresh.model).stop()
+    tools.session.existing(fresh.model).stop()
 
 
 def connections():
@@ -41,11 +41,11 @@ def test_the_other_host_computes_its_part(tools, model, two):  # noqa: F811
 def test_a_cable_that_is_pulled_fails_the_prompt_with_a_sentence_and_the_next_one_works_once_it_is_back(
     tools, model, two
 ):  # noqa: F811
-    group = tools.group.existing(two.model)
+    session = tools.session.existing(two.model)
     sample(tools, two)
-    thread, moment = in_a_step(group, lambda: cable("down"))
+    thread, moment = in_a_step(session, lambda: cable("down"))
     try:
-        with pytest.raises(tools.crew.RanksFailed) as caught:
+        with pytest.raises(tools.pool.RanksFailed) as caught:
             sample(tools, two, **LARGE)
         seconds = time.perf_counter() - moment[0]
     finally:

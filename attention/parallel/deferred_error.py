@@ -1,11 +1,8 @@
-"""A rank that fails must not leave the others waiting: it goes on with the exchanges of the call, and raises when they
-are
-done.
-"""
+"""A rank that fails must not leave the others waiting: it takes part in the collectives left, and raises then."""
 
 
-class Guard:
-    """Runs the parts of a call that are not exchanges. After the first exception of any kind nothing is run any more;
+class DeferredError:
+    """Runs the parts of a call that are not collectives. After the first exception of any kind nothing is run any more;
     `check` raises it.
     """
 
@@ -22,5 +19,6 @@ class Guard:
         return otherwise
 
     def check(self):
+        """Raises the exception that was kept, if there is one."""
         if self.error is not None:
             raise self.error

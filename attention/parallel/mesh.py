@@ -1,4 +1,8 @@
-"""Which ranks there are, how they are arranged, and the three exchanges that everything else is made of.
+"""Which ranks there are, how they are arranged, and the collectives that everything else is made of.
+
+What other modules use of a Mesh: rank, size, ulysses(_rank), ring(_rank), device, the process groups, `all_to_all`,
+`rotate`, `gather`, `broadcast`, `abort`, `broken`, `stats`. A collective that is added goes through `_collective`,
+which counts its time and bytes, asks `abort`, and turns a failure into RanksLost.
 
 Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours
 (the GPUs of one host) and ring groups reach across them. torch.distributed must be initialised before `make_mesh`;
@@ -17,20 +21,19 @@ from .timing import Stats
 
 
 class RanksLost(RuntimeError):
-    """An exchange failed: another rank is gone, or did not answer in time. The groups are unusable afterwards."""
+    """A collective failed: another rank is gone, or did not answer in time. The groups are unusable afterwards."""
 
 
 class Interrupted(RuntimeError):
-    """Mesh.abort said stop, between two exchanges or, on the CPU, during one. The groups are unusable afterwards: the
+    """Mesh.abort said stop, between two collectives or, on the CPU, during one. The groups are unusable afterwards: the
     others may be inside the next one.
     """
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the heads (ulysses) and how many the keys (ring); their product is the number of GPUs. why:
-    a
-    sentence.
+    """How many ranks share the heads (ulysses) and how many the keys (ring); their product is the number of GPUs.
+    why: a sentence.
     """
 
     ulysses: int
@@ -93,10 +96,11 @@ class Mesh:
     """One rank's view of all ranks.
 
     rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process
-    groups; None where a group would have one member. head_groups: into how many parts Ulysses cuts its heads so that
-    one part is exchanged while another is computed; 1 does not overlap. abort: a callable asked before each exchange,
-    on the CPU also during it; True raises Interrupted. broken: the exception after which nothing is exchanged any more,
-    else None. attended: calls of `attend` whose exchanges are all done, failed ones included. stats: times (Stats).
+    groups; None where a group would have one member. overlap_chunks: into how many parts Ulysses cuts its heads so that
+    one part is sent while another is computed; 1 does not overlap. abort: a callable asked before each collective, on
+    the CPU also during it; True raises Interrupted. broken: the exception after which nothing is sent any more, else
+    None. attention_calls: attention calls (usp.py) whose collectives are all done, failed ones included. stats: times
+    (Stats).
     """
 
     rank: int = 0
@@ -107,10 +111,10 @@ class Mesh:
     group: object = None
     ulysses_group: object = None
     ring_group: object = None
-    head_groups: int = 1
+    overlap_chunks: int = 1
     abort: object = None
     broken: BaseException | None = None
-    attended: int = 0
+    attention_calls: int = 0
     stats: Stats = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -124,38 +128,26 @@ class Mesh:
     def ring_rank(self):
         return self.rank // self.ulysses
 
-    def neighbours(self, ring_rank=None):
-        """Ranks of one Ulysses group, this rank's own by default: those whose tokens one rank sees after the exchange,
-        in
-        that order.
+    def ulysses_group_ranks(self, ring_rank=None):
+        """Ranks of one Ulysses group, this rank's own by default, in the order in which their tokens follow one another
+        after the all-to-all.
         """
         first = (self.ring_rank if ring_rank is None else ring_rank) * self.ulysses
         return range(first, first + self.ulysses)
 
-    def attend(self, local, q, k, v, lengths, **kwargs):
-        """Attention over the tokens of all ranks; see unified.attend, which this calls."""
-        from .usp import attend
-
-        return attend(local, q, k, v, self, lengths, **kwargs)
-
-    def begin(self, local, q, k, v, lengths, **kwargs):
-        """The same in three parts, to compute something else while tokens travel; see unified.begin."""
-        from .usp import begin
-
-        return begin(local, q, k, v, self, lengths, **kwargs)
-
-    def all_to_all(self, out, rows, out_sizes, in_sizes, group, wait=True):
+    def all_to_all(self, out, rows, out_sizes, in_sizes, group, blocking=True):
         """Send rows (flat, cut by in_sizes) to the ranks of a group and receive into out (flat, cut by out_sizes), in
-        elements.
+        elements. Returns a function that waits.
 
-        wait=False returns at once, with a function that waits; out must not be read and neither tensor changed before.
+        blocking=False returns at once; out must not be read and neither tensor changed before the wait.
         """
 
         def start():
-            work = dist.all_to_all_single(out, rows, out_sizes, in_sizes, group=group, async_op=not wait or self._hears)
-            return self._until_done(work) if wait and work is not None else work
+            asynchronous = not blocking or self._poll_abort
+            work = dist.all_to_all_single(out, rows, out_sizes, in_sizes, group=group, async_op=asynchronous)
+            return self._until_done(work) if blocking and work is not None else work
 
-        return self._exchange(start, (rows.numel() - in_sizes[group.rank()]) * rows.element_size())
+        return self._collective(start, (rows.numel() - in_sizes[group.rank()]) * rows.element_size())
 
     def rotate(self, outgoing, incoming):
         """Start sending a flat tensor to the next rank of the ring while receiving one from the rank before. Returns a
@@ -164,8 +156,8 @@ class Mesh:
         both = (("send", outgoing, 1), ("recv", incoming, -1))
         parts = [(name, tensor, (self.ring_rank + step) % self.ring) for name, tensor, step in both if tensor.numel()]
         if not parts:
-            return nothing
-        return self._exchange(lambda: self._point_to_point(parts), outgoing.numel() * outgoing.element_size())
+            return no_wait
+        return self._collective(lambda: self._point_to_point(parts), outgoing.numel() * outgoing.element_size())
 
     def _point_to_point(self, parts):
         """Works of sends and receives in the ring group. NCCL wants those of one rank together; batch_isend_irecv takes
@@ -182,7 +174,7 @@ class Mesh:
         if self.size > 1:
             self._check()
             with self._losing_ranks():
-                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=self._hears)
+                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=self._poll_abort)
                 if work is not None:
                     self._until_done(work)
 
@@ -198,32 +190,34 @@ class Mesh:
         )
         return out.transpose(0, 1)
 
-    def _exchange(self, start, size):
+    def _collective(self, start, sent):
+        """Run start() -> the work or works to wait for, or None; returns a function that waits. sent: bytes that leave
+        this rank.
+        """
         self._check()
-        with self.stats.exchange(size), self._losing_ranks():
+        with self.stats.collective(sent), self._losing_ranks():
             pending = start()
-        return (lambda: self._wait(pending)) if pending is not None else nothing
+        return (lambda: self._wait(pending)) if pending is not None else no_wait
 
     def _wait(self, pending):
         works = pending if isinstance(pending, list) else [pending]
-        with self.stats.exchange(None), self._losing_ranks():
+        with self.stats.collective(None), self._losing_ranks():
             for work in works:
                 self._until_done(work)
 
     @property
-    def _hears(self):
-        """Whether a wait has to hear `abort` itself. A wait for a GPU ends when its group is aborted; gloo, which has
-        no
+    def _poll_abort(self):
+        """Whether a wait has to ask `abort` itself. A wait for a GPU ends when its group is aborted; gloo, which has no
         abort, may wait for ever for a host that is gone.
         """
         return self.abort is not None and self.device.type == "cpu"
 
     def _until_done(self, work):
-        """Wait for an exchange. On the CPU in another thread, which is left behind when `abort` says stop meanwhile."""
-        if not self._hears:
+        """Wait for a collective. On the CPU in another thread, which is left behind when `abort` says stop."""
+        if not self._poll_abort:
             work.wait()
             return
-        ended = in_thread(work.wait)
+        ended = run_in_thread(work.wait)
         while not futures.wait([ended], 0.05).done:
             self._check()
         ended.result()
@@ -237,7 +231,7 @@ class Mesh:
 
     @contextmanager
     def _losing_ranks(self):
-        """Whatever an exchange raises marks the mesh as broken; an error becomes RanksLost."""
+        """Whatever a collective raises marks the mesh as broken; an error becomes RanksLost."""
         try:
             yield
         except BaseException as error:
@@ -249,7 +243,7 @@ class Mesh:
             raise
 
 
-def in_thread(function):
+def run_in_thread(function):
     """A Future of a function's result. The thread is a daemon: one that never comes back keeps nobody from quitting."""
     future = futures.Future()
 
@@ -259,18 +253,17 @@ def in_thread(function):
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="flux2 ranks: waiting for an exchange", daemon=True).start()
+    threading.Thread(target=run, name="flux2 ranks: waiting for a collective", daemon=True).start()
     return future
 
 
-def nothing():
+def no_wait():
     pass
 
 
-def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, head_groups=1):
+def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, overlap_chunks=1):
     """The Mesh of this rank. Every rank calls this at the same time with the same arguments: the process groups are
-    made
-    here.
+    made here.
 
     groups(name, ranks) -> a torch.distributed ProcessGroup in which ranks are numbered as they are listed, or None for
     a rank that is not among them; called on every rank for every group, in the same order. By default they are made
@@ -285,7 +278,7 @@ def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, head_
     rows = [list(range(r * ulysses, (r + 1) * ulysses)) for r in range(ring)]
     columns = [list(range(u, size, ulysses)) for u in range(ulysses)]
     parts = [partition("ulysses", rows, rank, groups, everybody), partition("ring", columns, rank, groups, everybody)]
-    return Mesh(rank, size, ulysses, ring, torch.device(device), everybody, *parts, head_groups=head_groups)
+    return Mesh(rank, size, ulysses, ring, torch.device(device), everybody, *parts, overlap_chunks=overlap_chunks)
 
 
 def partition(name, parts, rank, groups, everybody):

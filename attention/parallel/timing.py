@@ -1,7 +1,7 @@
-"""Seconds that one rank spent in exchanges and in everything else, without making the GPU wait for the clock.
+"""Seconds that one rank spent in collectives and in everything else, without making the GPU wait for the clock.
 
 On a GPU two events are recorded around each part and read when somebody asks; on the CPU the clock is read. A
-collective that another rank is late for counts as exchange: that is what waiting costs here.
+collective that another rank is late for counts as collective: that is what waiting costs here.
 """
 
 from collections import deque
@@ -16,31 +16,29 @@ FOLD = 4096  # pairs of events kept before the finished ones are added up
 
 @dataclass
 class Times:
-    """forwards: passes through the model; exchanges: collectives that took place; sent: bytes that left this rank;
-    seconds
-    as named; tokens: per rank, of the last pass.
+    """forwards: passes through the model; collectives: how many took place; sent: bytes that left this rank; seconds as
+    named; tokens: per rank, of the last pass.
     """
 
     forwards: int = 0
-    exchanges: int = 0
+    collectives: int = 0
     sent: int = 0
     forward_seconds: float = 0.0
-    exchange_seconds: float = 0.0
+    collective_seconds: float = 0.0
     tokens: tuple = ()
 
     @property
     def compute_seconds(self):
-        """What is left of the forward passes without their exchanges."""
-        return max(0.0, self.forward_seconds - self.exchange_seconds)
+        """What is left of the forward passes without their collectives."""
+        return max(0.0, self.forward_seconds - self.collective_seconds)
 
     def as_data(self):
         return {**vars(self), "tokens": list(self.tokens), "compute_seconds": self.compute_seconds}
 
 
 class Stats:
-    """The times of one rank. `forward` and `exchange` are context managers around the work; `read` gives the sums;
-    `reset`
-    starts again.
+    """The times of one rank. `forward` and `collective` are context managers around the work; `read` gives the sums;
+    `reset` starts again.
     """
 
     def __init__(self, device="cpu"):
@@ -60,12 +58,12 @@ class Stats:
         self._times.forwards += 1
 
     @contextmanager
-    def exchange(self, size):
-        """size: bytes that are sent; None for the wait of an exchange that was counted when it started."""
-        with self._timed("exchange_seconds"):
+    def collective(self, sent):
+        """sent: bytes; None for the wait of a collective that was counted when it started."""
+        with self._timed("collective_seconds"):
             yield
-        self._times.exchanges += size is not None
-        self._times.sent += size or 0
+        self._times.collectives += sent is not None
+        self._times.sent += sent or 0
 
     @contextmanager
     def _timed(self, name):

@@ -1,123 +1,127 @@
 """Attention over the tokens of all ranks: Ulysses inside each group of neighbours, ring between the groups (Fang and
-Zhao
-2024, USP, section 3).
+Zhao 2024, USP, section 3).
 
-`attend` is one call. `begin`, `compute` and `finish` are its three parts, for a caller with something else to compute
-while tokens travel: after `begin` q, k and v are on their way, after `compute` the result is on its way back.
+  out = attend(local, q, k, v, mesh, lengths)           # one call
 
-A call either takes part in all of its exchanges or, when its arguments are refused or memory is short before the first,
-in none; a kernel that fails on one rank raises there only after the last exchange. So the ranks never wait for one that
-gave up in the middle of a call.
+  call = begin(local, q, k, v, mesh, lengths)           # the same in three parts: q, k and v are being sent
+  ...; call.compute()                                   # attention is done, its result is being sent back
+  ...; out = call.finish()
+
+A call either takes part in all of its collectives or, when its arguments are refused or memory is short before the
+first, in none; a kernel that fails on one rank raises there only after the last collective. So the ranks never wait for
+one that gave up in the middle of a call.
 """
 
 from . import ring
-from .deferred_error import Guard
-from .ulysses import Return, Trade
+from .deferred_error import DeferredError
+from .ulysses import GatherHeads, ScatterHeads
 
 
 def attend(local, q, k, v, mesh, lengths, **kwargs):
     """Attention of this rank's queries over the keys of all ranks: see `begin`. Returns (B, lengths[rank], H, D)."""
-    call = begin(local, q, k, v, mesh, lengths, wait=True, **kwargs)
+    call = begin(local, q, k, v, mesh, lengths, blocking=True, **kwargs)
     call.compute()
     return call.finish()
 
 
-def begin(local, q, k, v, mesh, lengths, *, kv_lengths=None, mask=None, scale=None, wait=False):
-    """Start a call; returns an object with compute() and then finish() -> (B, lengths[rank], H, D). Between begin and
-    finish no other call may begin.
+def begin(local, q, k, v, mesh, lengths, *, kv_lengths=None, mask=None, scale=None, blocking=False, convert=None):
+    """Start a call; returns a PendingAttention. Between begin and finish no other call may begin.
 
     q (B, lengths[rank], H, D); k and v (B, kv_lengths[rank], H, D), any strides with a contiguous last axis. lengths,
     kv_lengths: tokens of each rank, the same on every rank; kv_lengths defaults to lengths. mask, without ring only: (B
     or 1, H or 1, Sq or 1, Sk) over the tokens of all ranks in rank order. local(q, k, v, *, mask, scale, need_lse) ->
-    (out, lse or None) computes; scale goes to it as it is (None: its default). wait: whether each exchange is over
-    before the next line runs. Raises ValueError for shapes that do not fit, and RanksLost; finish raises what `local`
-    raised.
+    (out, lse or None) computes; scale is given to it as it is (None: its default). blocking: whether each collective is
+    over before the next line runs. convert: applied to the result (B, lengths[rank], H, D) that finish() returns.
+    Raises ValueError for shapes that do not fit, and RanksLost; finish raises what `local` raised.
     """
     kv_lengths = lengths if kv_lengths is None else kv_lengths
     check(q, k, v, mesh, lengths, kv_lengths, mask)
-    kind = Alone if mesh.size == 1 else RingCall if mesh.ulysses == 1 else UlyssesCall
-    return kind(Common(local, mesh, lengths, kv_lengths, mask, scale, wait), q, k, v)
+    kind = SingleRank if mesh.size == 1 else RingAttention if mesh.ulysses == 1 else UlyssesAttention
+    return kind(CallContext(local, mesh, lengths, kv_lengths, mask, scale, blocking, convert), q, k, v)
 
 
 def check(q, k, v, mesh, lengths, kv_lengths, mask):
-    """ValueError unless the call can be computed. The same on every rank as long as they were given the same
-    lengths.
-    """
+    """ValueError unless the call can be computed. The same on every rank that was given the same lengths."""
     if q.shape[2] % mesh.ulysses:
         raise ValueError(f"Ulysses degree {mesh.ulysses} does not divide {q.shape[2]} attention heads.")
     if k.shape[2] != q.shape[2]:
         raise ValueError(
-            (
-                f"This model has {k.shape[2]} key/value heads for {q.shape[2]} query heads; over several GPUs they "
-                "must "
-                "be equal."
-            )
+            f"This model has {k.shape[2]} key/value heads for {q.shape[2]} query heads; over several GPUs they must be "
+            "equal."
         )
     if mask is not None and mesh.ring > 1:
         raise ValueError("Ring attention takes no attention mask. Use a ring degree of 1.")
     expected = (lengths[mesh.rank], kv_lengths[mesh.rank])
     if (q.shape[1], k.shape[1]) != expected:
         raise ValueError(
-            (
-                f"Rank {mesh.rank} should hold {expected[0]} queries and {expected[1]} keys, and has {q.shape[1]} and "
-                f"{k.shape[1]}."
-            )
+            f"Rank {mesh.rank} should hold {expected[0]} queries and {expected[1]} keys, and has {q.shape[1]} and "
+            f"{k.shape[1]}."
         )
 
 
-class Common:
-    """What all parts of a call need. lengths, kv_lengths: of this Ulysses group; ring_lengths: keys of each Ulysses
-    group.
+class CallContext:
+    """What all parts of a call need. lengths, kv_lengths: tokens of each rank of this Ulysses group; ring_lengths: keys
+    of each Ulysses group.
     """
 
-    def __init__(self, local, mesh, lengths, kv_lengths, mask, scale, wait):
-        self.local, self.mesh, self.mask, self.scale, self.wait, self.guard = local, mesh, mask, scale, wait, Guard()
-        self.lengths, self.kv_lengths = ([of[rank] for rank in mesh.neighbours()] for of in (lengths, kv_lengths))
-        self.ring_lengths = [sum(kv_lengths[rank] for rank in mesh.neighbours(r)) for r in range(mesh.ring)]
+    def __init__(self, local, mesh, lengths, kv_lengths, mask, scale, blocking, convert):
+        self.local, self.mesh, self.mask, self.scale = local, mesh, mask, scale
+        self.blocking, self.convert, self.deferred = blocking, convert, DeferredError()
+        self.lengths, self.kv_lengths = ([of[r] for r in mesh.ulysses_group_ranks()] for of in (lengths, kv_lengths))
+        self.ring_lengths = [sum(kv_lengths[r] for r in mesh.ulysses_group_ranks(ring)) for ring in range(mesh.ring)]
+
+    def attend(self, q, k, v, buffers, mask=None):
+        """Attention over the keys of this Ulysses group, or of all groups of the ring. None after a failure."""
+        if self.mesh.ring > 1:
+            return ring.attend(
+                self.local, q, k, v, self.ring_lengths, self.mesh, buffers, self.deferred, scale=self.scale
+            )
+        return self.deferred(lambda: self.local(q, k, v, mask=mask, scale=self.scale, need_lse=False)[0])
 
 
-class Begun:
-    """A call on its way. Subclasses: _compute() and _finish() -> out, which take part in their exchanges whatever the
-    guard holds.
+class PendingAttention:
+    """A call whose tensors are being sent. Subclasses: _compute() and _finish() -> out, which take part in their
+    collectives whatever error is deferred.
     """
 
-    def __init__(self, common):
-        self.common, self.computed, self.finished = common, False, False
+    def __init__(self, context):
+        self.context, self.computed, self.finished = context, False, False
 
     def compute(self):
+        """Attention of this rank's heads; its result is being sent back afterwards."""
         self.computed = True
         self._compute()
 
     def finish(self):
-        self.finished = True
-        out = self._finish()
-        self.common.mesh.attended += 1
-        self.common.guard.check()
-        return out
+        """The result (B, lengths[rank], H, D), converted. Raises what `local` raised on this rank."""
+        out = self._finished()
+        self.context.deferred.check()
+        return self.context.convert(out) if self.context.convert else out
 
-    def give_up(self, error):
-        """Take part in the exchanges that are left, and compute nothing more."""
-        self.common.guard.error = self.common.guard.error or error
+    def drain(self, error):
+        """Take part in the collectives that are left, and compute nothing more."""
+        self.context.deferred.error = self.context.deferred.error or error
         if not self.computed:
             self.compute()
         if not self.finished:
-            self.finished = True
-            self._finish()
-            self.common.mesh.attended += 1
+            self._finished()
+
+    def _finished(self):
+        self.finished = True
+        out = self._finish()
+        self.context.mesh.attention_calls += 1
+        return out
 
 
-class Alone(Begun):
+class SingleRank(PendingAttention):
     """One rank: the kernel itself."""
 
-    def __init__(self, common, q, k, v):
-        super().__init__(common)
+    def __init__(self, context, q, k, v):
+        super().__init__(context)
         self.tensors = q, k, v
 
     def _compute(self):
-        common = self.common
-        self.out = common.guard(
-            lambda: common.local(*self.tensors, mask=common.mask, scale=common.scale, need_lse=False)[0]
-        )
+        self.out = self.context.attend(*self.tensors, None, mask=self.context.mask)
 
     def _finish(self):
         # a block may want their memory before the next call takes this one's place
@@ -125,50 +129,47 @@ class Alone(Begun):
         return out
 
 
-class RingCall(Begun):
-    """No exchange of heads: keys and values of this rank's own tokens go round."""
+class RingAttention(PendingAttention):
+    """Heads stay: keys and values of this rank's own tokens are passed on."""
 
-    def __init__(self, common, q, k, v):
-        super().__init__(common)
-        self.tensors, self.pair = (q, k, v), ring.buffers(k, common.ring_lengths, k.shape[0], k.shape[2])
+    def __init__(self, context, q, k, v):
+        super().__init__(context)
+        self.tensors, self.buffers = (q, k, v), ring.buffers(k, context.ring_lengths, k.shape[0], k.shape[2])
 
     def _compute(self):
-        common = self.common
-        self.out = ring.attend(
-            common.local, *self.tensors, common.ring_lengths, common.mesh, self.pair, common.guard, scale=common.scale
-        )
+        self.out = self.context.attend(*self.tensors, self.buffers)
 
     def _finish(self):
-        out, self.out, self.tensors, self.pair = self.out, None, (), None
+        out, self.out, self.tensors, self.buffers = self.out, None, (), None
         return out
 
 
-class UlyssesCall(Begun):
-    """Heads in groups: while one is computed, the next one is on its way."""
+class UlyssesAttention(PendingAttention):
+    """Heads in chunks: while one is computed, the next one is being sent."""
 
-    def __init__(self, common, q, k, v):
-        super().__init__(common)
-        mesh, each = common.mesh, q.shape[2] // common.mesh.ulysses
-        # two communicators at work at the same time can wait for each other, so with a ring there is one group
-        groups = mesh.head_groups if mesh.ring == 1 and each % mesh.head_groups == 0 else 1
-        parts = [slice(g * each // groups, (g + 1) * each // groups) for g in range(groups)]
-        self.trips = [Trip(common, q, k, v, part, wait=common.wait and groups == 1) for part in parts]
-        self.trips[0].depart()
+    def __init__(self, context, q, k, v):
+        super().__init__(context)
+        mesh, each = context.mesh, q.shape[2] // context.mesh.ulysses
+        # two communicators at work at the same time can wait for each other, so with a ring there is one chunk
+        chunks = mesh.overlap_chunks if mesh.ring == 1 and each % mesh.overlap_chunks == 0 else 1
+        slices = [slice(c * each // chunks, (c + 1) * each // chunks) for c in range(chunks)]
+        self.groups = [HeadGroup(context, q, k, v, part, context.blocking and chunks == 1) for part in slices]
+        self.groups[0].start()
 
     def _compute(self):
-        for trip, following in zip(self.trips, [*self.trips[1:], None]):
+        for group, following in zip(self.groups, [*self.groups[1:], None]):
             if following:
-                following.depart()
-            trip.compute()
+                following.start()
+            group.compute()
 
     def _finish(self):
         # (B, S, ranks, h, D) each
-        returned = [(trip.heads, trip.returned.arrive()) for trip in self.trips]
-        self.trips = ()
-        return self.common.guard(lambda: joined(returned))
+        returned = [(group.heads, group.gather.wait()) for group in self.groups]
+        self.groups = ()
+        return self.context.deferred(lambda: join_heads(returned))
 
 
-def joined(returned):
+def join_heads(returned):
     """(B, S, H, D) of all ranks' heads in the model's order, from [(slice of each rank's heads, (B, S, ranks, h,
     D))].
     """
@@ -181,50 +182,38 @@ def joined(returned):
     return out.flatten(2, 3)
 
 
-class Trip:
-    """Some heads of a call: q, k and v to the rank that computes them, in one exchange when they are equally long, and
-    its
-    result back.
+class HeadGroup:
+    """Some heads of a call: q, k and v to the rank that computes them, in one all-to-all when they are equally long,
+    and its result back.
     """
 
-    def __init__(self, common, q, k, v, heads, wait):
-        self.common, self.heads, self.wait = common, heads, wait
-        mesh, together = common.mesh, common.lengths == common.kv_lengths
-        split = [((q, k, v), common.lengths)] if together else [((q,), common.lengths), ((k, v), common.kv_lengths)]
-        self.trades = [Trade(mesh, tensors, lengths, heads) for tensors, lengths in split]
-        self.returned = Return(mesh, self.trades[0].received, common.lengths)
-        self.pair = (
-            ring.buffers(k, common.ring_lengths, k.shape[0], self.trades[0].received.shape[3])
-            if mesh.ring > 1
-            else None
-        )
+    def __init__(self, context, q, k, v, heads, blocking):
+        self.context, self.heads, self.blocking = context, heads, blocking
+        mesh, together = context.mesh, context.lengths == context.kv_lengths
+        parts = [((q, k, v), context.lengths)] if together else [((q,), context.lengths), ((k, v), context.kv_lengths)]
+        self.scatters = [ScatterHeads(mesh, tensors, lengths, heads) for tensors, lengths in parts]
+        like = self.scatters[0].received
+        self.gather = GatherHeads(mesh, like, context.lengths)
+        self.buffers = ring.buffers(k, context.ring_lengths, k.shape[0], like.shape[3]) if mesh.ring > 1 else None
 
-    def depart(self):
-        for trade in self.trades:
-            trade.depart(self.wait)
+    def start(self):
+        for scatter in self.scatters:
+            scatter.start(self.blocking)
 
     def compute(self):
         """Attend, and send back; after a failure what is sent back is memory at hand, for a call that will raise."""
         # (B, S of the group, h, D)
-        q, k, v = (view for trade in self.trades for view in trade.arrive())
-        out = self._attend(q, k, v)
-        rows = self.common.guard(lambda: out.transpose(0, 1).contiguous())
+        q, k, v = (view for scatter in self.scatters for view in scatter.wait())
+        out = self.context.attend(q, k, v, self.buffers, mask=self._mask())
+        rows = self.context.deferred(lambda: out.transpose(0, 1).contiguous())
         if rows is None:
-            rows = self.trades[0].received.view(-1)[: q.numel()]
-        self.trades = ()  # the memory of what arrived is free while the result travels
-        self.returned.depart(rows, self.wait)
-
-    def _attend(self, q, k, v):
-        common = self.common
-        if common.mesh.ring > 1:
-            return ring.attend(
-                common.local, q, k, v, common.ring_lengths, common.mesh, self.pair, common.guard, scale=common.scale
-            )
-        return common.guard(lambda: common.local(q, k, v, mask=self._mask(), scale=common.scale, need_lse=False)[0])
+            rows = self.scatters[0].received.view(-1)[: q.numel()]
+        self.scatters = ()  # the memory of what was received is free while the result is sent
+        self.gather.start(rows, self.blocking)
 
     def _mask(self):
         """The mask of the heads that this rank computes."""
-        mask, mesh = self.common.mask, self.common.mesh
+        mask, mesh = self.context.mask, self.context.mesh
         if mask is None or mask.shape[1] == 1:
             return mask
         return mask.unflatten(1, (mesh.ulysses, -1))[:, mesh.ulysses_rank][:, self.heads]

@@ -1,6 +1,7 @@
-"""Attention of one rank during a shared forward pass: the exchange around whatever computes attention on this MODEL.
+"""Attention of one rank during a sharded forward pass: the collectives around whatever computes attention on this
+MODEL.
 
-Sits in the override slot for the length of a forward pass, in front of the override that it finds there (a Select
+Is in the override slot for the length of a forward pass, in front of the override that it finds there (a Select
 Attention node's, another pack's, or none: then core's own function). That one sees what one rank computes: the tokens
 of all ranks and a share of the heads.
 """
@@ -9,6 +10,7 @@ import torch
 
 from ...attention.dispatch import AttentionDispatcher
 from ...attention.override import AttentionOverride
+from ...attention.parallel import usp
 from ..attention_slot import dispatcher_behind
 
 
@@ -19,17 +21,19 @@ def ring_fallback():
     return AttentionOverride(AttentionDispatcher("auto"))
 
 
-class SharedAttention:
-    """What is in the override slot during one forward pass. state: the Pass it belongs to."""
+class ShardedAttention:
+    """The override during one forward pass. state: the ForwardState it belongs to; inner: the override that was there,
+    or None; fallback: an AttentionOverride for rings where there is none.
+    """
 
-    def __init__(self, state, previous, fallback):
-        self.state, self.previous, self.fallback = state, previous, fallback
+    def __init__(self, state, inner, fallback):
+        self.state, self.inner, self.fallback = state, inner, fallback
         self._masks = {}
 
     def __call__(self, func, q, k, v, heads, **kwargs):
-        begun = self.begin(func, q, k, v, heads, wait=True, **kwargs)
-        begun.compute()
-        return begun.finish()
+        call = self.begin(func, q, k, v, heads, blocking=True, **kwargs)
+        call.compute()
+        return call.finish()
 
     def begin(
         self,
@@ -42,34 +46,42 @@ class SharedAttention:
         attn_precision=None,
         skip_reshape=False,
         skip_output_reshape=False,
-        wait=False,
+        blocking=False,
         **kwargs,
     ):
-        """The same call as core makes, in three parts: returns an object with compute() and finish() -> what a call
-        returns.
+        """The same call as core makes, in three parts: returns an attention.parallel.usp.PendingAttention, whose
+        finish() gives what a call returns. q, k, v: (B, S, H*D), or (B, H, S, D) with skip_reshape; S: this rank's
+        tokens.
 
-        For blocks with something else to compute, their feed-forward part say: after `begin` q, k and v are on their
-        way to the other ranks, after `compute` the result is on its way back. Between begin and finish no other
-        attention call may begin.
+        For blocks with something else to compute, their feed-forward part say: after `begin` q, k and v are being sent
+        to the other ranks, after `compute` the result is being sent back. Between begin and finish no other attention
+        call may begin. ValueError for a mask that does not fit the sequence.
         """
-        plan, mesh = self.state.plan, self.state.mesh
-        q, k, v = (
-            (t.transpose(1, 2) for t in (q, k, v))
-            if skip_reshape
-            else (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        )
-        lengths, keys = plan.lengths(), plan.lengths(references=True)
+        shards, mesh = self.state.shards, self.state.mesh
+        if skip_reshape:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        else:
+            q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        lengths, keys = shards.lengths(), shards.lengths(references=True)
         keys = keys if k.shape[1] == keys[mesh.rank] else lengths
-        local = self._local(func, attn_precision, kwargs)
-        mask = self._in_rank_order(mask, lengths, keys)
-        self.state.begun = mesh.begin(
-            local, q, k, v, lengths, kv_lengths=keys, mask=mask, scale=kwargs.get("scale"), wait=wait
+        self.state.pending = usp.begin(
+            self._local(func, attn_precision, kwargs),
+            q,
+            k,
+            v,
+            mesh,
+            lengths,
+            kv_lengths=keys,
+            mask=self._in_rank_order(mask, lengths, keys),
+            scale=kwargs.get("scale"),
+            blocking=blocking,
+            convert=(lambda out: out.transpose(1, 2)) if skip_output_reshape else (lambda out: out.flatten(2)),
         )
-        return Begun(self.state.begun, skip_output_reshape)
+        return self.state.pending
 
     def _local(self, func, attn_precision, kwargs):
-        """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the override behind."""
-        # of another sequence
+        """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the override behind this."""
+        # img_slice counts tokens of another sequence
         options = {key: value for key, value in (kwargs.get("transformer_options") or {}).items() if key != "img_slice"}
         rest = dict(kwargs, attn_precision=attn_precision, transformer_options=options)
 
@@ -77,8 +89,8 @@ class SharedAttention:
             if need_lse:
                 return self._with_lse(q, k, v, mask, scale, rest)
             heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            if self.previous:
-                out = self.previous(func, *heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
+            if self.inner:
+                out = self.inner(func, *heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
             else:
                 out = func(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
             return out.unflatten(-1, (q.shape[2], -1)), None
@@ -86,33 +98,27 @@ class SharedAttention:
         return local
 
     def _with_lse(self, q, k, v, mask, scale, rest):
-        dispatcher = dispatcher_behind(self.previous or self.fallback)
+        dispatcher = dispatcher_behind(self.inner or self.fallback)
         if dispatcher is None:
             raise ValueError(
                 "A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own "
-                "does not. "
-                "Put Select Attention on this model, or use a ring degree of 1."
+                "does not. Put Select Attention on this model, or use a ring degree of 1."
             )
         options = rest["transformer_options"]
-        block = (
-            (options["block_type"], options["block_index"])
-            if "block_type" in options and "block_index" in options
-            else None
-        )
+        known = "block_type" in options and "block_index" in options
+        block = (options["block_type"], options["block_index"]) if known else None
         precise = rest.get("low_precision_attention", True) is False
         result = dispatcher.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
         if result is None:
             raise ValueError(
                 "This model asks for full precision in some calls, and the chosen attention is quantised: a ring "
-                "degree above 1 cannot "
-                "hand such a call back. Choose an exact backend, or use a ring degree of 1."
+                "degree above 1 cannot delegate such a call. Choose an exact backend, or use a ring degree of 1."
             )
         return result
 
     def _in_rank_order(self, mask, queries, keys):
         """A mask over the whole sequence with its rows and columns in the order in which the ranks hold the tokens; (B
-        or
-        1, H or 1, Sq or 1, Sk).
+        or 1, H or 1, Sq or 1, Sk).
         """
         if mask is None:
             return None
@@ -124,27 +130,12 @@ class SharedAttention:
         if mask.shape[-1] != keys or mask.shape[-2] not in (1, queries):
             raise ValueError(
                 f"The attention mask is for {tuple(mask.shape[-2:])} queries and keys, and the sequence has {queries} "
-                f"and {keys}. "
-                "Such a mask cannot be shared by several GPUs."
+                f"and {keys}. Such a mask cannot be shared by several GPUs."
             )
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 3 else mask.unsqueeze(1) if mask.ndim == 3 else mask
         rows, columns = (
-            torch.tensor(self.state.plan.order(with_references), device=mask.device)
-            for with_references in (None, keys == sum(self.state.plan.lengths(references=True)))
+            torch.tensor(self.state.shards.order(with_references), device=mask.device)
+            for with_references in (None, keys == sum(self.state.shards.lengths(references=True)))
         )
         mask = mask.index_select(3, columns)
         return mask if mask.shape[2] == 1 else mask.index_select(2, rows)
-
-
-class Begun:
-    """An attention call on its way. call: what mesh.begin returned."""
-
-    def __init__(self, call, heads_first):
-        self.call, self.heads_first = call, heads_first
-
-    def compute(self):
-        self.call.compute()
-
-    def finish(self):
-        out = self.call.finish()
-        return out.transpose(1, 2) if self.heads_first else out.flatten(2)

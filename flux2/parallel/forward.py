@@ -1,15 +1,15 @@
-"""A forward pass of FLUX.2 shared by several ranks, through ComfyUI's patch points.
+"""A forward pass of FLUX.2 sharded over several ranks, through ComfyUI's patch points.
 
 Every rank calls the same diffusion model with the same inputs. What happens then: `forward_orig`, replaced for the
 call, sees the arguments; a `post_input` patch, run after everybody else's, keeps this rank's tokens of the text, the
-picture and the references together with their position ids, so that everything that works on single tokens is done once
-in all, position embedding included; the attention override exchanges (override.py); what `forward_orig` returns is
-gathered, so every rank returns the whole. The blocks, patches that replace blocks and the attention backend do not
-know.
+image and the references together with their position ids, so that everything that works on single tokens is done once
+in all, position embedding included; the attention override exchanges heads and tokens (attention.py); what
+`forward_orig` returns is gathered, so every rank returns the whole. The blocks, patches that replace blocks and the
+attention backend do not know.
 
 Core facts this rests on (ComfyUI 0.30, comfy/ldm/flux/model.py): post_input patches run after img_in and txt_in, before
 the position embedding and the slices for index_timestep_zero are made, with the transformer_options that the blocks
-get; the slices are a list that is read after the patches; `control` is added to the first tokens of the picture.
+get; the slices are a list that is read after the patches; `control` is added to the first tokens of the image.
 """
 
 from contextlib import contextmanager
@@ -19,19 +19,20 @@ import torch
 
 from comfy.patcher_extension import WrappersMP
 
+from ...attention.parallel import usp
 from ..attention_slot import SLOT
-from .attention import SharedAttention
-from .shards import Plan
+from .attention import ShardedAttention
+from .shards import TokenShards
 
-KEY = "flux2_split"
+KEY = "flux2_sharded"
 ATTRIBUTES = ("forward_orig", "double_blocks", "single_blocks", "num_heads", "hidden_size", "out_channels")
 NEEDED = ("img", "img_ids", "txt", "txt_ids", "transformer_options")
 REFERENCES = "reference_image_num_tokens"
 
 
 def unsupported(network, ulysses=1):
-    """Sentences why the forward passes of a diffusion model cannot be shared with this Ulysses degree; empty means they
-    can.
+    """Sentences why the forward passes of a diffusion model cannot be sharded with this Ulysses degree; empty means
+    they can.
     """
     missing = [name for name in ATTRIBUTES if not hasattr(network, name)]
     missing += [name for name in NEEDED if not missing and name not in parameters(network.forward_orig)]
@@ -50,23 +51,24 @@ def parameters(function):
 
 
 @contextmanager
-def shared(network, mesh, transformer_options=None, *, fallback=None):
+def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, around=None):
     """Around ONE call of a diffusion model, which every rank of `mesh` (attention.parallel.Mesh) makes with the same
     inputs:
 
-      with shared(network, mesh, transformer_options) as options:
+      with sharded_forward(network, mesh, transformer_options) as options:
           network(x, timestep, context, ..., transformer_options=options)
 
-    While the block runs, `forward_orig` of this network is a Shared; afterwards it is what it was. The options are
-    handed on as they are: who holds the attention slot and which post_input patches there are is looked up inside, so
-    they may still change on the way. fallback: an AttentionOverride, used when the slot is empty
-    and a ring degree above 1 needs a log-sum-exp. ValueError when the network cannot be shared.
+    While the block runs, `forward_orig` of this network is a ShardedForward; afterwards it is what it was. The options
+    are passed on as they are: who holds the attention slot and which post_input patches there are is looked up inside,
+    so they may still change on the way. fallback: an AttentionOverride, used when the slot is empty and a ring degree
+    above 1 needs a log-sum-exp. around(forward_orig) -> a function called in its place, inside the sharding. ValueError
+    when the network cannot be sharded.
     """
     reasons = unsupported(network, mesh.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
     held = network.__dict__.get("forward_orig")  # an object patch of somebody else lies in the instance
-    network.forward_orig = Shared(network.forward_orig, network, mesh, fallback)
+    network.forward_orig = ShardedForward(network, mesh, fallback, around)
     try:
         yield transformer_options
     finally:
@@ -75,150 +77,138 @@ def shared(network, mesh, transformer_options=None, *, fallback=None):
             network.forward_orig = held
 
 
-def split(model, mesh, *, fallback=None):
-    """Share every forward pass of a MODEL clone: for programs in which each rank runs the whole sampling itself.
-    Splitting
-    twice replaces.
+def shard(model, mesh, *, fallback=None):
+    """Shard every forward pass of a MODEL clone: for programs in which each rank runs the whole sampling itself. Doing
+    it twice replaces.
     """
     reasons = unsupported(model.model.diffusion_model, mesh.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
 
     def wrapper(executor, *args, **kwargs):
-        with shared(executor.class_obj, mesh, fallback=fallback):
+        with sharded_forward(executor.class_obj, mesh, fallback=fallback):
             return executor(*args, **kwargs)
 
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, wrapper)
 
 
-class Shared:
-    """Takes the place of forward_orig for one call. inner: what was there; calls: how many attention calls one pass
-    makes,
-    as far as is known.
+class ShardedForward:
+    """Takes the place of forward_orig for one call. inner: what is called in it; calls: how many attention calls one
+    pass makes, as far as is known.
     """
 
-    def __init__(self, inner, network, mesh, fallback=None):
-        self.inner, self.mesh, self.fallback, self.names = inner, mesh, fallback, parameters(inner)
-        self.heads, self.head_dim, self.out_channels = (
-            network.num_heads,
-            network.hidden_size // network.num_heads,
-            network.out_channels,
-        )
+    def __init__(self, network, mesh, fallback=None, around=None):
+        self.names, self.mesh, self.fallback = parameters(network.forward_orig), mesh, fallback
+        self.inner = around(network.forward_orig) if around else network.forward_orig
+        self.heads, self.head_dim = network.num_heads, network.hidden_size // network.num_heads
+        self.out_channels = network.out_channels
         self.calls = len(network.double_blocks) + len(network.single_blocks)
 
     def __call__(self, *args, **kwargs):
-        """The whole output, on every rank. An exception on one rank does not leave the others waiting: this rank takes
-        part in the exchanges that are left, with zeros, and raises then. (RanksLost and Interrupted raise at once.)
+        """The whole output (B, S of the image, C), on every rank. An exception on one rank does not leave the others
+        waiting: this rank takes part in the collectives that are left, with zeros, and raises then. (RanksLost and
+        Interrupted raise at once.)
         """
-        state = Pass(self, {**dict(zip(self.names, args)), **kwargs})
+        state = ForwardState(self, {**dict(zip(self.names, args)), **kwargs})
         try:
             with self.mesh.stats.forward():
-                return state.gathered(self.inner(**state.arguments()))
+                return state.gather_output(self.inner(**state.arguments()))
         except BaseException as error:  # ComfyUI's cancel comes out of any linear layer, and is no Exception
             state.drain(error)
             raise
 
 
-class Pass:
-    """One forward pass on one rank. plan: whose tokens are whose, known once the inputs are cut; begun: the last
-    attention
-    call; finished: whether the output is gathered.
+class ForwardState:
+    """One forward pass on one rank. shards: whose tokens are whose, known once the inputs are cut; pending: the last
+    attention call; finished: whether the output is gathered.
     """
 
-    def __init__(self, shared, named):
-        self.shared, self.mesh, self.named = shared, shared.mesh, named
-        self.options, self.plan, self.before = named["transformer_options"], None, self.mesh.attended
-        self.begun, self.finished = None, False
+    def __init__(self, sharded, named):
+        self.sharded, self.mesh, self.named = sharded, sharded.mesh, named
+        self.options, self.shards, self.calls_before = named["transformer_options"], None, self.mesh.attention_calls
+        self.pending, self.finished = None, False
         self.zero_slices = None if named.get("timestep_zero_index") is None else list(named["timestep_zero_index"])
         self.control = None if named.get("control") is None else dict(named["control"])
 
     def arguments(self):
-        """What forward_orig is called with: the same, our patch behind the other post_input patches, the exchange
-        around
-        the override in the slot.
+        """What forward_orig is called with: the same, our patch behind the other post_input patches, the sharded
+        attention around the override that is in the slot.
         """
         options = dict(self.options)
         patches = dict(options.get("patches", {}))
-        options["patches"] = {**patches, "post_input": [*patches.get("post_input", []), self.cut]}
-        options[SLOT] = SharedAttention(self, options.get(SLOT), self.shared.fallback)
+        options["patches"] = {**patches, "post_input": [*patches.get("post_input", []), self.shard_inputs]}
+        options[SLOT] = ShardedAttention(self, options.get(SLOT), self.sharded.fallback)
         changed = {"transformer_options": options, "timestep_zero_index": self.zero_slices, "control": self.control}
         return {
             **self.named,
             **{name: value for name, value in changed.items() if name in self.named or name == "transformer_options"},
         }
 
-    def expected(self, text, picture, ids, options):
-        """The Plan for so many tokens. ids: positions in the picture stream, with those of references that come from a
-        cache and are not in it.
+    def shards_for(self, text, image, ids, options):
+        """The TokenShards for so many tokens. ids: positions in the image stream, with those of references that come
+        from a cache and are not in it. ValueError when these tokens cannot be shared.
         """
         references = sum(options.get(REFERENCES, ())) or sum(end - begin for begin, end in self.zero_slices or ())
         if self.zero_slices not in (None, [], [[ids - references, ids]]):
             raise ValueError(
                 f"Tokens {self.zero_slices} of {ids} are at another timestep; several GPUs can share that only for "
-                "the reference "
-                "pictures, at the end."
+                "the reference images, at the end."
             )
-        if picture not in (ids, ids - references):
+        if image not in (ids, ids - references):
             raise ValueError(
-                f"The picture has {picture} tokens and {ids} positions, {references} of them of reference pictures: "
-                "another patch "
-                "changed it in a way that several GPUs cannot share."
+                f"The image has {image} tokens and {ids} positions, {references} of them of reference images: another "
+                "patch changed it in a way that several GPUs cannot share."
             )
-        return Plan.of(text, ids - references, references, self.mesh.size, attended=picture == ids)
+        return TokenShards.of(text, ids - references, references, self.mesh.size, attended=image == ids)
 
-    def cut(self, inputs):
+    def shard_inputs(self, inputs):
         """The post_input patch: this rank's part of img, txt (B, S, C), img_ids, txt_ids (B, S, axes)."""
         # the options that the blocks get
         img, txt, ids, options = inputs["img"], inputs["txt"], inputs["img_ids"], inputs["transformer_options"]
-        rank, plan = self.mesh.rank, self.expected(txt.shape[1], img.shape[1], ids.shape[1], options)
-        self.plan = plan
-        self.mesh.stats.set_tokens(plan.lengths())
-        self._cut_rest(plan, rank, options)
-        text = slice(*plan.text[rank])
-        return {
-            **inputs,
-            "img": taken(img, plan.picture_ranges(rank)),
-            "img_ids": taken(ids, plan.picture_ranges(rank, references=True)),
-            "txt": txt[:, text].contiguous(),
-            "txt_ids": inputs["txt_ids"][:, text],
-        }
-
-    def _cut_rest(self, plan, rank, options):
-        """What speaks of token positions beside the tokens: core reads all of it after the patches."""
-        begin, end = plan.picture[rank]
-        referenced = plan.references[rank][1] - plan.references[rank][0]
+        rank, shards = self.mesh.rank, self.shards_for(txt.shape[1], img.shape[1], ids.shape[1], options)
+        self.shards = shards
+        self.mesh.stats.set_tokens(shards.lengths())
+        # what speaks of token positions beside the tokens: core reads all of it after the patches
+        begin, end = shards.image[rank]
+        referenced = shards.references[rank][1] - shards.references[rank][0]
         if options.get(REFERENCES):
             options[REFERENCES] = [referenced]
         if self.zero_slices is not None:
             self.zero_slices[:] = [[end - begin, end - begin + referenced]]
         if self.control is not None:
-            self.control.update(
-                {side: [controlled(add, plan, rank) for add in adds] for side, adds in self.control.items()}
-            )
+            for side, adds in self.control.items():
+                self.control[side] = [shard_control(add, shards, rank) for add in adds]
+        text = slice(*shards.text[rank])
+        return {
+            **inputs,
+            "img": select_ranges(img, shards.image_ranges(rank)),
+            "img_ids": select_ranges(ids, shards.image_ranges(rank, references=True)),
+            "txt": txt[:, text].contiguous(),
+            "txt_ids": inputs["txt_ids"][:, text],
+        }
 
-    def gathered(self, out):
-        """What forward_orig returns on one GPU, from this rank's part (B, S, C): the picture's tokens of all ranks,
-        then
+    def gather_output(self, out):
+        """What forward_orig returns on one GPU, from this rank's part (B, S, C): the image's tokens of all ranks, then
         those of the references.
         """
-        if self.plan is None:
+        if self.shards is None:
             raise RuntimeError(
                 "This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share it."
             )
-        made, calls = self.mesh.attended - self.before, self.shared.calls
-        if made != calls and self.mesh.size > 1:  # the other ranks are in another exchange than this one
+        made, calls = self.mesh.attention_calls - self.calls_before, self.sharded.calls
+        if made != calls and self.mesh.size > 1:  # the other ranks are in another collective than this one
             raise RuntimeError(
                 f"In this pass attention was called {made} times, and the blocks of this model call it {calls} times: "
-                "another node skips or "
-                "repeats blocks, and the other GPUs do not know. Remove that node, or set gpus to 1."
+                "another node skips or repeats blocks, and the other GPUs do not know. Remove that node, or set gpus "
+                "to 1."
             )
-        whole = self.mesh.gather(out, self.plan.picture_lengths())
+        whole = self.mesh.gather(out, self.shards.image_lengths())
         self.finished = True
-        if not self.plan.attended or not self.plan.references[-1][1]:
+        if not self.shards.attended or not self.shards.references[-1][1]:
             return whole
         pieces = whole.split(
-            [end - begin for rank in range(self.mesh.size) for begin, end in self.plan.picture_ranges(rank)], dim=1
+            [end - begin for rank in range(self.mesh.size) for begin, end in self.shards.image_ranges(rank)], dim=1
         )
         return torch.cat([*pieces[::2], *pieces[1::2]], dim=1)
 
@@ -230,62 +220,55 @@ class Pass:
         if mesh.size == 1 or mesh.broken is not None or self.finished:
             return
         try:
-            if self.plan is None and not self._cut_nothing():
+            if self.shards is None and not self._shard_zeros():
                 return  # these inputs cannot be shared: every rank says so, and none waits
-            if self.begun and not self.begun.finished:
-                self.begun.give_up(error)
-            self._drain()
+            if self.pending and not self.pending.finished:
+                self.pending.drain(error)
+            self._attend_zeros()
         except Exception as another:
             mesh.broken = mesh.broken or another
 
-    def _cut_nothing(self):
-        """Find the plan as the other ranks do: by the other patches, which may change the lengths, and ours; on zeros.
-        False when there is none.
+    def _shard_zeros(self):
+        """Find the shards as the other ranks do: by the other patches, which may change the lengths, and ours; on
+        zeros. False when there are none.
         """
-        wide = {
-            name: self.named[name].new_zeros((*self.named[name].shape[:2], self.shared.heads * self.shared.head_dim))
-            for name in ("img", "txt")
-        }
-        inputs = {
-            **wide,
-            "img_ids": self.named["img_ids"],
-            "txt_ids": self.named["txt_ids"],
-            "transformer_options": dict(self.options),
-        }
+        width = self.sharded.heads * self.sharded.head_dim
+        inputs = {name: self.named[name].new_zeros((*self.named[name].shape[:2], width)) for name in ("img", "txt")}
+        inputs |= {name: self.named[name] for name in ("img_ids", "txt_ids")}
+        inputs["transformer_options"] = dict(self.options)
         for patch in self.options.get("patches", {}).get("post_input", ()):
             inputs = patch(inputs)
         try:
-            self.cut(inputs)
+            self.shard_inputs(inputs)
         except ValueError:
             return False
         return True
 
-    def _drain(self):
-        img, mesh, shared, plan = self.named["img"], self.mesh, self.shared, self.plan
-        lengths, keys = plan.lengths(), plan.lengths(references=True)
-        q, k = (img.new_zeros((img.shape[0], of[mesh.rank], shared.heads, shared.head_dim)) for of in (lengths, keys))
-        while mesh.attended - self.before < shared.calls:
-            mesh.attend(nothing, q, k, k, lengths, kv_lengths=keys)
-        mesh.gather(
-            img.new_full((img.shape[0], plan.picture_lengths()[mesh.rank], shared.out_channels), float("nan")),
-            plan.picture_lengths(),
-        )
+    def _attend_zeros(self):
+        """The attention calls of this pass that are left, and the gathering of its output, in NaN."""
+        img, mesh, sharded, shards = self.named["img"], self.mesh, self.sharded, self.shards
+        lengths, keys = shards.lengths(), shards.lengths(references=True)
+        shape = (sharded.heads, sharded.head_dim)
+        q, k = (img.new_zeros((img.shape[0], of[mesh.rank], *shape)) for of in (lengths, keys))
+        while mesh.attention_calls - self.calls_before < sharded.calls:
+            usp.attend(no_attention, q, k, k, mesh, lengths, kv_lengths=keys)
+        own = shards.image_lengths()[mesh.rank]
+        mesh.gather(img.new_full((img.shape[0], own, sharded.out_channels), float("nan")), shards.image_lengths())
 
 
-def nothing(q, k, v, *, mask, scale, need_lse):
+def no_attention(q, k, v, *, mask, scale, need_lse):
     """Attention that computes nothing, in the shapes of one that does."""
     return q, q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def taken(tensor, ranges):
+def select_ranges(tensor, ranges):
     """Some of the tokens of a tensor (B, S, ...): ranges of (begin, end), one after the other."""
     return torch.cat([tensor[:, begin:end] for begin, end in ranges], dim=1)
 
 
-def controlled(add, plan, rank):
-    """A control network's addition to the first tokens of the picture stream (B, S, C), or None: this rank's part of
-    it.
-    """
+def shard_control(add, shards, rank):
+    """This rank's part of a control network's addition to the first tokens of the image stream (B, S, C), or None."""
     if add is None:
         return None
-    return taken(add, [(min(begin, add.shape[1]), min(end, add.shape[1])) for begin, end in plan.picture_ranges(rank)])
+    ranges = shards.image_ranges(rank)
+    return select_ranges(add, [(min(begin, add.shape[1]), min(end, add.shape[1])) for begin, end in ranges])

@@ -1,6 +1,6 @@
-"""Which tokens of a picture belong to which rank. Numbers only: no tensors are touched and nothing is imported.
+"""Which tokens of an image belong to which rank. Numbers only: no tensors are touched and nothing is imported.
 
-Text, picture and reference pictures are cut separately, so every rank has its share of each: the parts of the model
+Text, image and reference images are cut separately, so every rank has its share of each: the parts of the model
 that treat them differently (two streams of blocks, two timesteps, cached references) stay balanced and need nobody
 else's tokens. Shares differ by at most one token, in the sum too.
 """
@@ -8,10 +8,9 @@ else's tokens. Shares differ by at most one token, in the sum too.
 from dataclasses import dataclass
 
 
-def shares(length, ranks, first=0):
-    """(begin, end) of each rank in a run of `length` tokens. The ranks from `first` on, round the circle, get the
-    tokens
-    that are left over.
+def split_evenly(length, ranks, first=0):
+    """(begin, end) of each rank in a run of `length` tokens. The ranks from `first` on, modulo `ranks`, get one of the
+    tokens that are left over.
     """
     base, over = divmod(length, ranks)
     sizes = [base + ((rank - first) % ranks < over) for rank in range(ranks)]
@@ -20,39 +19,39 @@ def shares(length, ranks, first=0):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """text, picture, references: (begin, end) of each rank, each counted from the beginning of its own kind of token.
-    attended: whether the reference pictures are part of the sequence; False when their keys and values come from a
+class TokenShards:
+    """text, image, references: (begin, end) of each rank, each counted from the beginning of its own kind of token.
+    attended: whether the reference images are part of the sequence; False when their keys and values come from a
     cache.
     """
 
     text: tuple
-    picture: tuple
+    image: tuple
     references: tuple
     attended: bool = True
 
     @classmethod
-    def of(cls, text, picture, references, ranks, attended=True):
-        """Plan for so many tokens of each kind. ValueError when a rank would have no share of one of them."""
-        for name, length in (("text", text), ("the picture", picture), ("the reference pictures", references)):
-            if 0 < length < ranks or (length == 0 and name == "the picture"):
+    def of(cls, text, image, references, ranks, attended=True):
+        """TokenShards for so many tokens of each kind. ValueError when a rank would have no share of one of them."""
+        for name, length in (("text", text), ("the image", image), ("the reference images", references)):
+            if 0 < length < ranks or (length == 0 and name == "the image"):
                 raise ValueError(
-                    f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger picture."
+                    f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger image."
                 )
         return cls(
-            shares(text, ranks),
-            shares(picture, ranks, text % ranks),
-            shares(references, ranks, (text + picture) % ranks),
+            split_evenly(text, ranks),
+            split_evenly(image, ranks, text % ranks),
+            split_evenly(references, ranks, (text + image) % ranks),
             attended,
         )
 
     @property
     def ranks(self):
-        return len(self.picture)
+        return len(self.image)
 
-    def picture_lengths(self, references=None):
-        """Tokens of the picture stream, references included (by default: where they are attended), of each rank."""
-        parts = (self.picture, self.references) if self._with(references) else (self.picture,)
+    def image_lengths(self, references=None):
+        """Tokens of the image stream, references included (by default: where they are attended), of each rank."""
+        parts = (self.image, self.references) if self._with(references) else (self.image,)
         return tuple(sum(end - begin for begin, end in rank) for rank in zip(*parts))
 
     def text_lengths(self):
@@ -60,23 +59,23 @@ class Plan:
 
     def lengths(self, references=None):
         """Tokens of each rank."""
-        return tuple(map(sum, zip(self.text_lengths(), self.picture_lengths(references))))
+        return tuple(map(sum, zip(self.text_lengths(), self.image_lengths(references))))
 
-    def picture_ranges(self, rank, references=None):
-        """(begin, end) of a rank's tokens in the picture stream of the whole model, in which the references follow the
-        picture.
+    def image_ranges(self, rank, references=None):
+        """(begin, end) of a rank's tokens in the image stream of the whole model, in which the references follow the
+        image.
         """
-        whole = self.picture[-1][1]
-        here = [self.picture[rank]]
+        whole = self.image[-1][1]
+        here = [self.image[rank]]
         return here + [tuple(whole + at for at in self.references[rank])] if self._with(references) else here
 
     def order(self, references=None):
-        """Positions in the whole sequence (text, picture, references) of the tokens of rank 0, then of rank 1 and so
+        """Positions in the whole sequence (text, image, references) of the tokens of rank 0, then of rank 1 and so
         on.
         """
         text = self.text[-1][1]
         after_text = [
-            [(text + begin, text + end) for begin, end in self.picture_ranges(rank, references)]
+            [(text + begin, text + end) for begin, end in self.image_ranges(rank, references)]
             for rank in range(self.ranks)
         ]
         return [

@@ -7,7 +7,7 @@ import os
 import torch
 
 from . import process_groups, launch
-from .pool import Plan
+from .pool import ParallelPlan
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ def found(device):
 
 
 def plan(device, gpus, degrees):
-    """(Plan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with ulysses,
-    ring
-    and why. Plan is None for one GPU.
+    """(ParallelPlan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with
+    ulysses, ring and why. ParallelPlan is None for one GPU.
 
     ValueError, in words, when there are fewer, or when these devices cannot exchange data.
     """
@@ -60,7 +59,7 @@ def plan(device, gpus, degrees):
     if reason:
         raise ValueError(reason)
     chosen = degrees(number)
-    return Plan(chosen.ulysses, chosen.ring, here.device, here.places[:number], elsewhere), chosen.why
+    return ParallelPlan(chosen.ulysses, chosen.ring, here.device, here.places[:number], elsewhere), chosen.why
 
 
 def hint(here):

@@ -17,27 +17,27 @@ from comfy.patcher_extension import WrappersMP
 import comfy.utils
 
 from ... import error_links, attention_slot
-from . import session as ranks
-from .patch_transfer import carried
-from .pool import Plan, RanksFailed
-from .step import arguments
+from . import session as sessions
+from .patch_transfer import encode_patches
+from .pool import ParallelPlan, RanksFailed
+from .step import bound_arguments
 
 KEY = "flux2_ranks"
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Request:
+class ParallelRequest:
     """What a Sequence Parallel node decided. plan: who takes part; why: the reason for the degrees."""
 
-    plan: Plan
+    plan: ParallelPlan
     why: str = ""
     patcher: object = None  # weak reference to the node's own clone, for callers that are no sampler
 
-    def group(self, base, device):
-        """The Group of a loaded model, made if need be."""
+    def session(self, base, device):
+        """The ParallelSession of a loaded model, made if need be."""
         reference = weakref.ref(base)
-        return ranks.group_of(
+        return sessions.session_of(
             base,
             self.plan,
             device,
@@ -59,7 +59,7 @@ def install(model, request):
 
 
 def request_of(model):
-    """The Request of a MODEL that a Sequence Parallel node worked on, or None."""
+    """The ParallelRequest of a MODEL that a Sequence Parallel node worked on, or None."""
     return model.model_options.get("transformer_options", {}).get(KEY)
 
 
@@ -76,36 +76,37 @@ def around_sampling(request):
     def wrapper(executor, *args, **kwargs):
         guider = executor.class_obj
         patcher = guider.model_patcher
-        carried(patcher, guider.model_options.get("transformer_options", {}))  # refused before anything is started
-        group = request.group(patcher.model, patcher.load_device)
+        encode_patches(
+            patcher, guider.model_options.get("transformer_options", {})
+        )  # refused before anything is started
+        session = request.session(patcher.model, patcher.load_device)
         try:
-            told(lambda: group.begin(patcher, Progress()))
+            heard(lambda: session.begin(patcher, Progress()))
             output = executor(*args, **kwargs)
-            told(group.finish)
+            heard(session.finish)
             return output
         except BaseException:
-            give_up(group)
+            end_early(session)
             raise
         finally:
-            group.at_rest()
+            session.at_rest()
 
     return error_links.links()(wrapper)
 
 
-def give_up(group):
+def end_early(session):
     """A sampling ended early: the ranks forget what they kept between its steps (reference caches), unless they are
     gone.
     """
-    group.unused()
     try:
-        if group.crew is not None and group.crew.started and group.share is not None:
+        if session.running and session.step is not None:
             # a cancelled pass may have taken STOPPING already, and a cancel is to end within two seconds
-            group.finish(ranks.STOPPING / 2)
+            session.finish(sessions.STOPPING / 2)
     except (RanksFailed, OSError):
         pass
 
 
-def told(work):
+def heard(work):
     """Run work; a failure that the user's cancel brought about is a cancel."""
     try:
         return work()
@@ -115,7 +116,7 @@ def told(work):
 
 
 def around_model(request):
-    """A wrapper around the model that puts `share` behind every other wrapper of the network."""
+    """A wrapper around the model that puts `shared_pass` behind every other wrapper of the network."""
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         base = executor.class_obj
@@ -124,44 +125,42 @@ def around_model(request):
         kind = WrappersMP.DIFFUSION_MODEL
         wrappers[kind] = {
             **{key: those for key, those in wrappers.get(kind, {}).items() if key != KEY},
-            KEY: [share(request, base, patcher)],
+            KEY: [shared_pass(request, base, patcher)],
         }
         return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, "wrappers": wrappers}, **kwargs)
 
     return wrapper
 
 
-def share(request, base, patcher):
+def shared_pass(request, base, patcher):
     """The wrapper around the network itself."""
 
     def wrapper(executor, *args, **kwargs):
-        inputs, options = arguments(executor.class_obj, args, kwargs)
-        group = request.group(base, patcher.load_device)
-        return told(lambda: passed(group, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
+        inputs, options = bound_arguments(executor.class_obj, args, kwargs)
+        session = request.session(base, patcher.load_device)
+        return heard(lambda: run_pass(session, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
 
     return wrapper
 
 
-def passed(group, executor, patcher, inputs, options, work):
+def run_pass(session, executor, patcher, inputs, options, work):
     """One forward pass on every rank."""
-    if group.sampling:
+    if session.state is sessions.State.SAMPLING:
         # ranks lost since the last pass: what that gave is worthless, so the sampling ends instead of going on with new
         # ones
-        group.crew.check()
-    elif not group.begun:  # no sampler has: a benchmark, or a pack that calls the model itself
-        group.begin(patcher, Progress())
-        group.at_rest()
-    group.ready(Progress())
-    group.update(patcher, options)
+        session.pool.check()
+    else:  # no sampler has them: a benchmark, or a pack that calls the model itself
+        session.load(patcher, Progress())
+    session.ready(Progress())
+    session.update(patcher, options)
     management.throw_exception_if_processing_interrupted()  # nobody has begun this pass, so nobody has to be called off
-    with group.forward(executor.class_obj, inputs, moment_of(options)):
+    with session.forward(executor.class_obj, inputs, moment_of(options)):
         return work()
 
 
 def moment_of(options):
     """(step, steps) for a Select Attention with a schedule on the other ranks. Only then: a look at the sigmas waits
-    for
-    the GPU.
+    for the GPU.
     """
     dispatcher = attention_slot.dispatcher_behind(options.get(attention_slot.SLOT))
     return attention_slot.step_of(options) if dispatcher and dispatcher.schedule else (None, 0)

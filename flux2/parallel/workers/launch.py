@@ -1,6 +1,5 @@
 """Starting worker processes on this machine: which GPUs there are, the command line and environment of a worker, and
-what
-became of it.
+what became of it.
 """
 
 import os
@@ -68,8 +67,7 @@ def start(rank, size, gpu, address, secret, ranks_here):
 
 def listening_at():
     """(host, port, whether other hosts may join). FLUX2_RANKS_LISTEN=host:port in ComfyUI's environment opens it to
-    other
-    hosts; a workflow cannot.
+    other hosts; a workflow cannot.
     """
     where = os.environ.get(LISTEN)
     if not where:

@@ -1,17 +1,17 @@
 """What of a MODEL reaches the workers. A worker runs the same network, so whatever works INSIDE the network's forward
-pass
-has to be there too.
+pass has to be there too.
 
-  specs = carried(patcher, transformer_options)      # rank 0, before each forward pass: [[row, spec], ...] in JSON;
-                                                     Refused names what cannot be carried
-  model = applied(model, specs)                      # a worker: a clone of its replica with the same things on it
+  specs = encode_patches(patcher, transformer_options)   # rank 0, before each forward pass: [[rule, spec], ...], JSON;
+                                                         Refused names what cannot be sent
+  model = apply_patches(model, specs)                    # a worker: a clone of its replica with the same patches on it
 
 Outside the forward pass is everything that samplers, guiders, schedules, previews, CFG and caches of whole steps
 (EasyCache) do: rank 0 alone runs it, around a network that happens to compute on several GPUs. So wrappers of every
-kind may stay where they are; rows may carry those that reach inside.
+kind may stay where they are; rules may send those that reach inside.
 
-One row of ROWS for each thing that is known. To add one: what it looks like on rank 0 (`find`) and how a worker gets
-the same (`apply`, usually the function that its node calls). Weights are not here: replica.py sends LoRA patches.
+One TransferRule in RULES for each kind of patch that is known. To add one: what it looks like on rank 0 (`encode`) and
+how a worker gets the same (`apply`, usually the function that its node calls). Weights are not here: replica.py sends
+LoRA patches.
 """
 
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing on a MODEL. place: "patch", "replacement", "attention", "object", "option", "wrapper"; key: under which
-    name it is there; value: it.
+class ModelPatch:
+    """Something that works inside the forward pass of a MODEL. place: "patch", "replacement", "attention", "object",
+    "option", "wrapper"; key: under which name it is there; value: it.
     """
 
     place: str
@@ -64,37 +64,34 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Row:
-    """name: what people call it. find(thing) -> a spec (JSON; equal specs are applied once), or None when it is
-    something
-    else. apply(model, spec): put the same on a worker's MODEL clone, which it may replace by returning another.
+class TransferRule:
+    """name: what people call it. encode(patch) -> a spec (JSON; equal specs are applied once), or None when it is
+    something else. apply(model, spec): put the same on a worker's MODEL clone, which it may replace by returning
+    another.
     """
 
     name: str
-    find: Callable
+    encode: Callable
     apply: Callable
 
 
-def things(patcher, options):
-    """Everything that works inside the forward pass, from the options of this very call and the patcher of the MODEL
-    (None
-    if unknown).
-    """
+def patches_of(patcher, options):
+    """Every ModelPatch, from the options of this very call and the patcher of the MODEL (None if unknown)."""
     for name, functions in options.get("patches", {}).items():
-        yield from (Thing("patch", name, function) for function in functions)
+        yield from (ModelPatch("patch", name, function) for function in functions)
     for name, replacements in options.get("patches_replace", {}).items():
-        yield from (Thing("replacement", (name, key), function) for key, function in replacements.items())
+        yield from (ModelPatch("replacement", (name, key), function) for key, function in replacements.items())
     override = attention_slot.behind_observers(options.get(SLOT))  # observers look on, on rank 0 alone
     if override is not None:
-        yield Thing("attention", SLOT, override)
-    yield from (Thing("option", name, value) for name, value in options.items() if name not in LOCAL_OPTIONS)
+        yield ModelPatch("attention", SLOT, override)
+    yield from (ModelPatch("option", name, value) for name, value in options.items() if name not in LOCAL_OPTIONS)
     for kind, keyed in options.get("wrappers", {}).items():
-        yield from (Thing("wrapper", (kind, key), wrapper) for key, wrappers in keyed.items() for wrapper in wrappers)
+        for key, wrappers in keyed.items():
+            yield from (ModelPatch("wrapper", (kind, key), wrapper) for wrapper in wrappers)
     if patcher is not None:
-        yield from (Thing("object", name, value) for name, value in patcher.object_patches.items() if inside(name))
-        yield from (
-            Thing("object", f"diffusion_model.{name}", value) for name, value in swapped(patcher.model.diffusion_model)
-        )
+        inner = ((name, value) for name, value in patcher.object_patches.items() if inside(name))
+        swapped = ((f"diffusion_model.{name}", value) for name, value in swapped_methods(patcher.model.diffusion_model))
+        yield from (ModelPatch("object", name, value) for name, value in (*inner, *swapped))
 
 
 def inside(name):
@@ -104,10 +101,9 @@ def inside(name):
     return name.startswith("diffusion_model") or name == "manual_cast_dtype"
 
 
-def swapped(network):
+def swapped_methods(network):
     """(name, function) of each method of the network that somebody has put another in the place of, as step caches do
-    for
-    the length of a call.
+    for the length of a call.
     """
     return [
         (name, value)
@@ -116,56 +112,46 @@ def swapped(network):
     ]
 
 
-def carried(patcher, options):
-    """[[row name, spec], ...] for this call, each once, in the order of ROWS. Raises Refused for the first thing that
-    no
-    row knows.
+def encode_patches(patcher, options):
+    """[[rule name, spec], ...] for this call, each once, in the order of RULES. Raises Refused for the first patch that
+    no rule knows.
     """
     refuse_patcher(patcher, options)
     found = []
-    for thing in things(patcher, options):
-        entry = row_of(thing)
-        if entry is None:
-            raise Refused(refusal(thing))
-        if entry and entry not in found:
-            found.append(entry)
-    order = [row.name for row in ROWS]
+    for patch in patches_of(patcher, options):
+        rule, spec = next(
+            ((rule, spec) for rule in RULES if (spec := rule.encode(patch)) is not None),
+            (None, None),
+        )
+        if rule is None and patch.place not in ("option", "wrapper"):  # those may concern rank 0 alone
+            raise Refused(refusal(patch))
+        if rule is not None and [rule.name, spec] not in found:
+            found.append([rule.name, spec])
+    order = [rule.name for rule in RULES]
     return sorted(found, key=lambda entry: order.index(entry[0]))
 
 
-def row_of(thing):
-    """[row name, spec] of the first row that knows a thing; () when it concerns rank 0 alone; None when nobody knows
-    it.
-    """
-    for row in ROWS:
-        spec = row.find(thing)
-        if spec is not None:
-            return [row.name, spec]
-    return () if thing.place in ("option", "wrapper") else None
-
-
-def applied(model, specs):
-    """A clone of a worker's MODEL with these things on it."""
-    rows = {row.name: row for row in ROWS}
+def apply_patches(model, specs):
+    """A clone of a worker's MODEL with these patches on it. Raises Refused for a rule that is not here."""
+    rules = {rule.name: rule for rule in RULES}
     model = model.clone()
     for name, spec in specs:
-        if name not in rows:
+        if name not in rules:
             raise Refused(
                 f"This worker does not know '{name}': its copy of the pack is not that of rank 0. Use the same "
                 "version on every host."
             )
-        model = rows[name].apply(model, spec) or model
+        model = rules[name].apply(model, spec) or model
     return model
 
 
-def without_options(specs):
+def split_options(specs):
     """(specs without plain options, {name: value} of those)."""
     plain = [spec for name, spec in specs if name == OPTIONS]
     return [entry for entry in specs if entry[0] != OPTIONS], {name: restore(data, []) for name, data in plain}
 
 
-# --- what cannot be carried
-# --------------------------------------------------------------------------------------------
+# --- what cannot be sent ----------------------------------------------------------------------------------------------
 
 PLACES = {
     "patch": "the patch '{key}'",
@@ -179,19 +165,18 @@ CURES = {
 }
 
 
-def refusal(thing):
-    owner = name_of(thing.value)
-    place = PLACES[thing.place].format(key=thing.key)
+def refusal(patch):
+    owner = name_of(patch.value)
+    place = PLACES[patch.place].format(key=patch.key)
     return (
         f"Sequence parallel cannot carry {place} of {owner} to the other GPUs, which would compute without it. "
-        + CURES.get(thing.place, "Remove the node that sets it, or set gpus to 1.")
+        + CURES.get(patch.place, "Remove the node that sets it, or set gpus to 1.")
     )
 
 
 def refuse_patcher(patcher, options):
     """Refuse what reaches the network without being one of its options: compiled modules, injections, weight hooks,
-    copies
-    on other GPUs.
+    copies on other GPUs.
     """
     wrappers = options.get("wrappers", {}).get("apply_model", {})
     if wrappers.get("torch.compile"):
@@ -240,20 +225,18 @@ def name_of(value):
     return f"{target.__module__.rsplit('/', 1)[-1]}.{target.__qualname__.replace('.<locals>', '')}"
 
 
-# --- the rows
-# ----------------------------------------------------------------------------------------------------------
+# --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def find_dispatcher(thing):
+def encode_dispatcher(patch):
     """Select Attention: its decisions are small values."""
-    dispatcher = attention_slot.dispatcher_behind(thing.value)
-    if thing.place != "attention" or dispatcher is None:
+    dispatcher = attention_slot.dispatcher_behind(patch.value)
+    if patch.place != "attention" or dispatcher is None:
         return None
-    if thing.value.previous is not None:
+    if patch.value.previous is not None:
         raise Refused(
-            f"Select Attention keeps another attention override behind it, {name_of(thing.value.previous)}, and "
-            "Sequence parallel cannot carry "
-            "that to the other GPUs. Remove the node that sets it."
+            f"Select Attention keeps another attention override behind it, {name_of(patch.value.previous)}, and "
+            "Sequence parallel cannot carry that to the other GPUs. Remove the node that sets it."
         )
     return flatten(
         {
@@ -272,16 +255,16 @@ def apply_dispatcher(model, spec):
     attention_slot.select(model, AttentionDispatcher(**settings))
 
 
-def find_kv_cache(thing):
+def encode_kv_cache(patch):
     """Core's Flux KV Cache: a patch of q, k and v, one of the input, and the reference method; all three belong to
     it.
     """
     module, name = (
-        getattr(thing.value, "__module__", ""),
-        getattr(thing.value, "__qualname__", type(thing.value).__qualname__),
+        getattr(patch.value, "__module__", ""),
+        getattr(patch.value, "__qualname__", type(patch.value).__qualname__),
     )
     if (
-        thing.place == "patch"
+        patch.place == "patch"
         and module == "comfy_extras.nodes_flux"
         and (name == "KV_Attn_Input" or name.startswith("FluxKVCache."))
     ):
@@ -295,11 +278,11 @@ def apply_kv_cache(model, spec):
     return FluxKVCache.execute(model).args[0]
 
 
-def find_fast_blocks(thing):
+def encode_fast_blocks(patch):
     """Fast Blocks (FLUX.2): a wrapper of the network that computes its blocks."""
-    if thing.place != "wrapper" or thing.key != ("diffusion_model", "flux2_fast_blocks"):
+    if patch.place != "wrapper" or patch.key != ("diffusion_model", "flux2_fast_blocks"):
         return None
-    return {"fp8": thing.value.fp8 is not None}
+    return {"fp8": patch.value.fp8 is not None}
 
 
 def apply_fast_blocks(model, spec):
@@ -315,11 +298,11 @@ def apply_fast_blocks(model, spec):
     fused_blocks.install(model, fp8)
 
 
-def find_compile(thing):
+def encode_compile(patch):
     """Compile Blocks (FLUX): a wrapper of the network that reaches into its blocks."""
-    if thing.place != "wrapper" or thing.key != ("diffusion_model", "flux2_compile"):
+    if patch.place != "wrapper" or patch.key != ("diffusion_model", "flux2_compile"):
         return None
-    plan = thing.value.plan
+    plan = patch.value.plan
     return {
         "mode": plan.mode,
         "on_failure": plan.on_failure,
@@ -336,19 +319,19 @@ def apply_compile(model, spec):
     compiled_blocks.install(model, compiled_blocks.Plan(spec["mode"], spec["on_failure"], spec["backend"]))
 
 
-def find_plain(place):
+def encode_plain(place):
     """Options and object patches that are plain values: every rank gets the same."""
 
-    def find(thing):
-        if thing.place != place:
+    def encode(patch):
+        if patch.place != place:
             return None
         try:
-            data, tensors = flatten(thing.value)
+            data, tensors = flatten(patch.value)
         except Unsendable:
             return None
-        return None if tensors else [thing.key, data]
+        return None if tensors else [patch.key, data]
 
-    return find
+    return encode
 
 
 def apply_option(model, spec):
@@ -361,11 +344,11 @@ def apply_object(model, spec):
     model.add_object_patch(name, restore(data, []))
 
 
-ROWS = (
-    Row(OPTIONS, find_plain("option"), apply_option),
-    Row("object patches", find_plain("object"), apply_object),
-    Row("Select Attention", find_dispatcher, apply_dispatcher),
-    Row("Flux KV Cache", find_kv_cache, apply_kv_cache),
-    Row("Fast Blocks (FLUX.2)", find_fast_blocks, apply_fast_blocks),
-    Row("Compile Blocks (FLUX)", find_compile, apply_compile),
+RULES = (
+    TransferRule(OPTIONS, encode_plain("option"), apply_option),
+    TransferRule("object patches", encode_plain("object"), apply_object),
+    TransferRule("Select Attention", encode_dispatcher, apply_dispatcher),
+    TransferRule("Flux KV Cache", encode_kv_cache, apply_kv_cache),
+    TransferRule("Fast Blocks (FLUX.2)", encode_fast_blocks, apply_fast_blocks),
+    TransferRule("Compile Blocks (FLUX)", encode_compile, apply_compile),
 )

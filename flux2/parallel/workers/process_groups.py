@@ -2,7 +2,7 @@
 use.
 
   store = hosted_store()                      # rank 0; others: joined_store(host, port)
-  groups = Groups(store, prefix, rank, device)
+  groups = ProcessGroups(store, prefix, rank, device)
   group = groups.make("all", [0, 1, 2, 3])    # every rank of the list calls this; works as group= of
                                               torch.distributed's functions
   groups.end()                                # from any thread: what waits in these groups comes back, with an error or
@@ -66,7 +66,7 @@ def joined_store(host, port):
     return dist.TCPStore(host, port, None, False, timeout=JOINING)
 
 
-class Groups:
+class ProcessGroups:
     """The process groups of one rank under one prefix. device: torch.device of the tensors; NCCL for GPUs, gloo on the
     CPU.
 
@@ -86,8 +86,7 @@ class Groups:
 
     def make(self, name, ranks):
         """The ProcessGroup of `ranks` (this one among them), or None when this rank is not or would be alone. Group
-        ranks
-        follow the order of `ranks`.
+        ranks follow the order of `ranks`.
         """
         if self.rank not in ranks or len(ranks) < 2:
             return None
@@ -136,8 +135,7 @@ class Groups:
 
     def end(self):
         """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU when
-        its
-        mesh hears of it.
+        its mesh hears of it.
         """
         self.ended, made, self._made = True, self._made, []
         threading.Thread(target=finish, args=(made,), name="flux2 ranks: ending groups", daemon=True).start()
@@ -145,8 +143,7 @@ class Groups:
 
 def finish(made):
     """Abort NCCL groups, then drop all: dropping a gloo group waits for its pending exchanges, so this has a thread of
-    its
-    own.
+    its own.
     """
     for _, backend in made:
         if isinstance(backend, getattr(dist, "ProcessGroupNCCL", ())):
@@ -157,8 +154,7 @@ def finish(made):
 
 def connections_at(host):
     """Descriptors of this process's connections from `host`, its address for other machines; none at the loopback
-    address,
-    where nobody is cut off.
+    address, where nobody is cut off.
     """
     if host == "127.0.0.1" or not os.path.isdir("/proc/self/fd"):
         return set()

@@ -1,6 +1,5 @@
 """A worker's copy of rank 0's model: loaded from the same file by the same loader, weights patched (LoRA) and options
-set
-as on rank 0.
+set as on rank 0.
 
   source = source_of(patcher)                 # rank 0: how the MODEL was loaded, in JSON; NotReplicable says in a
                                               sentence why that is not known
@@ -72,8 +71,7 @@ def source_of(patcher):
 
 def address(function):
     """Where every process of the group finds a loader: {"module", "function", "in_pack"}, or None for a loader of
-    somebody
-    else.
+    somebody else.
     """
     if function.__module__ in CORE:
         return {"module": function.__module__, "function": function.__qualname__, "in_pack": False}
@@ -116,7 +114,7 @@ class Replica:
         self.model = load(source)
         self.network = self.model.model.diffusion_model
         self.originals = dict(self.model.model.named_parameters())
-        self._replaced, self._patched, self._things, self._plain = {}, set(), None, {}
+        self._replaced, self._patched, self._applied, self._plain = {}, set(), None, {}
         for key in self.originals:
             self._place(key)
         for key, buffer in list(self.model.model.named_buffers()):
@@ -155,21 +153,22 @@ class Replica:
         return len(patches)
 
     def set_options(self, specs):
-        """Carry these things (see carry.carried) and no others. Plain options may change in every pass; what else is on
-        the model stays as it is then, with what it keeps between passes (the references of Flux KV Cache).
+        """Put these patches on the model (see patch_transfer.encode_patches), and no others. Plain options may change
+        in every pass; what else is on the model stays as it is then, with what it keeps between passes (the references
+        of Flux KV Cache).
         """
-        things, self._plain = patch_transfer.without_options(specs)
-        if things == self._things:
+        patches, self._plain = patch_transfer.split_options(specs)
+        if patches == self._applied:
             return
-        self._things = None
-        self.current = patch_transfer.applied(self.model, things)
+        self._applied = None
+        self.current = patch_transfer.apply_patches(self.model, patches)
         for name, value in self._replaced.items():
             comfy.utils.set_attr(self.model.model, name, value)
         self._replaced = {
             name: comfy.utils.set_attr(self.model.model, name, value)
             for name, value in self.current.object_patches.items()
         }
-        self._things = things
+        self._applied = patches
 
     def options(self):
         """transformer_options for one forward pass."""
@@ -192,8 +191,7 @@ class Replica:
 
 class Mapped(comfy.model_patcher.ModelPatcher):
     """What ComfyUI's loaders make while a replica is loaded: they hand a dynamic patcher the file's own tensors, and
-    copy
-    them for others.
+    copy them for others.
     """
 
     loading = False
@@ -204,8 +202,7 @@ class Mapped(comfy.model_patcher.ModelPatcher):
 
 def load(source):
     """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's
-    loaders
-    make: for worker processes only.
+    loaders make: for worker processes only.
     """
     package = __package__.split(".")[0] if source["in_pack"] else None
     module = importlib.import_module(f"{package}.{source['module']}" if package else source["module"])

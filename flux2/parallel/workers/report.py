@@ -17,7 +17,7 @@ def as_data(request, ranks):
     data = {"ulysses": plan.ulysses, "ring": plan.ring, "why": request.why, "ranks": [], "seconds_to_start": {}}
     if ranks is None or not ranks.last:
         return data
-    names = {0: ranks.name, **{member.rank: (member.where, member.device) for member in ranks.crew.members}}
+    names = {0: ranks.name, **{worker.rank: (worker.where, worker.device) for worker in ranks.pool.workers}}
     data["seconds_to_start"] = {name: round(seconds, 2) for name, seconds in ranks.seconds.items()}
     data["ranks"] = [row(rank, *names.get(rank, ("", "")), **ranks.last[rank]) for rank in sorted(ranks.last)]
     return data

@@ -1,6 +1,5 @@
 """Python values <-> JSON and a list of tensors, for what has to be equal on every rank: arguments of a forward pass,
-LoRA
-patches, options.
+LoRA patches, options.
 
   data, tensors = flatten({"x": tensor, "strength": 0.5, "adapter": LoRAAdapter(...)})
   value = restore(data, tensors)

@@ -1,22 +1,25 @@
-"""The ranks of one loaded model: its replicas, the mesh between them, and the forward passes that they share. Rank 0's
-side.
+"""The other ranks of one loaded model, as rank 0 sees them: their state, the model on them, the mesh between all ranks,
+and the forward passes that they share.
 
-  group = group_of(base_model, plan)           # the one that is there, or a new one in place of one with other
-                                               processes
-  group.begin(patcher); group.ready()          # starts what is not running
-  group.update(patcher, options)               # LoRA and options of the other ranks, where they differ
-  with group.forward(network, inputs, moment):
-      ...                                      # rank 0's own pass
-  group.finish(); group.at_rest()              # the end of a sampling: every rank's times are in group.last
-  group.stop()
+  session = session_of(base_model, plan)          # the one that is there, or a new one in place of one with other
+                                                  processes
+  session.prepare(patcher)                        # starts processes and loading in the background
+  session.begin(patcher); session.ready()         # a sampling: what is missing is started, loaded and awaited
+  session.update(patcher, options)                # LoRA and options of the other ranks, where they differ
+  with session.forward(network, inputs, moment):
+      ...                                         # rank 0's own pass
+  session.finish(); session.at_rest()             # the end of a sampling: every rank's times are in session.last
+  session.stop()
 
-What a failure costs: a cancel, and a rank that ran out of memory inside a pass, leave processes, replicas and mesh as
-they are (flux2/parallel). A rank that is gone ends all of them; the next sampling starts anew, its weights coming from
-the system's file cache.
+What a session does is its `state`, and TRANSITIONS holds every legal change. What a failure costs: a cancel, and a rank
+that ran out of memory inside a pass, leave processes, replicas and mesh as they are (flux2/parallel). A rank that is
+lost ends all of them; the next sampling starts anew, its weights coming from the system's file cache.
 """
 
 import atexit
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+import enum
 import logging
 import secrets
 import threading
@@ -28,264 +31,368 @@ import torch
 from ....attention.parallel import make_mesh
 from ..attention import ring_fallback
 from . import patch_transfer, versions, process_groups, launch, replica
-from .pool import Crew, RanksFailed
-from .step import Share, described
+from .pool import RanksFailed, WorkerPool
+from .step import StepExchange, describe_inputs
 
-LOADING, MESHING, ACKNOWLEDGING, FINISHING = 3600, 150, 300, 600  # seconds that ranks may take
+LOADING_S, CONNECTING_S, ACKNOWLEDGING_S, FINISHING_S = 3600, 150, 300, 600  # that ranks may take
 STOPPING = 1.2  # seconds that the ranks may take to come to the end of a cancelled pass; then they are ended
 ROOM = 1.25  # memory of a GPU that has to be free for a model, over its size: what a pass needs besides is part of that
-GRACE = 30  # seconds between the model leaving the GPUs and the end of the processes
-living = weakref.WeakSet()
+GRACE = 30  # seconds from the moment that nobody needs the processes until they end
+PREPARED_S = 300  # that processes wait for the sampler they were started for: a large text encoder may come before it
 log = logging.getLogger(__name__)
 
 
-def nobody_asks(text, done, of):
+class State(enum.Enum):
+    """What the other ranks of a session are doing."""
+
+    STOPPED = "stopped"  # no process runs
+    STARTING = "starting"  # processes run or are being started, and have no model
+    LOADING = "loading"  # they were told which model, and load it or are yet to be connected; no sampler waits
+    READY = "ready"  # every rank has the model and is connected; nobody samples
+    SAMPLING = "sampling"  # a sampler has them, from its begin to its end; what is missing is loaded for it
+    DRAINING = "draining"  # the model is not needed any more: it is dropped, and the processes end after GRACE seconds
+
+
+# A sampler keeps its session when the processes are lost: it hears of that in its next pass, and STOPPED comes later.
+TRANSITIONS = {
+    State.STOPPED: {State.STARTING, State.SAMPLING},  # a sampler is told of processes that end before it has them
+    State.STARTING: {State.LOADING, State.SAMPLING, State.STOPPED},
+    State.LOADING: {State.READY, State.SAMPLING, State.DRAINING, State.STOPPED},
+    State.READY: {State.LOADING, State.SAMPLING, State.DRAINING, State.STOPPED},
+    State.SAMPLING: {State.STARTING, State.LOADING, State.READY, State.STOPPED},
+    State.DRAINING: {State.LOADING, State.SAMPLING, State.STOPPED},
+}
+
+
+@dataclass
+class Transferred:
+    """What every rank is known to have of the MODEL. options: specs of patch_transfer, None while unknown. tensors:
+    numbers of the LoRA tensors that are there, None while unknown. numbers: {id(tensor): (number, tensor)}; the tensor
+    is kept alive, so that its id stays its own. patches: uuid of the patcher's weight patches, None while unknown.
+    """
+
+    options: list | None = None
+    tensors: set | None = field(default_factory=set)
+    numbers: dict = field(default_factory=dict)
+    patches: object = None
+
+    def number_of(self, tensor):
+        """The number that the ranks know a tensor by."""
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = (1 + max((number for number, _ in self.numbers.values()), default=0), tensor)
+        return self.numbers[id(tensor)][0]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """All ranks connected in one arrangement. arrangement: ParallelPlan.mesh() it was made for."""
+
+    groups: process_groups.ProcessGroups
+    mesh: object
+    step: StepExchange
+    arrangement: dict
+
+
+def no_progress(text, done, of):
     """Progress that is shown nowhere."""
 
 
-class Group:
-    """See the module's text. base: ComfyUI's model
-    (BaseModel),
-    held weakly. seconds: from the start of the processes until they ran ("configure"), had loaded ("load"), stood ready
-    ("ready"). last: what the last sampling reported, by rank. cancelled(): whether the user asked to stop. in_use():
-    whether rank 0 still has the model loaded.
+class ParallelSession:
+    """See the module's text. base: ComfyUI's model (BaseModel), held weakly. seconds: from the start of the processes
+    until they ran ("configure"), had loaded ("load"), were connected ("ready"). last: what the last sampling reported,
+    by rank. cancelled(): whether the user asked to stop. in_use(): whether rank 0 still has the model loaded. turn:
+    held by whoever changes which model the ranks have.
     """
 
     def __init__(self, plan, device, cancelled=lambda: False, in_use=lambda: True):
         self.plan, self.device = plan, torch.device(device)
         self.cancelled, self.in_use = cancelled, in_use
         self.name = "this process", versions.device_name(self.device)
-        self.crew, self.seconds, self.last, self.turn = None, {}, {}, threading.RLock()
+        self.state, self._changing = State.STOPPED, threading.RLock()
+        self.pool, self.seconds, self.last, self.turn = None, {}, {}, threading.RLock()
         self._forget()
-        if not living:
+        if not _sessions:
             atexit.register(stop_all)
-        living.add(self)
+        _sessions.add(self)
 
     def _forget(self):
         """Nothing is known to be on the other ranks."""
-        self.mesh = self.share = self._groups = self._store = None
-        self._source = self._loading = self._arranged = None
-        self._nothing_taken_over()
-        self._pass, self._idle_since, self._seen_loaded, self._asked_since = None, None, False, None
-        self._generation = 0
+        self.connection = self._store = None
+        self._generation = 0  # of connections: each has names of its own in the store
+        self._source = self._load = None  # the model that the ranks were told to load, and the number of that order
+        self._transferred = Transferred()
+        self._pass = self._asked_since = None  # number of the pass that runs, and since when the ranks are to end it
+        self._idle_since, self._patience, self._seen_loaded = None, GRACE, False
 
-    def _nothing_taken_over(self):
-        """The replicas are as they were loaded. _options, _weights: what every rank has, None while that is not known;
-        see
-        `update`.
+    def _become(self, new, *only_from):
+        """Change the state; with only_from, only out of one of these. Whether it changed. RuntimeError for a change
+        that TRANSITIONS does not have.
         """
-        self._options, self._weights, self._sent, self._patcher_state = None, set(), {}, None
+        with self._changing:
+            if self.state is new or (only_from and self.state not in only_from):
+                return False
+            if new not in TRANSITIONS[self.state]:
+                raise RuntimeError(f"A parallel session that is {self.state.value} cannot become {new.value}.")
+            self.state = new
+            return True
 
     @property
-    def begun(self):
-        """Whether processes run that have a model, or are loading it."""
-        return self.crew is not None and self.crew.started and self._source is not None
+    def step(self):
+        """The StepExchange of the connection, or None."""
+        return self.connection and self.connection.step
 
     @property
-    def sampling(self):
-        """Whether a sampler has begun and not ended."""
-        return self.crew is not None and self.crew.busy
+    def mesh(self):
+        return self.connection and self.connection.mesh
 
-    # --- from nothing to ready
+    @property
+    def running(self):
+        """Whether processes run or are being started."""
+        return self.pool is not None and self.pool.started
+
+    # --- from stopped to ready
 
     def start(self):
         """Start the processes, unless they run. Returns at once. OSError or ValueError when rank 0 cannot listen."""
         with self.turn:
-            if self.crew is None or not self.crew.started:
-                self.stop()  # what is left of those before
-                self._forget()
-                self.seconds = {}
-                self.crew = Crew(self.plan, on_failure=self.end_mesh, look_after=self._look_after)
-                self.crew.start()
-                self._idle_since = time.perf_counter()
+            if self.running:
+                return
+            self.stop()  # what is left of those before
+            self._forget()
+            self.seconds, self._idle_since, self._patience = {}, time.perf_counter(), PREPARED_S
+            pool = WorkerPool(
+                self.plan,
+                on_failure=lambda: self._ended(pool),
+                look_after=self._look_after,
+                busy=lambda: self.state is State.SAMPLING,
+            )
+            self.pool = pool
+            pool.start()
+            self._become(State.STARTING, State.STOPPED)
 
-    def begin(self, patcher, progress=nobody_asks):
+    def prepare(self, patcher):
+        """Start the processes and let them load the model, in the background: for a prompt whose sampler comes later.
+        Raises replica.NotReplicable, OSError, ValueError; what fails later is told to that sampler.
+        """
+        replica.source_of(patcher)
+        with self.turn:
+            self.start()
+            if self._idle_since is not None:
+                self._idle_since, self._patience = time.perf_counter(), PREPARED_S
+        if self._source is None:
+            threading.Thread(
+                target=self._load_softly, args=(patcher,), name="flux2 ranks: loading", daemon=True
+            ).start()
+
+    def _load_softly(self, patcher):
+        try:
+            self._start_loading(patcher, no_progress)
+        except Exception as error:
+            log.debug("Sequence parallel: the ranks do not load before the sampler asks them to: %s", error)
+
+    def begin(self, patcher, progress=no_progress):
         """A sampling begins: every process is there and loads the model, or has it. Returns while they load, so that
-        rank
-        0 can load at the same time.
+        rank 0 can load at the same time.
 
         progress(text, how many are done, of how many) is called while this waits, here and in `ready`, and may raise (a
         cancel). Raises replica.NotReplicable, OSError, ValueError, RanksFailed.
         """
-        source = replica.source_of(patcher)
+        replica.source_of(patcher)
         with self.turn:
             self.start()
-            self.crew.busy, self._idle_since = True, None
+            self._become(State.SAMPLING)
+        self.load(patcher, progress)
+
+    def load(self, patcher, progress=no_progress):
+        """Let every rank load the model, unless they have it: `begin` for callers of single passes."""
+        with self.turn:
+            self.start()
+            self._idle_since, self._seen_loaded = None, False
+        self._start_loading(patcher, progress)
+
+    def _start_loading(self, patcher, progress):
+        source = replica.source_of(patcher)
         self._await("configure", 1, 660, "starting processes", progress)
-        if source != self._source:
-            self._make_room(patcher.model_size())
-            self._source, self._loading = source, self.crew.ask("load", source=source)
-            self._nothing_taken_over()
+        with self.turn:
+            if source != self._source:
+                self._make_room(patcher.model_size())
+                self._source, self._load = source, self.pool.ask("load", source=source)
+                self._transferred = Transferred()
+                self._become(State.LOADING, State.STARTING, State.READY, State.DRAINING)
 
     def _make_room(self, size):
         """Other models leave the other ranks' GPUs when this one, of `size` bytes, would not fit beside them. ComfyUI
-        does
-        the same for rank 0 a little later.
+        does the same for rank 0 a little later.
         """
-        answers = self._answers("room", self.crew.ask("room"))
+        answers = self._answers("room", self.pool.ask("room"))
         free = [answer["free"] for answer in answers.values() if answer["free"] is not None]
         if free and min(free) < ROOM * size:
-            for other in list(living):
+            for other in list(_sessions):
                 if other is not self:
                     other.drop(wait=True)
 
-    def ready(self, progress=nobody_asks):
-        """Until every rank has the model and the mesh stands."""
-        self._await("load", self._loading, LOADING, "loading the model", progress)
-        if self.share is None or self._arranged != self.plan.mesh():
-            self._make_mesh(progress)
-            self.seconds.setdefault("ready", time.perf_counter() - self.crew.began)
+    def ready(self, progress=no_progress):
+        """Until every rank has the model and all are connected."""
+        if self._load is None:
+            raise RanksFailed("The other ranks have no model. The next prompt loads it again.")
+        self._await("load", self._load, LOADING_S, "loading the model", progress)
+        if self.connection is None or self.connection.arrangement != self.plan.mesh():
+            self._connect(progress)
+            self.seconds.setdefault("ready", time.perf_counter() - self.pool.began)
             progress("ready", self.plan.size - 1, self.plan.size - 1)
+        self._become(State.READY, State.LOADING)
 
     def _await(self, what, number, patience, text, progress):
         others = self.plan.size - 1
-        answers = self.crew.done(what, number, patience, lambda waiting: progress(text, others - waiting, others))
-        self.seconds.setdefault(what, time.perf_counter() - self.crew.began)
+        answers = self.pool.done(what, number, patience, lambda waiting: progress(text, others - waiting, others))
+        self.seconds.setdefault(what, time.perf_counter() - self.pool.began)
         return answers
 
-    def _answers(self, what, number, patience=ACKNOWLEDGING):
+    def _answers(self, what, number, patience=ACKNOWLEDGING_S):
         """What every rank answers; a cancel of the user is heard meanwhile."""
 
         def wait(waiting):
             if self.cancelled():
                 raise RanksFailed("The prompt was cancelled.")
 
-        return self.crew.done(what, number, patience, wait)
+        return self.pool.done(what, number, patience, wait)
 
-    def _make_mesh(self, progress):
+    def _connect(self, progress):
         """Process groups between all ranks, made by all of them at the same time. In a thread: a rank that dies
-        meanwhile
-        would hold this one up.
+        meanwhile would hold this one up.
         """
         self.end_mesh()
         self._generation += 1
-        far = next((member for member in self.crew.members if member.process is None), None)
+        far = next((worker for worker in self.pool.workers if worker.process is None), None)
         host = far.channel.socket.getsockname()[0] if far else launch.LOOPBACK
         self._store = self._store or process_groups.hosted_store(host)
         # not to be guessed, and not the secret: keys of the store travel as they are
         prefix = f"{secrets.token_hex(16)}/{self._generation}"
-        number = self.crew.ask(
+        arrangement, size = self.plan.mesh(), self.plan.size
+        number = self.pool.ask(
             "mesh",
-            mesh=self.plan.mesh(),
-            size=self.plan.size,
+            mesh=arrangement,
+            size=size,
             prefix=prefix,
             store=[host, self._store.port],
-            each=lambda member: {"host": member.address if member.process is None else host},
+            each=lambda worker: {"host": worker.address if worker.process is None else host},
         )
-        made = InThread(lambda: self._own_mesh(prefix, host), unwanted=lambda made: made[0].end())
-        with made:
-            self._await("mesh", number, MESHING, "connecting", progress)
-            mine, self.mesh = made.result(self.crew.check)
-        self._groups, self.share, self._arranged = mine, Share(self.mesh, ring_fallback()), self.plan.mesh()
 
-    def _own_mesh(self, prefix, host):
-        mine = process_groups.Groups(self._store, prefix, 0, self.device, host)
-        return mine, make_mesh(**self.plan.mesh(), device=self.device, rank=0, size=self.plan.size, groups=mine.make)
+        def own_side():
+            groups = process_groups.ProcessGroups(self._store, prefix, 0, self.device, host)
+            return groups, make_mesh(**arrangement, device=self.device, rank=0, size=size, groups=groups.make)
+
+        with BackgroundResult(own_side, unwanted=lambda made: made[0].end()) as made:
+            self._await("mesh", number, CONNECTING_S, "connecting", progress)
+            groups, mesh = made.result(self.pool.check)
+        self.connection = Connection(groups, mesh, StepExchange(mesh, ring_fallback()), arrangement)
 
     def end_mesh(self):
         """End what waits in the mesh, from any thread. The next pass needs a new one."""
-        mine, self._groups, mesh, self.share = self._groups, None, self.mesh, None
-        if mesh is not None:
-            mesh.abort = lambda: True
-        if mine is not None:
-            mine.end()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.mesh.abort = lambda: True
+            connection.groups.end()
+
+    def _ended(self, pool):
+        """By the pool, from any thread: its processes cannot be waited for any more."""
+        if pool is self.pool:
+            self._stopped()
+            self.end_mesh()
+
+    def _stopped(self):
+        """No process runs. A sampler that has them keeps its state until it has heard."""
+        with self._changing:
+            if self.state is not State.SAMPLING:
+                self._become(State.STOPPED)
 
     # --- one forward pass
 
     def update(self, patcher, options):
         """Bring options and LoRA weights of every rank to those of this MODEL; acknowledged before anything is
-        computed.
-        Raises carry.Refused.
+        computed. Raises patch_transfer.Refused.
         """
-        specs = patch_transfer.carried(patcher, options)
-        if patcher is not None and patcher.patches_uuid != self._patcher_state:
-            self._patcher_state = None
+        specs, there = patch_transfer.encode_patches(patcher, options), self._transferred
+        if patcher is not None and patcher.patches_uuid != there.patches:
+            there.patches = None
             self._send_weights(patcher)
-            self._patcher_state = patcher.patches_uuid
-        if specs != self._options:
-            self._options = None  # one rank may refuse what another has taken over
-            self._answers("options", self.crew.ask("options", specs=specs))
-            self._options = specs
+            there.patches = patcher.patches_uuid
+        if specs != there.options:
+            there.options = None  # one rank may refuse what another has taken over
+            self._answers("options", self.pool.ask("options", specs=specs))
+            there.options = specs
 
     def _send_weights(self, patcher):
         """LoRA tensors that a rank has from before stay there: a new strength sends numbers alone."""
+        there = self._transferred
         data, tensors = replica.weights_of(patcher)
-        if not data and self._weights == set():
+        if not data and there.tensors == set():
             return
-        numbers = [self._number_of(tensor) for tensor in tensors]
-        new = {number: tensor for number, tensor in zip(numbers, tensors) if number not in (self._weights or ())}
-        self._weights = None  # until every rank says that it has these
-        asked = self.crew.ask("weights", list(new.values()), new=list(new), numbers=numbers, patches=data)
+        numbers = [there.number_of(tensor) for tensor in tensors]
+        new = {number: tensor for number, tensor in zip(numbers, tensors) if number not in (there.tensors or ())}
+        there.tensors = None  # until every rank says that it has these
+        asked = self.pool.ask("weights", list(new.values()), new=list(new), numbers=numbers, patches=data)
         for rank, answer in self._answers("weights", asked).items():
             if answer["patched"] != len(patcher.patches):
                 raise RanksFailed(
                     f"Rank {rank} patched {answer['patched']} weights, rank 0 has {len(patcher.patches)} to patch."
                 )
-        self._weights = set(numbers)
-        self._sent = {key: kept for key, kept in self._sent.items() if kept[0] in self._weights}
-
-    def _number_of(self, tensor):
-        """The number that the ranks know a tensor by; it is kept alive, so that its id stays its own."""
-        if id(tensor) not in self._sent:
-            self._sent[id(tensor)] = (1 + max((number for number, _ in self._sent.values()), default=0), tensor)
-        return self._sent[id(tensor)][0]
+        there.tensors = set(numbers)
+        there.numbers = {key: kept for key, kept in there.numbers.items() if kept[0] in there.tensors}
 
     @contextmanager
     def forward(self, network, inputs, moment=(None, 0)):
         """One pass on every rank; inside the block rank 0 calls the network with `inputs` ({name: value}). moment:
-        (step,
-        steps), see flux2/patch.step_of.
+        (step, steps), see flux2/attention_slot.step_of.
         """
-        data, kinds, tensors = described(inputs)
-        self.crew.check()
-        number = self.crew.ask("forward", inputs=data, kinds=kinds, moment=list(moment))
-        self._pass = number
+        data, kinds, tensors = describe_inputs(inputs)
+        self.pool.check()
+        number = self.pool.ask("forward", inputs=data, kinds=kinds, moment=list(moment))
+        self._pass, step = number, self.step
         try:
-            self.share.send(tensors)
-            with self.share.installed(network, failed=lambda error: self._interrupt(number)):
+            step.send(tensors)
+            with step.installed(network, failed=lambda error: self._interrupt(number)):
                 yield
         except BaseException as error:
-            self._after(number, error)
+            self._after(number, error, step.mesh)
             raise
         finally:
             self._pass = self._asked_since = None
-        self.crew.check()
+        self.pool.check()
 
     def _interrupt(self, number):
         """Rank 0 gave this pass up: let the others do the same, so that what is left of it is exchanged in no time."""
-        if self.mesh.broken is not None:
+        if self.mesh is None or self.mesh.broken is not None:
             return  # nothing will be exchanged, and what is sent to a host that is gone delays the system's finding out
         self._asked_since = self._asked_since or time.perf_counter()
-        self.crew.tell({"do": "interrupt", "number": number})
+        self.pool.tell({"do": "interrupt", "number": number})
 
-    def _after(self, number, error):
-        """Rank 0's pass raised. With the mesh whole, wait for the others to come to its end; else end them, and say
-        who is
-        the reason.
+    def _after(self, number, error, mesh):
+        """Rank 0's pass raised. With the mesh whole, wait for the others to come to its end; else end them, and say who
+        is the reason.
         """
-        if self.mesh.broken is None and self.crew.started:
+        if mesh.broken is None and self.pool.started:
             self._interrupt(number)
-            if not self._ended(number):
+            if not self._reached_end(number):
                 self.stop()
             return
-        # a connection to another host may end a little later than that of the exchanges
+        # a connection to another host may end a little later than that of the collectives
         deadline = time.perf_counter() + 6
-        while self.crew.failure is None and self.crew.started and time.perf_counter() < deadline:
+        while self.pool.failure is None and self.pool.started and time.perf_counter() < deadline:
             time.sleep(0.02)
-        failure = self.crew.failure
+        failure = self.pool.failure
         self.stop()
         if isinstance(error, Exception):
             raise RanksFailed(failure or f"The exchange between the ranks failed: {error}") from error
 
-    def _ended(self, number):
+    def _reached_end(self, number):
         """Whether every rank came to the end of a pass that rank 0 gave up. Why one of them failed in it is not told:
-        rank
-        0 has its own reason.
+        rank 0 has its own reason.
         """
         deadline = time.perf_counter() + STOPPING
-        while self.crew.started and time.perf_counter() < deadline:
+        while self.pool.started and time.perf_counter() < deadline:
             try:
-                self.crew.done("forward", number, deadline - time.perf_counter())
+                self.pool.done("forward", number, deadline - time.perf_counter())
                 return True
             except RanksFailed:
                 continue
@@ -293,11 +400,11 @@ class Group:
 
     # --- a sampling, and after it
 
-    def finish(self, patience=FINISHING):
+    def finish(self, patience=FINISHING_S):
         """The end of a sampling: every rank's times into `last`. Raises what went wrong on any rank, also in the last
         pass.
         """
-        answers = self._answers("finish", self.crew.ask("finish"), patience)
+        answers = self._answers("finish", self.pool.ask("finish"), patience)
         self.last = {
             rank: {"times": answer["times"], "attention": answer["attention"]} for rank, answer in answers.items()
         }
@@ -306,84 +413,84 @@ class Group:
                 torch.cuda.synchronize(self.device)
             self.last[0] = {"times": self.mesh.stats.read().as_data(), "attention": {}}
             self.mesh.stats.reset()
-        self.crew.check()
+        self.pool.check()
 
     def at_rest(self):
-        """A sampling has ended, however it ended."""
+        """A sampling has ended, however it ended. Processes whose model never came to rank 0 are not kept for it."""
         with self.turn:
-            if self.crew is not None:
-                self.crew.busy = False
-                self._seen_loaded = self._seen_loaded or self.in_use()  # it may be unloaded before the keeper looks
-
-    def unused(self):
-        """A sampling ended before its time. Processes whose model never came to rank 0 are not kept for it."""
-        if not self.in_use():
-            self._idle_since = time.perf_counter()
+            if not self.running:
+                self._become(State.STOPPED, State.SAMPLING)
+                return
+            there = State.READY if self.connection else State.LOADING if self._load else State.STARTING
+            self._become(there, State.SAMPLING)
+            loaded = self.in_use()
+            self._seen_loaded = self._seen_loaded or loaded  # it may be unloaded before the supervisor looks
+            if not loaded:
+                self._idle_since, self._patience = time.perf_counter(), GRACE
 
     def drop(self, wait=False):
         """Give the other ranks' memory back; their processes end GRACE seconds later unless they are needed again."""
         with self.turn:
-            if self.crew is None or not self.crew.started or self.crew.busy or self._source is None:
+            if not self.running or not self._become(State.DRAINING, State.LOADING, State.READY):
                 return
             self.end_mesh()
-            number = self.crew.ask("drop")
+            number = self.pool.ask("drop")
             log.info("Sequence parallel: the model was unloaded, and %d other ranks drop theirs.", self.plan.size - 1)
-            self._source = None
-            self._nothing_taken_over()
-            self._seen_loaded, self._idle_since = False, time.perf_counter()
+            self._source = self._load = None
+            self._transferred = Transferred()
+            self._seen_loaded, self._idle_since, self._patience = False, time.perf_counter(), GRACE
         if wait:
-            self.crew.done("drop", number, ACKNOWLEDGING)
+            self.pool.done("drop", number, ACKNOWLEDGING_S)
 
     def stop(self):
-        """End every process of this group."""
+        """End every process of this session, and wait until they are gone."""
         self.end_mesh()
-        if self.crew is not None:
-            self.crew.stop()
+        if self.pool is not None:
+            self.pool.stop()
+            self._stopped()
+
+    # --- by the pool's supervisor, now and then
 
     def _look_after(self):
-        """By the crew's keeper: a cancel that nobody could answer, a model that rank 0 has unloaded, processes that
-        nobody
-        needs any more.
-        """
-        if self.crew.busy:
+        """A cancel that nobody could answer, a model that rank 0 has unloaded, processes that nobody needs any more."""
+        if self.state is State.SAMPLING:
             self._watch_cancel()
-        elif self.turn.acquire(
-            blocking=False
-        ):  # never wait here: whoever has the turn may be waiting for this thread to end
+        elif self.turn.acquire(blocking=False):
+            # never wait here: whoever has the turn may be waiting for this thread to end
             try:
                 self._let_go()
             finally:
                 self.turn.release()
 
     def _let_go(self):
-        if self.crew.busy:
+        if self.state is State.SAMPLING:
+            return
+        if self._idle_since is not None:
+            if time.perf_counter() - self._idle_since > self._patience:
+                self.pool.stopping.set()
             return
         loaded = self.in_use()
         if self._seen_loaded and not loaded:
             self.drop()
         self._seen_loaded = self._seen_loaded or loaded
-        if self._idle_since is not None and time.perf_counter() - self._idle_since > GRACE:
-            self.crew.stopping.set()
 
     def _watch_cancel(self):
-        """Rank 0 may be waiting inside an exchange when the user cancels, or for ranks that do not come to the end of a
-        pass: then they are ended.
+        """Rank 0 may be waiting inside a collective when the user cancels, or for ranks that do not come to the end of
+        a pass: then they are ended.
         """
         if self._pass is None:
             return
         if self.cancelled():
             self._asked_since = self._asked_since or time.perf_counter()
         if self._asked_since and time.perf_counter() - self._asked_since > STOPPING:
-            self.crew.fail(
-                (
-                    "The other ranks did not come to the end of a cancelled step in time and were stopped. The next "
-                    "prompt starts them again."
-                )
+            self.pool.fail(
+                "The other ranks did not come to the end of a cancelled step in time and were stopped. The next prompt "
+                "starts them again."
             )
-            self.crew.stopping.set()
+            self.pool.stopping.set()
 
 
-class InThread:
+class BackgroundResult:
     """A function's result, computed in a thread of its own so that the caller can look at other things while it waits.
     unwanted(result): called for a result that comes after the `with` block was left by an exception.
     """
@@ -418,35 +525,35 @@ class InThread:
         return self.value
 
 
-# --- which group belongs to which model
-# ----------------------------------------------------------------------------------
+# --- which session belongs to which model ---------------------------------------------------------------------------
 
-_groups = weakref.WeakKeyDictionary()
+_sessions = weakref.WeakSet()
+_of_model = weakref.WeakKeyDictionary()
 
 
-def group_of(base, plan, device, **watching):
-    """The Group of a loaded model (BaseModel) for a plan. Another plan with the same processes keeps them; otherwise
-    those
-    of before are ended.
+def session_of(base, plan, device, **watching):
+    """The ParallelSession of a loaded model (BaseModel) for a plan. Another plan with the same processes keeps them;
+    otherwise those of before are ended.
     """
-    group = _groups.get(base)
-    if group is not None and group.plan.processes() == plan.processes():
-        group.plan = plan
-        if group.crew is not None:
-            group.crew.plan = plan
-        return group
-    if group is not None:
-        group.stop()
-    group = _groups[base] = Group(plan, device, **watching)
-    weakref.finalize(base, group.stop)
-    return group
+    session = _of_model.get(base)
+    if session is not None and session.plan.processes() == plan.processes():
+        session.plan = plan
+        if session.pool is not None:
+            session.pool.plan = plan
+        return session
+    if session is not None:
+        session.stop()
+    session = _of_model[base] = ParallelSession(plan, device, **watching)
+    weakref.finalize(base, session.stop)
+    return session
 
 
 def existing(base):
-    """The Group of a loaded model, or None."""
-    return _groups.get(base)
+    """The ParallelSession of a loaded model, or None."""
+    return _of_model.get(base)
 
 
 def stop_all():
-    for group in list(living):
-        group.stop()
+    """At the end of the process: every worker, and every process group."""
+    for session in list(_sessions):
+        session.stop()

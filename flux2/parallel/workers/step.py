@@ -1,6 +1,5 @@
-"""One forward pass on every rank: rank 0 sends what the network was called with, and the split plan (flux2/parallel)
-is in
-the network while it runs.
+"""One forward pass on every rank: rank 0 sends what the network was called with, and the network is sharded
+(flux2/parallel) while it runs.
 """
 
 from contextlib import contextmanager
@@ -9,14 +8,13 @@ import traceback
 
 import torch
 
-from .. import shared
+from ..forward import sharded_forward
 from .serialize import flatten, restore
 
 
-class Share:
+class StepExchange:
     """The forward passes of a network over a mesh. fallback: an attention override for ring degrees above 1 where
-    nobody
-    chose a kernel.
+    nobody chose a kernel.
     """
 
     def __init__(self, mesh, fallback):
@@ -25,11 +23,22 @@ class Share:
     @contextmanager
     def installed(self, network, failed=lambda error: None):
         """The network computes its part of the tokens inside the block. failed(error): called when the pass raises,
-        before
-        this rank goes on exchanging zeros so that the others come to its end.
+        before this rank takes part in what is left of it with zeros.
         """
-        with shared(network, self.mesh, fallback=self.fallback):
-            network.forward_orig.inner = telling(network.forward_orig.inner, failed)
+
+        def around(forward_orig):
+            def call(*args, **kwargs):
+                try:
+                    return forward_orig(*args, **kwargs)
+                except BaseException as error:  # a cancel is no Exception
+                    # they hold the pass's tensors, and what went wrong may be that memory is short
+                    traceback.clear_frames(error.__traceback__)
+                    failed(error)
+                    raise
+
+            return call
+
+        with sharded_forward(network, self.mesh, fallback=self.fallback, around=around):
             yield
 
     def send(self, tensors):
@@ -53,20 +62,7 @@ class Share:
         return tensor
 
 
-def telling(inner, failed):
-    def call(*args, **kwargs):
-        try:
-            return inner(*args, **kwargs)
-        except BaseException as error:  # a cancel is no Exception
-            # they hold the pass's tensors, and what went wrong may be that memory is short
-            traceback.clear_frames(error.__traceback__)
-            failed(error)
-            raise
-
-    return call
-
-
-def described(inputs):
+def describe_inputs(inputs):
     """(JSON of the structure, [[dtype, shape], ...], tensors) of a network's arguments {name: value}. Raises
     Unsendable.
     """
@@ -74,10 +70,9 @@ def described(inputs):
     return data, [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors], tensors
 
 
-def arguments(network, args, kwargs):
+def bound_arguments(network, args, kwargs):
     """({name: value} of what a network's forward pass was called with, transformer_options). None is left out: it is
-    the
-    default.
+    the default.
     """
     signature = inspect.signature(network._forward)
     bound = dict(signature.bind(*args, **kwargs).arguments)

@@ -64,10 +64,10 @@ class Worker:
 
     def __init__(self, channel):
         self.channel, self.inbox = channel, queue.SimpleQueue()
-        self.replica = self.mesh = self.groups = self.share = None
+        self.replica = self.mesh = self.groups = self.step = None
         self.rank, self.device = 0, "cpu"
         self.running, self.stopped, self.lock = None, 0, threading.Lock()
-        self.absent = False  # from exchanges in which the others are
+        self.absent = False  # True where the others wait in collectives that this rank takes no part in
 
     # --- two threads
 
@@ -118,7 +118,7 @@ class Worker:
         return {"cause": cause, "text": text, "broken": self.absent or getattr(self.mesh, "broken", None) is not None}
 
     def inside(self, error):
-        """The pass raised where this rank goes on exchanging zeros, so that the others come to its end."""
+        """The pass raised where this rank takes part in what is left of it with zeros: the others come to its end."""
         self.absent = False
 
     def interrupt(self, message):
@@ -136,14 +136,14 @@ class Worker:
     def end(self, message):
         """End what waits in the process groups."""
         if self.groups is not None:
-            self.mesh_ended()
+            self.end_mesh()
 
-    def mesh_ended(self):
+    def end_mesh(self):
         groups, self.groups = self.groups, None
         if self.mesh is not None:
             self.mesh.abort = lambda: True
         groups.end()
-        self.mesh = self.share = None
+        self.mesh = self.step = None
 
     # --- what rank 0 asks for
 
@@ -172,29 +172,28 @@ class Worker:
         tidy(self.device)
         begun = time.perf_counter()
         self.replica = pack("flux2.parallel.workers.replica").Replica(message["source"], self.device)
-        self.known = {}
+        self.tensors = {}
         return {"seconds": time.perf_counter() - begun, "bytes": self.replica.bytes}
 
     def do_mesh(self, message, tensors):
         groups = pack("flux2.parallel.workers.process_groups")
         if self.groups is not None:
-            self.mesh_ended()
+            self.end_mesh()
         store = groups.joined_store(*message["store"])
-        self.groups = groups.Groups(store, message["prefix"], self.rank, self.device, message["host"])
+        self.groups = groups.ProcessGroups(store, message["prefix"], self.rank, self.device, message["host"])
         self.mesh = pack("attention.parallel").make_mesh(
             **message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make
         )
-        self.share = pack("flux2.parallel.workers.step").Share(
-            self.mesh, pack("flux2.parallel.attention").ring_fallback()
-        )
+        fallback = pack("flux2.parallel.attention").ring_fallback()
+        self.step = pack("flux2.parallel.workers.step").StepExchange(self.mesh, fallback)
 
     def do_weights(self, message, tensors):
         """tensors: those of message["new"]; the others this rank has from before."""
-        self.known.update(zip(message["new"], tensors))
-        self.known = {number: self.known[number] for number in message["numbers"]}
+        self.tensors.update(zip(message["new"], tensors))
+        self.tensors = {number: self.tensors[number] for number in message["numbers"]}
         return {
             "patched": self.replica.set_weights(
-                message["patches"], [self.known[number] for number in message["numbers"]]
+                message["patches"], [self.tensors[number] for number in message["numbers"]]
             )
         }
 
@@ -204,13 +203,13 @@ class Worker:
     def do_forward(self, message, tensors):
         import torch
 
-        self.absent = True  # whoever fails before or behind the exchanges leaves the others waiting in them
+        self.absent = True  # whoever fails before or after the collectives leaves the others waiting in them
         with self.interruptible(message["number"]), torch.inference_mode():
-            inputs = self.share.receive(message["inputs"], message["kinds"])
+            inputs = self.step.receive(message["inputs"], message["kinds"])
             options = self.replica.options()
             with (
                 self.at_moment(options, message["moment"]),
-                self.share.installed(self.replica.network, failed=self.inside),
+                self.step.installed(self.replica.network, failed=self.inside),
             ):
                 self.replica.network(**inputs, transformer_options=options)
         self.absent = False
@@ -237,9 +236,9 @@ class Worker:
     def do_drop(self, message, tensors):
         """Give the GPU's memory back; the process stays. Says whether nothing holds the model any more."""
         network = weakref.ref(self.replica.network) if self.replica is not None else lambda: None
-        self.replica = self.share = None
+        self.replica = self.step = None
         if self.groups is not None:
-            self.mesh_ended()
+            self.end_mesh()
         tidy(self.device)
         return {"freed": network() is None}
 
@@ -258,7 +257,7 @@ class Worker:
                 comfy.model_management.interrupt_current_processing(False)
 
     def at_moment(self, options, moment):
-        """Tell the carried Select Attention where in the sampling this pass is."""
+        """Tell the Select Attention that rank 0 has, and this rank too, where in the sampling this pass is."""
         dispatcher = self.dispatcher(options)
         return dispatcher.forward(*moment) if dispatcher is not None else contextlib.nullcontext()
 
@@ -278,8 +277,7 @@ class Worker:
         return found
 
 
-# --- small things
-# --------------------------------------------------------------------------------------------------------
+# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def tidy(device):
@@ -316,8 +314,7 @@ def comfyui_folder(told):
 
 def leave():
     """End this process. A worker from another host starts afresh in its place, for the next group; its id and
-    torchrun's
-    watch stay.
+    torchrun's watch stay.
     """
     sys.stdout.flush()
     if options().join:
@@ -339,9 +336,8 @@ def options():
 
 
 def see_one_gpu():
-    """Under torchrun every worker sees all GPUs of the host: keep the one of LOCAL_RANK. Rank 0 has done it for
-    workers of
-    its own.
+    """Under torchrun every worker sees all GPUs of the host: keep the one of LOCAL_RANK. Rank 0 has done it for workers
+    of its own.
     """
     index = int(os.environ.get("LOCAL_RANK", "0"))
     # kept for a start afresh (leave), which finds what is set here in the place of the host's own selection
