@@ -49,6 +49,7 @@ def tools(comfy):
     import comfy.utils
     from flux2_pack.flux2.loading import load
     from flux2_pack.flux2.parallel.workers import (
+        answers,
         patch_transfer,
         pool,
         versions,
@@ -58,6 +59,7 @@ def tools(comfy):
         channel,
         replica,
         report,
+        serialize,
         install,
     )
     from flux2_pack.nodes import attention, parallel
@@ -68,7 +70,8 @@ def tools(comfy):
 @pytest.fixture(autouse=True)
 def what_is_edited_while_the_tests_run(tools):
     """Is no other version: workers read the files of this moment, this process read them long ago."""
-    tools.versions.DIGEST = tools.versions.pack_digest()
+    tools.versions.IMPORTED = time.time()
+    tools.versions.running_digest.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -691,7 +694,7 @@ def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_
     """A worker reads the files when it starts, rank 0 read them when ComfyUI did."""
     shutil.copytree(ROOT / "attention", tmp_path / "attention")
     shutil.copytree(ROOT / "flux2", tmp_path / "flux2")
-    seen = {tools.versions.DIGEST, tools.versions.pack_digest(tmp_path)}
+    seen = {tools.versions.running_digest(), tools.versions.pack_digest(tmp_path)}
     assert len(seen) == 1
     for name in (
         "attention/backends/sdpa.py",
@@ -702,7 +705,7 @@ def test_the_version_of_the_pack_changes_with_any_file_that_computes(tools, tmp_
         with open(tmp_path / name, "a") as file:
             file.write("\n")
         seen.add(tools.versions.pack_digest(tmp_path))
-    assert len(seen) == 5 and tools.versions.versions()["Flux 2 Attention"] == tools.versions.DIGEST
+    assert len(seen) == 5 and tools.versions.versions()["Flux 2 Attention"] == tools.versions.running_digest()
 
 
 def test_a_taken_port_and_a_missing_secret_are_said(tools, monkeypatch):

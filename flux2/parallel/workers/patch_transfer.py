@@ -314,7 +314,7 @@ def encode_compile(patch):
 def apply_compile(model, spec):
     from ...compiled import blocks as compiled_blocks, toolchain
 
-    if spec["folder"]:
+    if spec["folder"] and "FLUX2_RANKS_JOINED" not in os.environ:  # compiled code is taken from this host's own folder
         toolchain.keep_on_disk(spec["folder"])
     compiled_blocks.install(model, compiled_blocks.Plan(spec["mode"], spec["on_failure"], spec["backend"]))
 

@@ -12,30 +12,26 @@ they do; one reader per worker receives. What they find wrong becomes `failure`,
 in the main thread by the next `done` or `check`.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 import logging
 import secrets
 import threading
 import time
 
-from . import versions, launch, channel
+from . import answers, channel, launch, versions
+from .answers import ALIVE, WORK
+from .rendezvous import Rendezvous
 
 log = logging.getLogger(__name__)
 STARTING, REMOTE_STARTING = 180, 600  # seconds until every process has reported
+HANDSHAKE = 10  # seconds that a connection has to prove that it knows the secret
 POLL, LOOK = 0.05, 0.5  # seconds between looks at the processes while a prompt runs, and otherwise
+UNPROVEN, UNPROVEN_EACH = 64, 16  # connections that have not proven the secret, of all addresses and of each
+LONGEST_ANSWER = 2**20  # bytes that a worker's message may have
+SILENCE = 45  # seconds without a word from a worker, who says every few seconds that it is alive, until it is lost
 SUSPICION = 2.0  # seconds after one rank's exchange failed in which the rank that is the reason should be known
 RECOVERABLE = ("forward", "options", "weights")  # work that may fail on a rank and leave it usable
-WORK = {
-    "configure": "start",
-    "load": "load the model",
-    "mesh": "connect to the other ranks",
-    "weights": "take over the LoRA weights",
-    "options": "take over the model's options",
-    "forward": "compute its part of a step",
-    "finish": "end the sampling",
-    "drop": "free its memory",
-    "room": "say how much memory is free",
-}
 LESS_MEMORY = "Use fewer pixels or references, an fp8 checkpoint, or GPUs with more memory."
 
 
@@ -72,7 +68,9 @@ class ParallelPlan:
 
 @dataclass
 class WorkerHandle:
-    """A worker. done: {what: (number of the last one, what it answered)}; lines: the end of its output."""
+    """A worker. done: {what: (number of the last one, what it answered)}; lines: the end of its output; heard: when its
+    last message came (time.perf_counter).
+    """
 
     rank: int
     where: str
@@ -84,6 +82,7 @@ class WorkerHandle:
     pid: int = 0
     done: dict = field(default_factory=dict)
     lines: list = field(default_factory=list)
+    heard: float = field(default_factory=time.perf_counter)
 
     def __str__(self):
         return f"Rank {self.rank} ({self.where}{', ' + self.device if self.device else ''})"
@@ -107,7 +106,8 @@ class WorkerPool:
         self.workers, self.failure, self.fatal = [], None, False
         self.changed, self.stopping = threading.Condition(), threading.Event()
         self.open = False
-        self._number, self._suspect, self._supervisor = 0, None, None
+        self._number, self._suspect, self._supervisor, self._looked = 1, None, None, time.perf_counter()
+        self.store = Rendezvous()
 
     @property
     def started(self):
@@ -117,7 +117,10 @@ class WorkerPool:
     # --- starting and ending
 
     def start(self):
-        """Start the processes. OSError or ValueError with a sentence when rank 0 cannot listen."""
+        """Start the processes. OSError or ValueError with a sentence when rank 0 cannot listen, or when its code is not
+        that of the files any more.
+        """
+        versions.running_digest()
         host, port, self.open = launch.listening_at()
         self.secret = launch.os.environ[launch.SECRET] if self.open else secrets.token_hex(32)
         self._listening = launch.listen(host, port)
@@ -168,6 +171,15 @@ class WorkerPool:
             if worker.ending() and not self.stopping.is_set():
                 self.fail(lost_text(worker, worker.ending()), worker=worker)
                 raise RanksFailed(self.failure)
+        now = time.perf_counter()
+        if now - self._looked > SILENCE / 4:  # this process itself stood still: nothing is known of the others
+            for worker in self.workers:
+                worker.heard = now
+        self._looked = now
+        for worker in self.workers:
+            if worker.channel is not None and now - worker.heard > SILENCE:
+                self.fail(lost_text(worker, f"it has not answered for {SILENCE:g} seconds"), worker=worker)
+                raise RanksFailed(self.failure)
         if self._suspect and time.perf_counter() - self._suspect[0] > SUSPICION:
             raise RanksFailed(self._suspect[1])
 
@@ -187,23 +199,29 @@ class WorkerPool:
         with self.changed:
             self.changed.notify_all()
 
-    # --- greeting
+    # --- who joins
 
     def _accept_all(self):
-        """Accept connections until everybody is here. Each is greeted in a thread of its own, so that a stranger who
-        says nothing delays nobody.
+        """Accept connections until everybody is here. Each proves itself in a thread of its own, so that a stranger who
+        says nothing delays nobody; how many may do so at a time is bounded.
         """
         self._listening.settimeout(0.2)
-        arrivals = []
+        arrivals, unproven = [], Counter()
         while not self.stopping.is_set() and self._awaited(arrivals):
             self._look()
             if time.perf_counter() - self.began > (REMOTE_STARTING if self.plan.elsewhere else STARTING):
                 raise RanksFailed(self._awaited(arrivals))
             try:
-                sock, peer = self._listening.accept()
+                sock, (address, *_) = self._listening.accept()
             except TimeoutError:
                 continue
-            in_thread(self._handshake, sock, peer[0], arrivals, name="greeting")
+            with self.changed:
+                full = unproven.total() >= UNPROVEN or unproven[address] >= UNPROVEN_EACH + self.plan.size
+                unproven[address] += not full
+            if full:
+                sock.close()
+            else:
+                in_thread(self._handshake, sock, address, arrivals, unproven, name="handshake")
         self._listening.close()
         for offset, worker in enumerate(sorted(arrivals, key=lambda one: (one.where, one.local_rank))):
             worker.rank = self.plan.size - self.plan.elsewhere + offset
@@ -223,36 +241,33 @@ class WorkerPool:
             )
         return ""
 
-    def _handshake(self, sock, peer, arrivals):
+    def _handshake(self, sock, address, arrivals, unproven):
         """One connection: it proves that it knows the secret and says who it is, or is refused."""
         try:
-            connection = channel.welcome(sock, self.secret)
-            here, _ = connection.receive()
-        except OSError as error:
-            log.warning("Sequence parallel refused a connection from %s: %s", peer, error)
+            connection = channel.accept(sock, self.secret, HANDSHAKE, LONGEST_ANSWER)
+            here, _ = connection.receive(HANDSHAKE)
+            answers.check_introduction(here)
+        except (OSError, ValueError) as error:
+            sock.close()
+            log.warning("Sequence parallel refused a connection from %s: %s", address, error)
             return
-        expected = [
-            worker
-            for worker in self.workers
-            if worker.rank == here["rank"] and worker.pid == here["pid"] and worker.channel is None
-        ]
-        if expected:
-            expected[0].channel = connection
-            self._register(expected[0])
-        elif here["rank"] is None and len(arrivals) < self.plan.elsewhere:
-            arrivals.append(
-                WorkerHandle(
-                    0,
-                    f"{here['host']} GPU {here['local_rank']}",
-                    None,
-                    connection,
-                    here["local_rank"],
-                    peer,
-                    pid=here["pid"],
-                )
-            )
-        else:
-            log.warning("Sequence parallel needs no rank from %s: all are there.", peer)
+        finally:
+            with self.changed:
+                unproven[address] -= 1
+        with self.changed:
+            mine = [
+                one for one in self.workers if (one.rank, one.pid) == (here["rank"], here["pid"]) and not one.channel
+            ]
+            room = here["rank"] is None and len(arrivals) < self.plan.elsewhere
+            if mine:
+                mine[0].channel = connection
+            elif room:
+                where, local_rank = f"{here['host']} GPU {here['local_rank']}", here["local_rank"]
+                arrivals.append(WorkerHandle(0, where, None, connection, local_rank, address, pid=here["pid"]))
+        if mine:
+            self._register(mine[0])
+        elif not room:
+            log.warning("Sequence parallel needs no rank from %s: all are there.", address)
             connection.close()
 
     def _register(self, worker):
@@ -336,12 +351,23 @@ class WorkerPool:
     # --- readers
 
     def _read(self, worker):
+        """A worker's messages, until its connection ends. What is no answer ends the pool with a sentence."""
         try:
             while True:
-                message, _ = worker.channel.receive()
-                self._note(worker, message)
+                message, tensors = worker.channel.receive()
+                worker.heard = time.perf_counter()
+                if message == ALIVE:
+                    continue
+                answers.check(message, tensors, self._number)
+                if "store" in message:
+                    self.store.serve(worker, message)
+                else:
+                    self._note(worker, message)
         except OSError as error:
             self._lost(worker, error)
+        except ValueError as error:
+            worker.channel.close()
+            self.fail(f"{worker} sent what is no answer to rank 0: {error} The prompt was stopped.", worker=worker)
 
     def _note(self, worker, message):
         what = message.get("done") or message.get("failed")
@@ -353,8 +379,7 @@ class WorkerPool:
             if wrong:
                 self.fail(
                     f"{worker} cannot work with rank 0: {'; '.join(wrong)}. Install the same versions on every host, "
-                    "and restart ComfyUI after "
-                    "an update."
+                    "and restart ComfyUI after an update."
                 )
         with self.changed:
             worker.done[what] = (message["number"], message)

@@ -1,12 +1,12 @@
-"""Process groups of our own, made from a torch.distributed store without its default group, and ended while they are in
-use.
+"""Process groups of our own, made without torch.distributed's default group, and ended while they are in use.
 
-  store = hosted_store()                      # rank 0; others: joined_store(host, port)
-  groups = ProcessGroups(store, prefix, rank, device)
+  store = RankZeroStore(rendezvous)           # rank 0; others: WorkerStore(requests); see rendezvous.py
+  groups = ProcessGroups(store, prefix, rank, device, host)
   group = groups.make("all", [0, 1, 2, 3])    # every rank of the list calls this; works as group= of
                                               torch.distributed's functions
   groups.end()                                # from any thread: what waits in these groups comes back, with an error or
                                               with garbage
+  wait_until_ended(seconds)                   # before the process ends: groups may not end together with it
 
 torch.distributed's default group may belong to another pack in the same ComfyUI, and ending it would end theirs. A
 prefix is used once: after `end` the ranks agree on the next one. What ends a wait: NCCL's abort; on the CPU gloo has
@@ -15,11 +15,13 @@ the other side's wait fails. A host that is cut off closes nothing: its connecti
 (keep_alive), and the mesh asks its `abort` while it waits.
 """
 
+import base64
 from contextlib import contextmanager
 from datetime import timedelta
 import os
 import socket
 import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -51,19 +53,59 @@ def unavailable(device_type):
     return None
 
 
-def hosted_store(host="127.0.0.1"):
-    """The TCPStore of rank 0, listening on `host` only. torch by itself would listen on every interface."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.bind((host, 0))
-    listening.listen(128)
-    port = listening.getsockname()[1]
-    return dist.TCPStore(
-        host, port, None, True, timeout=JOINING, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+class RankZeroStore(getattr(dist, "Store", object)):
+    """torch's interface of a store over rank 0's own values (rendezvous.Rendezvous)."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def set(self, key, value):
+        self.values.set(key, value if isinstance(value, bytes) else value.encode())
+
+    def get(self, key):
+        self.wait([key])
+        return self.values.values[key]
+
+    def add(self, key, amount):
+        return self.values.add(key, amount)
+
+    def check(self, keys):
+        return self.values.check(keys)
+
+    def wait(self, keys, timeout=JOINING):
+        if not self.values.wait(keys, timeout.total_seconds()):
+            raise RuntimeError(f"Another rank did not connect within {timeout.total_seconds():g} seconds.")
 
 
-def joined_store(host, port):
-    return dist.TCPStore(host, port, None, False, timeout=JOINING)
+class WorkerStore(getattr(dist, "Store", object)):
+    """The same on a worker, which asks rank 0. requests: rendezvous.Requests."""
+
+    def __init__(self, requests):
+        super().__init__()
+        self.requests = requests
+
+    def _ask(self, kind, timeout=JOINING, **content):
+        return self.requests.ask(timeout.total_seconds() + 10, store=kind, **content)
+
+    def set(self, key, value):
+        value = value if isinstance(value, bytes) else value.encode()
+        self._ask("set", key=key, value=base64.b64encode(value).decode())
+
+    def get(self, key):
+        self.wait([key])
+        return base64.b64decode(self._ask("get", key=key))
+
+    def add(self, key, amount):
+        return self._ask("add", key=key, value=amount)
+
+    def check(self, keys):
+        return self._ask("check", keys=list(keys))
+
+    def wait(self, keys, timeout=JOINING):
+        seconds = timeout.total_seconds()
+        if not self._ask("wait", timeout, keys=list(keys), seconds=seconds):
+            raise RuntimeError(f"Another rank did not connect within {seconds:g} seconds.")
 
 
 class ProcessGroups:
@@ -126,30 +168,65 @@ class ProcessGroups:
         return dist.ProcessGroup.BackendType.GLOO, backend
 
     def _interface(self, name):
-        """Keep NCCL's own connections on this machine too, unless hosts were given or the user chose an interface."""
-        return (
-            {name: "lo"}
-            if self.host == "127.0.0.1" and name not in os.environ and os.path.isdir("/sys/class/net/lo")
-            else {}
-        )
+        """Keep NCCL's own connections on the interface of `host`, unless the user chose one."""
+        found = interface_of(self.host)
+        return {name: f"={found}"} if found and name not in os.environ else {}
 
     def end(self):
         """End every group. Returns at once; GPU work that waited goes on within a second, and a wait on the CPU when
         its mesh hears of it.
         """
         self.ended, made, self._made = True, self._made, []
-        threading.Thread(target=finish, args=(made,), name="flux2 ranks: ending groups", daemon=True).start()
+        thread = threading.Thread(target=end_groups, args=(made,), name="flux2 ranks: ending groups", daemon=True)
+        _ending.append(thread)
+        thread.start()
 
 
-def finish(made):
-    """Abort NCCL groups, then drop all: dropping a gloo group waits for its pending exchanges, so this has a thread of
-    its own.
+_ending = []  # threads in which groups end
+
+
+def end_groups(made):
+    """Abort NCCL groups, all at the same time, then drop all groups: dropping a gloo group waits for its pending
+    collectives, so this has a thread of its own.
     """
-    for _, backend in made:
-        if isinstance(backend, getattr(dist, "ProcessGroupNCCL", ())):
-            threading.Thread(target=backend.abort, name="flux2 ranks: aborting NCCL", daemon=True).start()
-    while made:
-        made.pop()
+    nccl = getattr(dist, "ProcessGroupNCCL", ())
+    aborts = [
+        threading.Thread(target=backend.abort, name="flux2 ranks: aborting NCCL", daemon=True)
+        for _, backend in made
+        if isinstance(backend, nccl)
+    ]
+    for thread in aborts:
+        thread.start()
+    for thread in aborts:
+        thread.join()
+    made.clear()
+    _ending.remove(threading.current_thread())
+
+
+def wait_until_ended(seconds):
+    """Wait for groups that are ending, so many seconds at most. A thread that is inside NCCL or gloo when the
+    interpreter is torn down ends the whole process with "terminate called without an active exception".
+    """
+    deadline = time.monotonic() + seconds
+    for thread in list(_ending):
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def interface_of(host):
+    """The name of the network interface that has an IPv4 address; None where the system does not tell."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))  # SIOCGIFADDR
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == host:
+                return name
+    return None
 
 
 def connections_at(host):

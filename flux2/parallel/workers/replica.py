@@ -14,6 +14,7 @@ originals of patched weights are taken from there again. Only files that ComfyUI
 weights of diffusers folders are held by each worker.
 """
 
+import hashlib
 import importlib
 import inspect
 from pathlib import Path
@@ -23,10 +24,21 @@ import comfy.utils
 import torch
 
 from . import patch_transfer
+from .channel import bytes_of
 from .serialize import Unsendable, flatten, restore
 
 PACK = Path(__file__).resolve().parents[3]
-CORE = ("comfy.sd",)  # modules of ComfyUI whose loaders a worker may call
+# What a worker may be told to load: {its name: (module, function)}; a module of
+# this pack begins with ".".
+# Arguments are plain values (serialize.py). Nothing else is imported or called by name.
+LOADERS = {
+    "Load FLUX.2 Model": (".flux2.loading.load", "load_model"),
+    "Load Diffusion Model": ("comfy.sd", "load_diffusion_model"),
+    "Load Checkpoint": ("comfy.sd", "load_checkpoint_guess_config"),
+    "benchmark, bf16": (".benchmarks.full_size", "build"),  # random weights, for benchmarks/
+    "benchmark, fp8": (".benchmarks.full_size", "build_fp8"),
+}
+SAMPLES = 64  # numbers of each weight that are compared between ranks
 PLAIN = {"memory_mode": "auto"}  # arguments of our loader that concern rank 0's memory alone
 
 
@@ -39,7 +51,7 @@ class NotReplicable(ValueError):
 
 
 def source_of(patcher):
-    """How a MODEL was loaded: {"module", "function", "in_pack", "arguments", "index"}, JSON. Raises NotReplicable."""
+    """How a MODEL was loaded: {"loader", "arguments", "index"}, JSON; loader: in LOADERS. Raises NotReplicable."""
     made = getattr(patcher, "cached_patcher_init", None)
     if made is None:
         raise NotReplicable(
@@ -48,41 +60,36 @@ def source_of(patcher):
             "Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
         )
     function, arguments, *index = made
-    where = address(function)
-    if where is None:
+    loader = next((name for name, where in LOADERS.items() if where == place_of(function)), None)
+    if loader is None:
         raise NotReplicable(
             f"Sequence parallel loads this model on every GPU, and its loader is {patch_transfer.name_of(function)} "
-            "of another pack, which the other "
-            "processes do not have. Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
+            "of another pack, which the other processes do not have. Use Load FLUX.2 Model or ComfyUI's own Load "
+            "Diffusion Model or Load Checkpoint."
         )
     try:
         return {
-            **where,
+            "loader": loader,
             "arguments": flatten([in_plain_words(argument) for argument in arguments])[0],
             "index": index[0] if index else None,
         }
     except Unsendable as error:
         raise NotReplicable(
             f"Sequence parallel loads this model on every GPU, and its loader was given {error}, which cannot be sent "
-            "to another "
-            "process. Leave that option at its default."
+            "to another process. Leave that option at its default."
         ) from error
 
 
-def address(function):
-    """Where every process of the group finds a loader: {"module", "function", "in_pack"}, or None for a loader of
-    somebody else.
-    """
-    if function.__module__ in CORE:
-        return {"module": function.__module__, "function": function.__qualname__, "in_pack": False}
-    file = Path(inspect.getsourcefile(function) or "").resolve()
-    if PACK in file.parents and "<" not in function.__qualname__:
-        return {
-            "module": ".".join(file.relative_to(PACK).with_suffix("").parts),
-            "function": function.__qualname__,
-            "in_pack": True,
-        }
-    return None
+def place_of(function):
+    """(module, function) as in LOADERS: ComfyUI loads packs, and scripts load ours, under names of their own."""
+    try:
+        file = Path(inspect.getsourcefile(function) or "").resolve()
+    except TypeError:  # no function of Python's
+        file = Path()
+    module = function.__module__
+    if PACK in file.parents:
+        module = "." + ".".join(file.relative_to(PACK).with_suffix("").parts)
+    return module, function.__qualname__
 
 
 def in_plain_words(argument):
@@ -121,6 +128,7 @@ class Replica:
             comfy.utils.set_attr_buffer(self.model.model, key, buffer.to(self.device))
         self.model.model.device = self.device
         self.current = self.model
+        self.digest = digest_of(self.model)
 
     def _place(self, key):
         """Put one weight on the device, in the number format of the model, with the patches that are set for it."""
@@ -189,6 +197,24 @@ class Replica:
         return sum(weight.numel() * weight.element_size() for weight in self.model.model.parameters())
 
 
+def digest_of(patcher):
+    """Of a MODEL's weights as they were loaded, without LoRA: 64 hexadecimal digits that are the same on every rank
+    that loaded the same ones. Of each weight: name, shape, number format and SAMPLES numbers spread over it, the first
+    and the last among them. Two files that differ in other numbers alone are not told apart.
+    """
+    digest, backup = hashlib.sha256(), patcher.backup
+    for key, weight in sorted(patcher.model.named_parameters()):
+        weight = backup[key].weight if key in backup else weight  # where rank 0 has a LoRA in the weight itself
+        module, name = comfy.utils.resolve_attr(patcher.model, key)
+        stored = getattr(weight, "_qdata", weight).detach().reshape(-1)  # of ComfyUI's quantised tensors
+        at = torch.linspace(0, max(stored.numel() - 1, 0), min(SAMPLES, stored.numel()), dtype=torch.float64)
+        values = stored.view(stored.numel(), 1)[at.long().to(stored.device)].cpu()
+        if type(weight) is torch.nn.Parameter:  # rank 0 may hold it as the file has it until it is on the GPU
+            values = values.to(getattr(module, f"{name}_comfy_model_dtype", values.dtype))
+        digest.update(f"{key} {tuple(weight.shape)} {values.dtype}\n".encode() + bytes(bytes_of(values)))
+    return digest.hexdigest()
+
+
 class Mapped(comfy.model_patcher.ModelPatcher):
     """What ComfyUI's loaders make while a replica is loaded: they hand a dynamic patcher the file's own tensors, and
     copy them for others.
@@ -204,9 +230,11 @@ def load(source):
     """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's
     loaders make: for worker processes only.
     """
-    package = __package__.split(".")[0] if source["in_pack"] else None
-    module = importlib.import_module(f"{package}.{source['module']}" if package else source["module"])
-    function, arguments = getattr(module, source["function"]), restore(source["arguments"], [])
+    if source["loader"] not in LOADERS:
+        raise NotReplicable(f"This worker has no loader of the name '{str(source['loader'])[:80]}'.")
+    module, name = LOADERS[source["loader"]]
+    package = __package__.split(".")[0] if module.startswith(".") else None
+    function, arguments = getattr(importlib.import_module(module, package), name), restore(source["arguments"], [])
     named = inspect.signature(function).bind(*arguments)
     named.arguments.update({name: value for name, value in PLAIN.items() if name in named.arguments})
     comfy.model_patcher.CoreModelPatcher, Mapped.loading = Mapped, True

@@ -32,7 +32,7 @@ def row(rank, where, device, times, attention):
         "device": device,
         "tokens": tokens[rank] if rank < len(tokens) else None,
         "forwards": times.get("forwards", 0),
-        "exchange_seconds": round(times.get("exchange_seconds", 0), 4),
+        "collective_seconds": round(times.get("collective_seconds", 0), 4),
         "compute_seconds": round(times.get("compute_seconds", 0), 4),
         "sent_bytes": times.get("sent", 0),
         "attention": attention,
@@ -51,7 +51,7 @@ def as_text(data):
         lines.append(
             f"  rank {one['rank']} on {one['where']} ({one['device']}): {one['tokens']} tokens, {one['forwards']} "
             "passes, "
-            f"{one['compute_seconds']:.2f} s computing, {one['exchange_seconds']:.2f} s exchanging, "
+            f"{one['compute_seconds']:.2f} s computing, {one['collective_seconds']:.2f} s exchanging, "
             f"{one['sent_bytes'] / 1e6:.0f} MB sent" + (f"; attention {kernels}" if kernels else "")
         )
     ready = data["seconds_to_start"].get("ready")

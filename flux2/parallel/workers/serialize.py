@@ -15,6 +15,8 @@ import comfy.utils
 import comfy.weight_adapter
 import torch
 
+from . import dtypes
+
 ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
 # what LoRA key maps of core name
 FUNCTIONS = {name: getattr(comfy.utils, name) for name in ("swap_scale_shift",) if hasattr(comfy.utils, name)}
@@ -40,7 +42,7 @@ def _flat(value, tensors):
         tensors.append(value)
         return {TAG: ["tensor", len(tensors) - 1]}
     if isinstance(value, torch.dtype):
-        return {TAG: ["dtype", str(value).removeprefix("torch.")]}
+        return {TAG: ["dtype", dtypes.name_of(value)]}
     if isinstance(value, list):
         return [_flat(item, tensors) for item in value]
     if isinstance(value, (tuple, set, frozenset)) and type(value) in (tuple, torch.Size, set, frozenset):
@@ -76,7 +78,7 @@ def restore(data, tensors):
 RESTORE = {
     "float": lambda content, more, tensors: float(content),
     "tensor": lambda content, more, tensors: tensors[content],
-    "dtype": lambda content, more, tensors: getattr(torch, content),
+    "dtype": lambda content, more, tensors: dtypes.named(content),
     "tuple": lambda content, more, tensors: tuple(restore(content, tensors)),
     "set": lambda content, more, tensors: set(restore(content, tensors)),
     "function": lambda content, more, tensors: FUNCTIONS[content],

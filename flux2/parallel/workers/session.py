@@ -117,9 +117,10 @@ class ParallelSession:
 
     def _forget(self):
         """Nothing is known to be on the other ranks."""
-        self.connection = self._store = None
+        self.connection = None
         self._generation = 0  # of connections: each has names of its own in the store
-        self._source = self._load = None  # the model that the ranks were told to load, and the number of that order
+        # the model that the ranks were told to load, the number of that order, and what rank 0 has
+        self._source = self._load = self._digest = None
         self._transferred = Transferred()
         self._pass = self._asked_since = None  # number of the pass that runs, and since when the ranks are to end it
         self._idle_since, self._patience, self._seen_loaded = None, GRACE, False
@@ -217,6 +218,7 @@ class ParallelSession:
             if source != self._source:
                 self._make_room(patcher.model_size())
                 self._source, self._load = source, self.pool.ask("load", source=source)
+                self._digest = replica.digest_of(patcher)
                 self._transferred = Transferred()
                 self._become(State.LOADING, State.STARTING, State.READY, State.DRAINING)
 
@@ -235,12 +237,25 @@ class ParallelSession:
         """Until every rank has the model and all are connected."""
         if self._load is None:
             raise RanksFailed("The other ranks have no model. The next prompt loads it again.")
-        self._await("load", self._load, LOADING_S, "loading the model", progress)
+        self._compare(self._await("load", self._load, LOADING_S, "loading the model", progress))
         if self.connection is None or self.connection.arrangement != self.plan.mesh():
             self._connect(progress)
             self.seconds.setdefault("ready", time.perf_counter() - self.pool.began)
             progress("ready", self.plan.size - 1, self.plan.size - 1)
         self._become(State.READY, State.LOADING)
+
+    def _compare(self, answers):
+        """RanksFailed unless every rank loaded the weights that rank 0 has."""
+        others = [rank for rank, answer in sorted(answers.items()) if answer["digest"] != self._digest]
+        if others:
+            names = ", ".join(str(worker) for worker in self.pool.workers if worker.rank in others)
+            arguments = self._source["arguments"]
+            self._source = self._load = None
+            raise RanksFailed(
+                f"{names} loaded other weights than rank 0 from {arguments[0] if arguments else 'the same source'}: "
+                "the file was changed after ComfyUI loaded it, or another host has another file of that name. Use the "
+                "same file on every host, and restart ComfyUI after replacing one."
+            )
 
     def _await(self, what, number, patience, text, progress):
         others = self.plan.size - 1
@@ -265,8 +280,7 @@ class ParallelSession:
         self._generation += 1
         far = next((worker for worker in self.pool.workers if worker.process is None), None)
         host = far.channel.socket.getsockname()[0] if far else launch.LOOPBACK
-        self._store = self._store or process_groups.hosted_store(host)
-        # not to be guessed, and not the secret: keys of the store travel as they are
+        # names of its own in the store
         prefix = f"{secrets.token_hex(16)}/{self._generation}"
         arrangement, size = self.plan.mesh(), self.plan.size
         number = self.pool.ask(
@@ -274,12 +288,12 @@ class ParallelSession:
             mesh=arrangement,
             size=size,
             prefix=prefix,
-            store=[host, self._store.port],
             each=lambda worker: {"host": worker.address if worker.process is None else host},
         )
 
         def own_side():
-            groups = process_groups.ProcessGroups(self._store, prefix, 0, self.device, host)
+            store = process_groups.RankZeroStore(self.pool.store)
+            groups = process_groups.ProcessGroups(store, prefix, 0, self.device, host)
             return groups, make_mesh(**arrangement, device=self.device, rank=0, size=size, groups=groups.make)
 
         with BackgroundResult(own_side, unwanted=lambda made: made[0].end()) as made:
@@ -293,6 +307,7 @@ class ParallelSession:
         if connection is not None:
             connection.mesh.abort = lambda: True
             connection.groups.end()
+            self.pool.store.forget()
 
     def _ended(self, pool):
         """By the pool, from any thread: its processes cannot be waited for any more."""
@@ -557,3 +572,4 @@ def stop_all():
     """At the end of the process: every worker, and every process group."""
     for session in list(_sessions):
         session.stop()
+    process_groups.wait_until_ended(10)

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import inspect
 import traceback
 
-import torch
-
 from ..forward import sharded_forward
+from . import dtypes
 from .serialize import flatten, restore
 
 
@@ -50,10 +49,7 @@ class StepExchange:
         """The other ranks: the arguments, {name: value}."""
         return restore(
             data,
-            [
-                self._broadcast(torch.empty(shape, dtype=getattr(torch, dtype), device=self.mesh.device))
-                for dtype, shape in kinds
-            ],
+            [self._broadcast(dtypes.empty(kind, self.mesh.device)) for kind in kinds],
         )
 
     def _broadcast(self, tensor):
@@ -67,7 +63,7 @@ def describe_inputs(inputs):
     Unsendable.
     """
     data, tensors = flatten(inputs)
-    return data, [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors], tensors
+    return data, [dtypes.kind_of(tensor) for tensor in tensors], tensors
 
 
 def bound_arguments(network, args, kwargs):

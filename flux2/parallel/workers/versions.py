@@ -1,17 +1,20 @@
 """What a rank is: versions that have to be equal on every rank, and the name of its device."""
 
+import functools
 import hashlib
 import platform
 from pathlib import Path
+import time
 
 import torch
 
 PACK = Path(__file__).resolve().parents[3]
+IMPORTED = time.time()
 
 
 def versions():
     """{what: version}: those that decide whether ranks can exchange data and compute the same."""
-    found = {"PyTorch": torch.__version__, "ComfyUI": comfyui_version(), "Flux 2 Attention": DIGEST}
+    found = {"PyTorch": torch.__version__, "ComfyUI": comfyui_version(), "Flux 2 Attention": running_digest()}
     if torch.cuda.is_available():
         found["RCCL" if torch.version.hip else "NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
@@ -22,13 +25,28 @@ def pack_digest(pack=PACK):
     pass.
     """
     code = hashlib.sha256()
-    for file in sorted(file for folder in ("attention", "flux2") for file in (pack / folder).rglob("*.py")):
+    for file in files_that_compute(pack):
         code.update(file.relative_to(pack).as_posix().encode() + file.read_bytes())
     return code.hexdigest()[:8]
 
 
-# of the code that this process runs: files may be updated while it does, and workers read them later
-DIGEST = pack_digest()
+def files_that_compute(pack=PACK):
+    return sorted(file for folder in ("attention", "flux2") for file in (pack / folder).rglob("*.py"))
+
+
+@functools.cache
+def running_digest():
+    """pack_digest of the code that this process runs, taken when it is first asked for: files may be updated later, and
+    a worker reads them when it starts. ValueError when they were updated before that, since this process read them.
+    """
+    changed = [file.relative_to(PACK).as_posix() for file in files_that_compute() if file.stat().st_mtime > IMPORTED]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ValueError(
+            f"Files of Flux 2 Attention have changed since ComfyUI started ({changed[0]}{more}), and the other ranks "
+            "would run the new ones. Restart ComfyUI."
+        )
+    return pack_digest()
 
 
 def comfyui_version():

@@ -31,6 +31,7 @@ PACK = Path(__file__).resolve().parents[3]
 ALIAS = "flux2_pack"
 SECRET = "FLUX2_RANKS_SECRET"
 RETRY_SECONDS = 2
+ALIVE_SECONDS = 5  # between words to rank 0 that this process runs; rank 0 waits for 45 (pool.SILENCE)
 
 
 def import_pack():
@@ -64,12 +65,19 @@ class Worker:
 
     def __init__(self, channel):
         self.channel, self.inbox = channel, queue.SimpleQueue()
+        self.requests = pack("flux2.parallel.workers.rendezvous").Requests(channel and channel.send)
         self.replica = self.mesh = self.groups = self.step = None
         self.rank, self.device = 0, "cpu"
         self.running, self.stopped, self.lock = None, 0, threading.Lock()
         self.absent = False  # True where the others wait in collectives that this rank takes no part in
 
-    # --- two threads
+    # --- three threads
+
+    def live(self):
+        """Say that this process runs, also while the main thread computes."""
+        while True:
+            time.sleep(ALIVE_SECONDS)
+            self.channel.send({"alive": True})
 
     def listen(self):
         """Receive until the connection ends, and end the process then: rank 0 is gone or has no use for it."""
@@ -78,8 +86,8 @@ class Worker:
                 message, tensors = self.channel.receive()
                 if message["do"] == "stop":
                     break
-                if message["do"] in ("interrupt", "end"):
-                    getattr(self, message["do"])(message)
+                if message["do"] in AT_ONCE:
+                    AT_ONCE[message["do"]](self, message)
                 else:
                     self.inbox.put((message, tensors))
         finally:
@@ -94,7 +102,7 @@ class Worker:
             kind, number = message["do"], message["number"]
             self.absent = False
             try:
-                done = getattr(self, f"do_{kind}")(message, tensors) or {}
+                done = IN_TURN[kind](self, message, tensors) or {}
                 self.channel.send({"done": kind, "number": number, **done})
             except BaseException as error:  # ComfyUI's interruption is no Exception
                 self.channel.send({"failed": kind, "number": number, **self.account(error)})
@@ -173,13 +181,17 @@ class Worker:
         begun = time.perf_counter()
         self.replica = pack("flux2.parallel.workers.replica").Replica(message["source"], self.device)
         self.tensors = {}
-        return {"seconds": time.perf_counter() - begun, "bytes": self.replica.bytes}
+        return {
+            "seconds": time.perf_counter() - begun,
+            "bytes": self.replica.bytes,
+            "digest": self.replica.digest,
+        }
 
     def do_mesh(self, message, tensors):
         groups = pack("flux2.parallel.workers.process_groups")
         if self.groups is not None:
             self.end_mesh()
-        store = groups.joined_store(*message["store"])
+        store = groups.WorkerStore(self.requests)
         self.groups = groups.ProcessGroups(store, message["prefix"], self.rank, self.device, message["host"])
         self.mesh = pack("attention.parallel").make_mesh(
             **message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make
@@ -277,6 +289,24 @@ class Worker:
         return found
 
 
+# What rank 0 may ask for. At once: by the thread that receives; in turn: by the main thread, and answered.
+AT_ONCE = {
+    "interrupt": Worker.interrupt,
+    "end": Worker.end,
+    "store": lambda worker, message: worker.requests.receive(message),
+}
+IN_TURN = {
+    "configure": Worker.do_configure,
+    "load": Worker.do_load,
+    "mesh": Worker.do_mesh,
+    "weights": Worker.do_weights,
+    "options": Worker.do_options,
+    "forward": Worker.do_forward,
+    "finish": Worker.do_finish,
+    "room": Worker.do_room,
+    "drop": Worker.do_drop,
+}
+
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
@@ -299,16 +329,15 @@ def memory_of(device):
 
 
 def comfyui_folder(told):
-    """ComfyUI on this machine: that of rank 0 on its own host; on another, --comfyui, COMFYUI_PATH, or the folder that
-    this pack is installed in.
+    """ComfyUI on this machine: that of rank 0 for its own workers; on another host --comfyui, COMFYUI_PATH, or the
+    folder that this pack is installed in, and never one that is told over the network: its code will run.
     """
-    own = (options().comfyui, os.environ.get("COMFYUI_PATH"), *PACK.parents[1:2]) if options().join else ()
-    for place in (*own, told):
+    own = (options().comfyui, os.environ.get("COMFYUI_PATH"), *PACK.parents[1:2])
+    for place in own if options().join else (told,):
         if place and (Path(place) / "comfy" / "sd.py").is_file():
             return str(Path(place).resolve())
     raise ValueError(
-        f"There is no ComfyUI on {socket.gethostname()}: neither beside this pack nor in {told}, where rank 0 has it. "
-        "Start the worker with --comfyui FOLDER."
+        f"There is no ComfyUI on {socket.gethostname()} beside this pack. Start the worker with --comfyui FOLDER."
     )
 
 
@@ -371,6 +400,7 @@ def connected(protocol, secret):
 def main():
     import_pack()
     if options().join:
+        os.environ["FLUX2_RANKS_JOINED"] = "1"
         see_one_gpu()
     # torchrun is the parent; a shell may go and leave a worker behind
     if not options().join or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -389,7 +419,8 @@ def main():
             "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         }
     )
-    threading.Thread(target=worker.listen, name="rank 0's messages", daemon=True).start()
+    for work, name in ((worker.listen, "rank 0's messages"), (worker.live, "alive")):
+        threading.Thread(target=work, name=name, daemon=True).start()
     try:
         worker.serve()
     except protocol.Closed:

@@ -1,0 +1,95 @@
+"""The store through which ranks find one another when process groups are made, over the authenticated connections
+between rank 0 and its workers.
+
+torch's own TCPStore asks nobody for a secret: whoever reaches its port reads and overwrites the addresses by which gloo
+and NCCL connect. So rank 0 keeps the values, and a worker asks for them by messages (channel.py). On top of both,
+process_groups.py uses torch's interface of a store.
+
+  store = RankZeroStore(rendezvous)      # rank 0; `rendezvous.serve(worker, message)` answers the others
+  store = WorkerStore(channel)           # a worker; `store.receive(message)` is told of each answer
+"""
+
+import base64
+import itertools
+import threading
+
+LONGEST_VALUE = 2**16  # bytes; NCCL's id has 128, an address of gloo about 200
+MOST_VALUES = 2**16
+
+
+class Rendezvous:
+    """Rank 0's values: {key: bytes}."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def set(self, key, value):
+        """ValueError when it does not fit."""
+        with self.changed:
+            if len(value) > LONGEST_VALUE or (key not in self.values and len(self.values) >= MOST_VALUES):
+                raise ValueError("A value for the connection of the ranks is too long, or there are too many.")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def add(self, key, amount):
+        with self.changed:
+            total = int(self.values.get(key, b"0")) + amount
+            self.set(key, str(total).encode())
+            return total
+
+    def check(self, keys):
+        with self.changed:
+            return all(key in self.values for key in keys)
+
+    def wait(self, keys, seconds):
+        """Whether all keys had values within so many seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.check(keys), seconds)
+
+    def forget(self):
+        """Drop all values, those of a connection that is no more."""
+        with self.changed:
+            self.values = {}
+
+    def serve(self, worker, message):
+        """Answer one request of a worker (answers.STORE). Waits have a thread of their own: the reader goes on."""
+        threading.Thread(target=self._serve, args=(worker, message), name="flux2 ranks: store", daemon=True).start()
+
+    def _serve(self, worker, message):
+        kind, result = message["store"], None
+        try:
+            if kind == "set":
+                self.set(message["key"], base64.b64decode(message["value"]))
+            elif kind == "add":
+                result = self.add(message["key"], message["value"])
+            elif kind == "check":
+                result = self.check(message["keys"])
+            elif kind == "wait":
+                result = self.wait(message["keys"], message["seconds"])
+            elif self.check([message["key"]]):
+                result = base64.b64encode(self.values[message["key"]]).decode()
+            worker.channel.send({"do": "store", "id": message["id"], "result": result})
+        except (OSError, ValueError):
+            pass  # the worker waits until its time is over, and says so; one that is gone is noticed elsewhere
+
+
+class Requests:
+    """A worker's side: requests to rank 0, answered out of order. send: of its channel."""
+
+    def __init__(self, send):
+        self.send, self.ids = send, itertools.count()
+        self.results, self.changed = {}, threading.Condition()
+
+    def receive(self, message):
+        """An answer came; called by the thread that receives."""
+        with self.changed:
+            self.results[message["id"]] = message["result"]
+            self.changed.notify_all()
+
+    def ask(self, seconds, **request):
+        number = next(self.ids)
+        self.send({"id": number, **request})
+        with self.changed:
+            if not self.changed.wait_for(lambda: number in self.results, seconds):
+                raise RuntimeError("Rank 0 did not answer while the ranks were being connected.")
+            return self.results.pop(number)
