@@ -86,7 +86,7 @@ class WorkerStore(getattr(dist, "Store", object)):
         self.requests = requests
 
     def _ask(self, kind, timeout=JOINING, **content):
-        return self.requests.ask(timeout.total_seconds() + 10, store=kind, **content)
+        return self.requests.ask(timeout.total_seconds() + 10, {"store": kind, **content})
 
     def set(self, key, value):
         value = value if isinstance(value, bytes) else value.encode()

@@ -86,10 +86,11 @@ class Requests:
             self.results[message["id"]] = message["result"]
             self.changed.notify_all()
 
-    def ask(self, seconds, **request):
+    def ask(self, patience, request):
+        """Rank 0's result for a request (answers.STORE); RuntimeError when it takes longer than `patience` seconds."""
         number = next(self.ids)
         self.send({"id": number, **request})
         with self.changed:
-            if not self.changed.wait_for(lambda: number in self.results, seconds):
+            if not self.changed.wait_for(lambda: number in self.results, patience):
                 raise RuntimeError("Rank 0 did not answer while the ranks were being connected.")
             return self.results.pop(number)
