@@ -51,6 +51,15 @@ TOPICS = tuple(
             r"Temperature .* cannot be used",
         ),
         (
+            "lora",
+            r"is a LoRA for",
+            r"is no LoRA:",
+            r"Load FLUX\.2 LoRA expects",
+            r"layers was applied",
+            r"changes the text encoder alone",
+            r"the alphas in its metadata",
+        ),
+        (
             "wrong-kind-of-file",
             r" expects .*, from the folder",
             r"FLUX\.2 reads the hidden state after layer",
