@@ -93,7 +93,7 @@ TOPICS = tuple(
             r"There is no ComfyUI on",
             r"In this pass attention was called",
         ),
-        ("fast-blocks", r"Fast Blocks cannot", r"blocks can be fused"),
+        ("fast-blocks", r"Fast Blocks cannot", r"blocks can be fused", r"VAE's fused blocks cannot"),
         ("compiling", r"CompileRefused", r"Compile Blocks", r"torch\.compile failed", r"The mode can be"),
         ("update-comfyui", r"ComfyUI does not recognise .*Update ComfyUI"),
         (
