@@ -1,1 +1,0 @@
-"""The autoencoder's fast path: latents to pixels and back in channels-last memory with fused norms."""
