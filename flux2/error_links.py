@@ -51,6 +51,15 @@ TOPICS = tuple(
             r"Temperature .* cannot be used",
         ),
         (
+            "lora",
+            r"is a LoRA for",
+            r"is no LoRA:",
+            r"Load FLUX\.2 LoRA expects",
+            r"layers was applied",
+            r"changes the text encoder alone",
+            r"the alphas in its metadata",
+        ),
+        (
             "wrong-kind-of-file",
             r" expects .*, from the folder",
             r"FLUX\.2 reads the hidden state after layer",
@@ -84,7 +93,7 @@ TOPICS = tuple(
             r"There is no ComfyUI on",
             r"In this pass attention was called",
         ),
-        ("fast-blocks", r"Fast Blocks cannot", r"blocks can be fused"),
+        ("fast-blocks", r"Fast Blocks cannot", r"blocks can be fused", r"VAE's fused blocks cannot"),
         ("compiling", r"CompileRefused", r"Compile Blocks", r"torch\.compile failed", r"The mode can be"),
         ("update-comfyui", r"ComfyUI does not recognise .*Update ComfyUI"),
         (

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..flux2 import error_links
-from . import attention, compare, fast, loaders, parallel, prompt, speed, status
+from . import attention, compare, fast, loaders, lora, parallel, prompt, speed, status
 
 
 class Flux2Attention(ComfyExtension):
@@ -18,6 +18,7 @@ class Flux2Attention(ComfyExtension):
             error_links.linked(node)
             for node in (
                 *loaders.NODES,
+                *lora.NODES,
                 *attention.NODES,
                 *fast.NODES,
                 *speed.NODES,

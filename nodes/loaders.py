@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..flux2.loading import encoder_precision, lazy_clip, load
+from ..flux2.vae import prepare as prepare_vae
 from ..flux2.checkpoints.header import CheckpointError
 from ..flux2.checkpoints.folders import choices, locate, pipeline_parts
 from ..flux2.loading.memory import AUTO, MODEL_MODES, MODES
@@ -287,6 +288,17 @@ class Flux2LoadVAE(io.ComfyNode):
                     advanced=True,
                     tooltip=WHERE_IDLE.format(run="image or batch") + NO_GPU,
                 ),
+                io.Combo.Input(
+                    "fused_blocks",
+                    display_name="fused blocks",
+                    options=list(prepare_vae.CHOICES),
+                    default=prepare_vae.AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Fused kernels for decoding and encoding, over twice as fast on an H200, with the same "
+                    "result up to rounding. 'auto': on NVIDIA GPUs that have Triton, ComfyUI's blocks elsewhere "
+                    "(recommended). 'on': always, or an error that says why not. 'off': never.",
+                ),
             ],
             outputs=[
                 io.Vae.Output(tooltip="The autoencoder. An ordinary VAE: connect it to VAE Decode and VAE Encode.")
@@ -298,8 +310,8 @@ class Flux2LoadVAE(io.ComfyNode):
         return _validate("vae", vae_name)
 
     @classmethod
-    def execute(cls, vae_name, precision, memory=AUTO) -> io.NodeOutput:
-        return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision, memory))
+    def execute(cls, vae_name, precision, memory=AUTO, fused_blocks=prepare_vae.AUTO) -> io.NodeOutput:
+        return io.NodeOutput(load.load_vae(_path("vae", vae_name), precision, memory, fused_blocks))
 
 
 class Flux2ModelInfo(io.ComfyNode):

@@ -170,7 +170,13 @@ def end(process):
 
 def lay_out(base, models):
     """The folders of a ComfyUI, the pack and the model files as links."""
-    for name in ("custom_nodes", "input", "output", "user", *(f"models/{folder}" for folder in MODEL_FOLDERS)):
+    for name in (
+        "custom_nodes",
+        "input",
+        "output",
+        "user",
+        *(f"models/{folder}" for folder in (*MODEL_FOLDERS, *models)),
+    ):
         (base / name).mkdir(parents=True, exist_ok=True)
     link(base / "custom_nodes" / PACK, ROOT)
     for folder, files in models.items():

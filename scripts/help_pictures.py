@@ -28,6 +28,7 @@ BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.
 MOST_BYTES, WIDEST, SECONDS_TO_RUN = 60_000, 720, 300
 PROMPT = "a small red star above a large blue circle on a grey background"
 DRAWN = PictureSettings(PROMPT, 256, 256, steps=12)
+LORA = "flux2-style.safetensors"
 LEFT, TOP, WIDTH, GAP = 40, 60, 400, 70  # pixels; the gap holds a node's title and the badges above it
 
 
@@ -114,9 +115,19 @@ def info():
     }
 
 
+def with_lora():
+    workflow = fill(DRAWN)
+    workflow["lora"] = entry("Flux2LoadLoRA", "Load FLUX.2 LoRA", model=["1", 0], lora_name=LORA, strength=0.8)
+    put(workflow, "Flux2SelectAttention", model=["lora", 0])
+    return workflow
+
+
 PICTURES = {
     "loaders": lambda: Picture(
         fill(DRAWN), stack(Flux2LoadModel=110, Flux2LoadTextEncoder=190, Flux2LoadVAE=110), run=False
+    ),
+    "load-lora": lambda: Picture(
+        with_lora(), stack(Flux2LoadModel=110, Flux2LoadLoRA=120, Flux2SelectAttention=230), run=False
     ),
     "select-attention": lambda: Picture(fill(DRAWN), stack(Flux2SelectAttention=230)),
     "attention-report": lambda: Picture(fill(DRAWN), {"Flux2AttentionReport": (LEFT, TOP, 560, 270)}),
@@ -175,7 +186,9 @@ def official_names(folder):
     made = {kind: folder / name for kind, name in default_models().items()}
     for kind, file in made.items():
         file.symlink_to(drawing_models()[kind][0])
-    return {kind: [file] for kind, file in made.items()}
+    lora = folder / LORA  # chosen, not run
+    lora.touch()
+    return {"loras": [lora], **{kind: [file] for kind, file in made.items()}}
 
 
 def graph(page, picture):

@@ -419,6 +419,14 @@ def compiling_another_model(tools):
     compiled_blocks.install(SimpleNamespace(model=other), compiled_blocks.Plan())
 
 
+def lora_of_another_model(tools):
+    from flux2_pack.flux2.lora import load
+
+    name = "lora_unet_single_blocks_0_modulation_lin"
+    tensors = {f"{name}.lora_down.weight": torch.zeros(4, 256), f"{name}.lora_up.weight": torch.zeros(768, 4)}
+    load.apply(tools.model, None, write(tools, "flux1-lora.safetensors", tensors), 1.0)
+
+
 def more_gpus_than_there_are(tools):
     from flux2_pack.nodes.parallel import parallel
 
@@ -439,6 +447,7 @@ HAPPENS = {
     "tokenizer": encoder_without_tokenizer,
     "prompt-of-another-text-encoder": prompt_of_another_encoder,
     "improving-prompts": improve_with_the_small_file,
+    "lora": in_links(lora_of_another_model),
     "wrong-kind-of-file": in_links(lambda tools: tools.load.load_model(tools.files["vae"])),
     "missing-file": lambda tools: tools.nodes["Flux2LoadVAE"].execute("no-such-file.safetensors", "auto"),
     "quantised-file": in_links(quantised_by_bitsandbytes),

@@ -12,7 +12,7 @@ import small_models as maker
 INPUTS = {  # node id -> inputs, in the order that saved workflows rely on; append only
     "Flux2LoadModel": ["model_name", "weight_dtype", "memory"],
     "Flux2LoadTextEncoder": ["text_encoder_name", "device", "padding", "attention", "memory", "load", "precision"],
-    "Flux2LoadVAE": ["vae_name", "precision", "memory"],
+    "Flux2LoadVAE": ["vae_name", "precision", "memory", "fused_blocks"],
     "Flux2ModelInfo": ["file_name"],
 }
 

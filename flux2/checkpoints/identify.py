@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from ..lora import names as lora_names
 from . import variants
 from .header import CheckpointError
 
@@ -90,27 +91,25 @@ class Names:
 # ----------------------------------------------------
 
 
+# parts that only an addition to a model has: the factors of LoRA, LoKr and LoHa, differences, lengths of DoRA
+LORA_PART = re.compile(
+    r"[._]lora[._](?:[AB]|up|down|linear_layer|magnitude_vector)|\.(?:lokr|hada)_|\.oft_blocks"
+    r"|\.(?:diff|diff_b|w_norm|b_norm|set_weight|dora_scale)$|^lora_unet_"
+)
+
+
 def _lora(names):
-    marks = (
-        ".lora_A.",
-        ".lora_B.",
-        ".lora_up.",
-        ".lora_down.",
-        ".lora.up.",
-        ".lora.down.",
-        ".lokr_w",
-        ".loha_w",
-        ".hada_w",
-        "lora_unet_",
+    name = next((name for name in names.tensors if LORA_PART.search(name)), None)
+    if not name:
+        return None
+    other = lora_names.other_model({lora_names.plain(lora_names.split(name)[0]) for name in [*names.tensors][:2000]})
+    return Identity(
+        "lora",
+        f"a LoRA {f'for {other[0]} ' if other else ''}(an addition to a model, not a model)",
+        f"it has the tensor {name}",
+        advice="Put it into the folder loras and load it with the node "
+        f"{'Load LoRA' if other else 'Load FLUX.2 LoRA'}, behind the model.",
     )
-    name = names.any(*marks)
-    if name:
-        return Identity(
-            "lora",
-            "a LoRA (an addition to a model, not a model)",
-            f"it has the tensor {name}",
-            advice="Put it into the folder loras and load it with the node Load LoRA (Model), after the model.",
-        )
 
 
 def _flux2_original(names):

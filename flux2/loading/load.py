@@ -24,6 +24,7 @@ import torch
 
 from .. import error_links
 from ..checkpoints import identify, keys, variants
+from ..vae import prepare as prepare_vae
 from . import encoder_precision, memory, reference_padding as prompt_padding, tekken as tokenizer
 from ..checkpoints.header import CheckpointError, open_checkpoint
 from .encoder_families import FAMILIES, dimensions
@@ -351,11 +352,11 @@ def _mistral_tokenizer(ready, data, width):
 # --- VAE -------------------------------------------------------------------------------------------------------------
 
 
-def load_vae(path, precision="auto", memory_mode="auto"):
+def load_vae(path, precision="auto", memory_mode="auto", fused_blocks="auto"):
     """VAE from a FLUX.2 autoencoder: a file, or a diffusers folder. `precision` is a key of PRECISIONS; "auto" is
     ComfyUI's choice.
 
-    `memory_mode` is one of memory.MODES.
+    `memory_mode` is one of memory.MODES, `fused_blocks` of flux2.vae.prepare.CHOICES.
     """
     checkpoint = open_checkpoint(path)
     found = identify.expect(checkpoint, identify.VAE)
@@ -374,8 +375,9 @@ def load_vae(path, precision="auto", memory_mode="auto"):
     vae = _built(checkpoint, lambda: memory.idle_vae(kind, memory_mode)(**options))
     vae.throw_exception_if_invalid()
     check_present(checkpoint, found.title, vae.first_stage_model.state_dict(), names | {"bn.num_batches_tracked"})
+    prepare_vae.prepare(vae, fused_blocks)
     vae.patcher = memory.manage(vae.patcher, memory_mode)
-    vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision, memory_mode))
+    vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision, memory_mode, fused_blocks))
     return vae
 
 
@@ -415,8 +417,8 @@ AUTOENCODER = {
 }
 
 
-def _vae_patcher(path, precision, memory_mode, disable_dynamic=False):
+def _vae_patcher(path, precision, memory_mode, fused_blocks, disable_dynamic=False):
     """ComfyUI's VAE decides by itself whether its patcher is dynamic (0.30 has no argument for it, and reloads VAEs
     this way too).
     """
-    return load_vae(path, precision, memory_mode).patcher
+    return load_vae(path, precision, memory_mode, fused_blocks).patcher

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 import os
 from typing import Callable
 
+import torch
+
 from ....attention.dispatch import AttentionDispatcher, Schedule
 from ... import attention_slot
 from ...attention_slot import SLOT
+from ...lora.load import CONFIG_MARK
 from .serialize import Unsendable, flatten, restore
 
 OPTIONS = "options"
@@ -162,15 +165,17 @@ PLACES = {
 CURES = {
     "attention": "Use Select Attention for the attention kernel.",
     "replacement": "Remove the node that replaces blocks, or use one GPU.",
+    "configured": "It comes from a LoRA that configures layers: use Load FLUX.2 LoRA for that file.",
 }
 
 
 def refusal(patch):
     owner = name_of(patch.value)
     place = PLACES[patch.place].format(key=patch.key)
+    cure = "configured" if patch.place == "object" and hasattr(patch.value, "with_config") else patch.place
     return (
         f"Sequence parallel cannot carry {place} of {owner} to the other GPUs, which would compute without it. "
-        + CURES.get(patch.place, "Remove the node that sets it, or set gpus to 1.")
+        + CURES.get(cure, "Remove the node that sets it, or set gpus to 1.")
     )
 
 
@@ -334,6 +339,18 @@ def encode_plain(place):
     return encode
 
 
+def encode_configured(patch):
+    """A module that Load FLUX.2 LoRA configured: its configuration, as the bytes in the file."""
+    encoded = getattr(patch.value, CONFIG_MARK, None) if patch.place == "object" else None
+    return None if encoded is None else [patch.key, encoded]
+
+
+def apply_configured(model, spec):
+    name, encoded = spec
+    module = model.get_model_object(name)
+    model.add_object_patch(name, module.with_config(torch.tensor(encoded, dtype=torch.uint8)))
+
+
 def apply_option(model, spec):
     name, data = spec
     model.model_options["transformer_options"][name] = restore(data, [])
@@ -347,6 +364,7 @@ def apply_object(model, spec):
 RULES = (
     TransferRule(OPTIONS, encode_plain("option"), apply_option),
     TransferRule("object patches", encode_plain("object"), apply_object),
+    TransferRule("Load FLUX.2 LoRA", encode_configured, apply_configured),
     TransferRule("Select Attention", encode_dispatcher, apply_dispatcher),
     TransferRule("Flux KV Cache", encode_kv_cache, apply_kv_cache),
     TransferRule("Fast Blocks (FLUX.2)", encode_fast_blocks, apply_fast_blocks),

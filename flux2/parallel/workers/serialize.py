@@ -15,9 +15,10 @@ import comfy.utils
 import comfy.weight_adapter
 import torch
 
+from ...lora.dora import Decomposed
 from . import dtypes
 
-ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
+ADAPTERS = {adapter.__name__: adapter for adapter in (*comfy.weight_adapter.adapters, Decomposed)}
 # what LoRA key maps of core name
 FUNCTIONS = {name: getattr(comfy.utils, name) for name in ("swap_scale_shift",) if hasattr(comfy.utils, name)}
 TAG = "$"  # a JSON object with this one key is not a dict but what the tag says
