@@ -8,7 +8,7 @@ sentence, before anything is loaded.
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2.loading import encoder_precision, lazy_clip, load
+from ..flux2.loading import encoder_precision, examine, lazy_clip, load
 from ..flux2.vae import prepare as prepare_vae
 from ..flux2.checkpoints.header import CheckpointError
 from ..flux2.checkpoints.folders import choices, locate, pipeline_parts
@@ -345,7 +345,7 @@ class Flux2ModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file_name) -> io.NodeOutput:
-        text = load.describe_path(_path(*file_name.partition("/")[::2]))
+        text = examine.describe_path(_path(*file_name.partition("/")[::2]))
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -4,6 +4,7 @@
 Works on lists of names and root paths, so it needs no ComfyUI. In the lists, a folder replaces the shards inside it.
 """
 
+import os
 from pathlib import Path, PurePosixPath
 
 from .header import CheckpointError
@@ -34,11 +35,11 @@ def locate(name, there, roots, folder):
     """The path behind a name. Raises CheckpointError naming the file, the folder (ComfyUI's name) that it was looked
     for in, and what is `there`.
     """
-    path = _find(name, roots, lambda path: path.is_file() or path.is_dir()) if _is_inside(name) else None
-    if path is None and _is_inside(name) and _find(name, roots, Path.is_symlink):
+    path = _find(name, roots, os.path.lexists) if _is_inside(name) else None
+    if path is not None and not os.path.exists(path):
         raise CheckpointError(
             f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or "
-            "deleted. Put the file there, or remove the link."
+            f"deleted. Put the file there, or remove the link."
         )
     if path is None:
         offered = (
@@ -47,8 +48,8 @@ def locate(name, there, roots, folder):
             else "There is nothing in it yet."
         )
         raise CheckpointError(
-            f"There is no {name!r} in the model folder {folder}. {offered} Choose one of these, or put the file there "
-            "and refresh."
+            f"There is no {str(name)[:200]!r} in the model folder {folder}. {offered} Choose one of these, or put the "
+            f"file there and refresh."
         )
     return path
 
@@ -59,20 +60,21 @@ def _parent(name):
 
 
 def _is_inside(name):
-    """Whether a name stays inside the root it is joined to."""
+    """Whether a name is that of something inside the root it is joined to, on Windows too ("C:x", "file:stream")."""
     path = PurePosixPath(str(name).replace("\\", "/"))
     return (
-        bool(name)
+        bool(path.parts)
         and not path.is_absolute()
         and ".." not in path.parts
-        and ":" not in path.parts[0]
-        and "\0" not in str(name)
+        and ":" not in str(path)
+        and "\0" not in str(path)
     )
 
 
 def _is_model_folder(path):
-    return (path / "config.json").is_file()
+    return os.path.isfile(path / "config.json")
 
 
 def _find(name, roots, test):
-    return next((path for path in (Path(root) / name for root in roots) if test(path)), None)
+    """The first of the paths root/name that passes a test of os.path, which is False for names that no system takes."""
+    return next((path for path in (Path(root) / str(name) for root in roots) if test(path)), None)

@@ -9,34 +9,40 @@ themselves are read by load.py. Nothing is unpickled: a pickle is refused. Not c
 such.
 """
 
+import functools
 import json
 import math
+import os
+import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".safetensors", ".sft")
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-ITEM_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F4": 4,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-}
+# Bounds on what a file may claim, far above any model for these slots: a FLUX.2 of 4 bits has some 3,000 tensors.
+HEADER_LIMIT = 32 * 2**20  # bytes; the safetensors library allows 100 MB
+MOST_TENSORS = 50_000
+MOST_AXES = 8
+JSON_LIMIT = 16 * 2**20  # bytes of a config.json or an index
+MARK_LIMIT = 4096  # bytes of a layer's .comfy_quant
+NAME_LIMIT = 255  # letters of a file name, where file systems stop
+
+
+def _item_bits():
+    """Number format of a header -> bits: what the format's description names, and what the installed safetensors
+    library knows beyond that.
+    """
+    bits = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+    bits |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+    bits |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64}
+    try:
+        from safetensors.torch import _TYPES  # a version without it knows what is listed above
+    except ImportError:
+        return bits
+    return bits | {name: 8 * dtype.itemsize for name, dtype in _TYPES.items() if name not in bits}
+
+
+ITEM_BITS = _item_bits()
 NOT_SAFETENSORS = (  # first bytes -> what such a file is
     (b"PK\x03\x04", "a zip archive, most likely a PyTorch pickle checkpoint"),
     (b"\x80", "a Python pickle"),
@@ -90,11 +96,33 @@ class Checkpoint:
     def bytes(self):
         return sum(tensor.bytes for tensor in self.tensors.values())
 
+    @functools.cached_property
+    def marks(self):
+        """Content of the .comfy_quant tensors, which say how a layer is quantised: layer -> bytes. Raises
+        CheckpointError.
+        """
+        names = [name for name in self.tensors if name.endswith(".comfy_quant")]
+        return {name.removesuffix(".comfy_quant"): self.read(name, MARK_LIMIT) for name in names}
+
+    def read(self, name, limit):
+        """The bytes of one small tensor. Raises CheckpointError when it has more than `limit`."""
+        tensor = self.tensors[name]
+        if tensor.bytes > limit:
+            raise _damaged(
+                self.path, f"the tensor {name[:80]!r} has {tensor.bytes} bytes, where at most {limit} belong"
+            )
+        try:
+            with open_regular(tensor.file) as file:
+                file.seek(8 + struct.unpack("<Q", file.read(8))[0] + tensor.start)
+                return file.read(tensor.bytes)
+        except (OSError, struct.error) as error:
+            raise CheckpointError(f"{label(tensor.file)} cannot be read: {error}.") from error
+
 
 def label(path):
     """How messages name a path: the last part, or the last two for the folders of a diffusers pipeline."""
     path = Path(path)
-    return f"{path.parent.name}/{path.name}" if path.is_dir() else path.name
+    return f"{path.parent.name}/{path.name}" if os.path.isdir(path) else path.name
 
 
 def open_checkpoint(path):
@@ -102,9 +130,9 @@ def open_checkpoint(path):
     had.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path} does not exist. Choose a file that is there, or put the model at this path.")
     tensors, metadata = read_header(path)
     return Checkpoint(path, tensors, metadata)
@@ -113,11 +141,42 @@ def open_checkpoint(path):
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
+def open_regular(path):
+    """Open an ordinary file for reading. Pipes, devices and sockets, which could be read for ever, are refused without
+    waiting for them: CheckpointError. OSError as from `open`.
+    """
+    path = Path(path)
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise CheckpointError(
+            f"{label(path)} is no ordinary file but a pipe, a device or a folder. Put a file in its place."
+        )
+    return os.fdopen(opened, "rb")
+
+
+def read_small(path, limit):
+    """The bytes of an ordinary file of at most `limit` bytes. Raises CheckpointError."""
+    path = Path(path)
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            if size > limit:
+                raise CheckpointError(
+                    f"{name} has {size / 2**20:.0f} MiB, where at most {limit / 2**20:.0f} MiB belong."
+                )
+            file.seek(0)
+            return file.read(limit)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
 def read_header(path):
     """(name -> Tensor, metadata) of one safetensors file; reads the header alone. Raises CheckpointError."""
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             raw, room = _raw_header(path, file)
     except OSError as error:
         raise CheckpointError(f"{label(path)} cannot be read: {error.strerror or error}.") from error
@@ -166,6 +225,15 @@ def _refuse_other_formats(path, start):
 
 
 def _parse(path, raw):
+    """The header's table. Its size is bounded before it is read: parsing is one call, during which nothing else in the
+    process runs.
+    """
+    most = max(raw.count(b'"data_offsets"'), (raw.count(b"[") + raw.count(b"{")) // 8)
+    if most > MOST_TENSORS:
+        raise CheckpointError(
+            f"{label(path)} lists more than {MOST_TENSORS} tensors; no model that this pack loads has so many. "
+            f"Choose another file."
+        )
     try:
         header = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -181,7 +249,10 @@ def _parse(path, raw):
 def _tensor(path, name, entry):
     entry = entry if isinstance(entry, dict) else {}
     shape, dtype, span = entry.get("shape"), entry.get("dtype"), entry.get("data_offsets")
-    if not (_naturals(shape) and _naturals(span) and len(span) == 2 and span[0] <= span[1]):
+    if (
+        not (name.isprintable() and _naturals(shape, MOST_AXES) and _naturals(span, 2) and len(span) == 2)
+        or span[0] > span[1]
+    ):
         raise _damaged(path, f"the entry of the tensor {name[:80]!r} is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise CheckpointError(
@@ -195,8 +266,13 @@ def _tensor(path, name, entry):
     return Tensor(tuple(shape), dtype, span[1] - span[0], path, span[0])
 
 
-def _naturals(value):
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _naturals(value, most):
+    """Whether a value is a list of at most `most` numbers that 63 bits can hold."""
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
 
 
 def _check_offsets(path, header, room):
@@ -231,14 +307,17 @@ def _open_folder(folder):
     )
 
 
-def read_json(path):
+def read_json(path, limit=JSON_LIMIT):
     """A JSON object from a file of a model folder. Raises CheckpointError when it is anything else."""
+    name = f"{Path(path).parent.name}/{Path(path).name}"
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{Path(path).parent.name}/{Path(path).name} cannot be read as JSON: {error}.") from None
+        value = json.loads(read_small(path, limit).decode("utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{Path(path).parent.name}/{Path(path).name} is not a JSON object.")
+        raise CheckpointError(f"{name} is not a JSON object.")
     return value
 
 
@@ -272,15 +351,17 @@ def _sharded(folder, index):
         raise CheckpointError(f"{label(folder)}/{index.name} has no table of weights (weight_map). Download it again.")
     headers = {}
     for file in dict.fromkeys(places.values()):
-        if not file or file in (".", "..") or any(mark in file for mark in "/\\\0"):
+        if file in ("", ".", "..") or len(file) > NAME_LIMIT or any(mark in file for mark in "/\\:\0"):
             raise CheckpointError(
-                f"{label(folder)}/{index.name} points to {file!r}, outside its folder. Such an index is refused."
+                f"{label(folder)}/{index.name} points to {file[:80]!r}, outside its folder. Such an index is refused."
             )
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise CheckpointError(
                 f"The shard {file} is missing from the folder {label(folder)}. Download it into that folder."
             )
         headers[file] = read_header(folder / file)
+        if sum(len(tensors) for tensors, _ in headers.values()) > MOST_TENSORS:
+            raise CheckpointError(f"The shards in {label(folder)} list more than {MOST_TENSORS} tensors in all.")
     absent = [(name, file) for name, file in places.items() if name not in headers[file][0]]
     if absent:
         raise CheckpointError(

@@ -8,13 +8,12 @@ KINDS is the table of everything that people put into these slots; a new kind is
 covered: proof that the weights are those the file's name promises.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 from ..lora import names as lora_names
-from . import variants
+from . import quantisation, variants
 from .header import CheckpointError
 
 MODEL, TEXT_ENCODER, VAE = "flux2-model", "flux2-text-encoder", "flux2-vae"
@@ -59,36 +58,43 @@ class Identity:
 
 
 class Names:
-    """The names of a checkpoint, with what the rules below ask of them."""
+    """The names of a checkpoint, with what the rules below ask of them. They are searched as one text: a rule costs the
+    same however many marks it looks for.
+    """
 
     def __init__(self, checkpoint):
-        self.tensors = checkpoint.tensors
-        self.config = checkpoint.config
+        self.checkpoint, self.tensors, self.config = checkpoint, checkpoint.tensors, checkpoint.config
+        self.text = "\n" + "\n".join(checkpoint.tensors) + "\n"  # a header's names hold no line breaks
+        try:
+            self.marked = quantisation.layers(checkpoint)
+        except CheckpointError:  # the checks of what it is say so
+            self.marked = {}
 
     def __contains__(self, name):
         return name in self.tensors
 
     def any(self, *parts):
-        return next((name for name in self.tensors if any(part in name for part in parts)), None)
+        """A name that contains one of `parts`, or None."""
+        return self._line(next((at for at in map(self.text.find, parts) if at >= 0), -1))
 
     def ending(self, *suffixes):
-        return next((name for name in self.tensors if name.endswith(suffixes)), None)
+        """A name that ends with one of `suffixes`, or None."""
+        return self._line(next((at for at in (self.text.find(f"{end}\n") for end in suffixes) if at >= 0), -1))
+
+    def _line(self, at):
+        return self.text[self.text.rfind("\n", 0, at) + 1 : self.text.index("\n", at)] if at >= 0 else None
 
     def shape(self, name, axis):
-        """One side of a tensor, or 0 when the tensor is absent or has fewer axes."""
-        shape = self.tensors[name].shape if name in self.tensors else ()
+        """One side of a weight in numbers, or 0 when it is absent or has fewer axes."""
+        shape = quantisation.shape(self.checkpoint, name, self.marked) if name in self.tensors else ()
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
-    def count(self, pattern):
-        """How many different numbers a pattern with one group matches at the start of the names: the number of blocks
-        or layers.
-        """
-        matcher = re.compile(pattern)
-        return len({found[1] for found in map(matcher.match, self.tensors) if found})
+    def count(self, prefix, part):
+        """How many different numbers follow `prefix` and `part` at the start of the names: of blocks or layers."""
+        return len(set(re.findall(rf"\n{re.escape(prefix)}{part}\.([0-9]{{1,9}})\.", self.text)))
 
 
-# --- rules: each looks at the names and returns an Identity or None
-# ----------------------------------------------------
+# --- rules: each looks at the names and returns an Identity or None --------------------------------------------------
 
 
 # parts that only an addition to a model has: the factors of LoRA, LoKr and LoHa, differences, lengths of DoRA
@@ -117,13 +123,10 @@ def _flux2_original(names):
     if not key:
         return None
     prefix = key.removesuffix("double_stream_modulation_img.lin.weight")
-    start = re.escape(prefix)
     variant, why = variants.find(
         names.shape(f"{prefix}img_in.weight", 0),
-        names.count(start + r"double_blocks\.(\d+)\."),
-        names.count(start + r"single_blocks\.(\d+)\."),
-        # A packed 4-bit weight is half as wide as what it stands for, but the text projection is never packed in
-        # published files.
+        names.count(prefix, "double_blocks"),
+        names.count(prefix, "single_blocks"),
         names.shape(f"{prefix}txt_in.weight", 1),
         f"{prefix}guidance_in.in_layer.weight" in names,
     )
@@ -135,11 +138,10 @@ def _flux2_diffusers(names):
     if not key:
         return None
     prefix = key.removesuffix("double_stream_modulation_img.linear.weight")
-    start = re.escape(prefix)
     variant, why = variants.find(
         names.shape(f"{prefix}x_embedder.weight", 0),
-        names.count(start + r"transformer_blocks\.(\d+)\."),
-        names.count(start + r"single_transformer_blocks\.(\d+)\."),
+        names.count(prefix, "transformer_blocks"),
+        names.count(prefix, "single_transformer_blocks"),
         names.shape(f"{prefix}context_embedder.weight", 1),
         f"{prefix}time_guidance_embed.guidance_embedder.linear_1.weight" in names,
     )
@@ -212,7 +214,7 @@ def _qwen3(names):
     if not key or names.any("post_feedforward_layernorm"):
         return None
     prefix = key.removesuffix("layers.0.self_attn.q_norm.weight")
-    width, layers = names.shape(f"{prefix}embed_tokens.weight", 1), names.count(re.escape(prefix) + r"layers\.(\d+)\.")
+    width, layers = names.shape(f"{prefix}embed_tokens.weight", 1), names.count(prefix, "layers")
     title = {2560: "Qwen3 4B", 4096: "Qwen3 8B"}.get(width, f"a Qwen3 {width} wide")
     # They differ in width alone; another width is loaded with its own dimensions, as if a Qwen3 4B.
     return Identity(
@@ -242,7 +244,7 @@ def _mistral3(names):
         ),
         key.removesuffix("layers.0.self_attn.q_proj.weight"),
     )
-    width, layers = names.shape(f"{key}embed_tokens.weight", 1), names.count(re.escape(key) + r"layers\.(\d+)\.")
+    width, layers = names.shape(f"{key}embed_tokens.weight", 1), names.count(key, "layers")
     mistral = (
         "tekken_model" in names
         or width == 5120
@@ -385,28 +387,44 @@ def expect(checkpoint, slot):
 
 def _refuse_foreign_quantisation(checkpoint, found):
     """Raise for weights quantised by other libraries, which would be read as if their numbers were the weights."""
-    how = next(
-        (meaning for mark, meaning in FOREIGN_QUANTISATION if any(name.endswith(mark) for name in checkpoint.tensors)),
-        None,
-    )
-    if (
-        how is None
-        and not quantised_layers(checkpoint)
-        and any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale_weight")) for name in checkpoint.tensors)
-    ):
+    names = Names(checkpoint)
+    how = next((meaning for mark, meaning in FOREIGN_QUANTISATION if names.ending(mark)), None)
+    marked = quantisation.layers(checkpoint)
+    described = checkpoint.config.get("quantization_config")
+    if how is None and not marked and described:
+        method = described.get("quant_method") if isinstance(described, dict) else None
+        how = f"by {str(method)[:40] if method else 'a library'}, as its config.json says"
+    if how is None and not marked and names.ending(".weight_scale", ".weight_scale_inv", ".scale_weight"):
         how = "with scales that no ComfyUI metadata describes"
+        if quantisation.speaks_of_rotation(checkpoint):
+            how += ", and with a rotation, of which the scales say nothing"
+    if how is None and not marked and _integers(checkpoint):
+        how = "by a library that left no description: its weights are whole numbers"
     if how:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}, quantised {how}. ComfyUI does not read that: use the bf16 file, or "
-            "one quantised for ComfyUI (fp8 scaled, fp8 mixed)."
+            f"one quantised for ComfyUI (fp8 scaled, fp8 mixed, int8, nvfp4, mxfp8)."
         )
 
 
-FOREIGN_QUANTISATION = (
+def _integers(checkpoint):
+    """Whether most of the weights are stored as bytes or whole numbers."""
+    weights = [tensor.dtype for name, tensor in checkpoint.tensors.items() if name.endswith(".weight")]
+    return sum(dtype in ("I8", "U8", "I32") for dtype in weights) * 3 > len(weights)
+
+
+FOREIGN_QUANTISATION = (  # endings of tensors beside a weight -> who writes them
     (".absmax", "by bitsandbytes"),
+    (".SCB", "by bitsandbytes (int8)"),
     (".qweight", "by GPTQ, AWQ or nunchaku"),
     (".wscales", "by nunchaku"),
     (".scales", "by MLX or another library"),
+    (".weight_packed", "by compressed-tensors"),
+    ("._data", "by quanto"),
+    ("._scale", "by quanto"),
+    (".svd_up", "by SDNQ"),
+    (".weight.scale", "by SDNQ"),
+    (".zero_point", "by SDNQ or another library"),
 )
 
 
@@ -419,17 +437,18 @@ DTYPE_WORDS = {
     "F64": "fp64",
     "F8_E4M3": "fp8 (e4m3)",
     "F8_E5M2": "fp8 (e5m2)",
+    "F8_E4M3FNUZ": "fp8 (e4m3 fnuz)",
+    "F8_E5M2FNUZ": "fp8 (e5m2 fnuz)",
     "U8": "uint8",
     "I8": "int8",
 }
-SCALED = {"float8_e4m3fn": "fp8 scaled (e4m3)", "float8_e5m2": "fp8 scaled (e5m2)", "int8_tensorwise": "int8 scaled"}
 
 
 def number_format(checkpoint):
     """How the weights are stored: (words, quantised). Words such as "bf16" or "mixed precision: fp8 scaled (e4m3) in
     120 layers, else bf16".
     """
-    kinds = quantised_layers(checkpoint)
+    kinds = Counter(map(quantisation.words, quantisation.layers(checkpoint).values()))
     stored = Counter()
     for tensor in checkpoint.tensors.values():
         stored[tensor.dtype] += tensor.bytes
@@ -440,29 +459,5 @@ def number_format(checkpoint):
     ]
     if not kinds:
         return (plain[0] if plain else "empty"), False
-    layers = ", ".join(f"{SCALED.get(kind, kind)} in {count} layers" for kind, count in kinds.most_common())
+    layers = ", ".join(f"{kind} in {count} layers" for kind, count in kinds.most_common())
     return f"mixed precision: {layers}, else {plain[0] if plain else 'nothing'}", True
-
-
-def quantised_layers(checkpoint):
-    """Counter of quantisation formats by layers: from the file's metadata, its .comfy_quant entries or the older
-    scaled_fp8 mark.
-    """
-    names = checkpoint.tensors
-    text = checkpoint.metadata.get("_quantization_metadata")
-    if text:
-        try:
-            layers = json.loads(text)["layers"]
-            return Counter(str(layer.get("format", "unknown")) for layer in layers.values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CheckpointError(
-                f"{checkpoint.name} is damaged: its quantisation metadata cannot be read. Download it again."
-            ) from None
-    marked = sum(name.endswith(".comfy_quant") for name in names)
-    if marked:
-        return Counter({"quantised": marked})
-    return (
-        Counter({"float8_e4m3fn": sum(name.endswith(".scale_weight") for name in names)})
-        if any(name.endswith("scaled_fp8") for name in names)
-        else Counter()
-    )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from .variants import HEAD_CHANNELS, LATENT_CHANNELS
 
 COPY, JOIN, SWAP_HALVES = "copy", "join", "swap halves"
+ENDINGS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")  # of a quantised layer
+ROW_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # whose rows can be stacked and exchanged
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,57 @@ def diffusers_shapes(variant):
     }
 
 
-def convert_model(weights, variant):
-    """A state dict in diffusers' keys -> (state dict in ComfyUI's keys, name -> parts of the weights that are stacked).
-    Empties `weights`.
+def convert_model(weights, variant, marked=()):
+    """A state dict in diffusers' keys -> (state dict in ComfyUI's keys, name -> parts of the weights that are stacked,
+    marks of quantised layers in ComfyUI's keys). Empties `weights`; what is left in it has no place in the model.
 
-    Nothing is copied: in the state dict, a stacked weight has a stand-in of its shape and type that takes no memory.
+    `marked` are the marks (quantisation.layers) in diffusers' keys. Weights that are not quantised are not copied: in
+    the state dict, a stacked one has a stand-in of its shape and type that takes no memory. ValueError, with the names
+    of the layers, for quantised parts that cannot be stacked.
     """
-    converted, stacked = {}, {}
+    converted, stacked, marks = {}, {}, {}
     for name, source in model_sources(variant).items():
+        layers = [part.removesuffix(".weight") for part in source.names]
+        if any(layer in marked for layer in layers):
+            found, marks[name.removesuffix(".weight")] = _quantised(weights, layers, source.how, marked)
+            converted |= {f"{name.removesuffix('.weight')}.{ending}": value for ending, value in found.items()}
+            continue
         parts = _parts([weights.pop(part) for part in source.names], source.how)
         if len(parts) > 1:
             stacked[name] = parts
         converted[name] = _stand_in(parts) if len(parts) > 1 else parts[0]
-    return converted, stacked
+    return converted, stacked, marks
+
+
+def _quantised(weights, layers, how, marked):
+    """(weight and what belongs to it by ending, mark) of quantised layers of diffusers that are one of ComfyUI's."""
+    taken = [
+        {ending: weights.pop(f"{layer}.{ending}") for ending in ENDINGS if f"{layer}.{ending}" in weights}
+        for layer in layers
+    ]
+    if how == COPY:
+        return taken[0], marked[layers[0]]
+    import torch
+
+    same = all(
+        marked.get(layer) == marked.get(layers[0]) and part.keys() == taken[0].keys()
+        for layer, part in zip(layers, taken)
+    )
+    rows_of = [len(part["weight"]) for part in taken]
+    if not same or marked[layers[0]]["format"] not in ROW_FORMATS:
+        raise ValueError(" ".join(layers))
+    out = {}
+    for ending in taken[0]:
+        parts = [part[ending] for part in taken]
+        if ending != "weight" and all(part.numel() == 1 and torch.equal(part, parts[0]) for part in parts):
+            out[ending] = parts[0]  # one scale for all rows
+            continue
+        if ending != "weight":
+            if ending != "weight_scale" or marked[layers[0]]["format"] != "int8_tensorwise":
+                raise ValueError(" ".join(layers))
+            parts = [part.reshape(-1, 1).expand(rows, 1) for part, rows in zip(parts, rows_of)]
+        out[ending] = torch.cat(list(_parts(parts, how)))
+    return out, marked[layers[0]]
 
 
 def _parts(tensors, how):
@@ -186,5 +226,6 @@ def encoder_name(name, prefix, layers):
     rest = name[len(prefix) :]
     if rest.startswith("layers."):
         number = rest.split(".")[1]
-        return f"model.{rest}" if number.isdigit() and int(number) < layers else None
+        counted = number.isascii() and number.isdecimal() and len(number) <= 4
+        return f"model.{rest}" if counted and int(number) < layers else None
     return f"model.{rest}" if rest.startswith("embed_tokens.") else None

@@ -3,10 +3,16 @@
 Checks return None or raise CheckpointError; `summary` returns text for the log and for the Flux2ModelInfo node.
 """
 
-from . import identify, keys, variants
-from .header import CheckpointError
+from dataclasses import replace
 
-FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+from . import identify, keys, quantisation, variants
+from .header import ITEM_BITS, CheckpointError
+
+# Number formats of weights: floating point, of the formats that a header may name.
+FLOATS = tuple(name for name in ITEM_BITS if name[0] in "FB" and name not in ("BOOL", "F4", "F8_E8M0"))
+MOST_BLOCKS = 512  # blocks of each kind; FLUX.2 dev has 48
+MOST_VAE = 512  # channels of a VAE's first layer; the published ones have 128 and less
+MOST_WIDTH = 2**16  # of a transformer; FLUX.2 dev has 6144
 
 
 def check_present(checkpoint, title, wanted, names):
@@ -33,11 +39,16 @@ def check_config(checkpoint, expected, config=None):
             )
 
 
-def check_tensors(checkpoint, title, shapes, tensors):
-    """Raise unless each tensor named in `shapes` (name -> shape) holds floating point numbers in that shape."""
+def check_tensors(checkpoint, title, shapes, marked=(), computed=tuple(quantisation.FORMATS)):
+    """Raise unless each tensor named in `shapes` (name -> shape) holds floating point numbers in that shape, or what
+    the mark of its layer in `marked` says it holds.
+    """
+    quantisation.check_marks(checkpoint, title, marked or {}, computed)
     for name, wanted in shapes.items():
-        tensor = tensors[name]
-        if tensor.dtype not in FLOATS or tensor.shape != tuple(wanted):
+        tensor, layer = checkpoint.tensors[name], name.removesuffix(".weight")
+        if layer in marked:
+            quantisation.check_weight(checkpoint, title, layer, marked[layer], tuple(wanted))
+        elif tensor.dtype not in FLOATS or tensor.shape != tuple(wanted):
             raise CheckpointError(
                 f"{checkpoint.name} stores {name} as {tensor.dtype} of shape {list(tensor.shape)}, where {title} has "
                 f"floating point numbers of shape {list(wanted)}. It is damaged or pieced together: download it again."
@@ -54,30 +65,85 @@ def check_floats(checkpoint):
             )
 
 
-def check_model(checkpoint, found, weight_dtype):
-    """Raise unless the diffusion model is complete, consistent in its sizes, and can be had in the weight type asked
-    for.
+def check_model(checkpoint, found, weight_dtype, computed=tuple(quantisation.FORMATS)):
+    """Raise unless the diffusion model is complete, consistent in its sizes, in formats that ComfyUI computes (names
+    in `computed`), and can be had in the weight type asked for.
     """
-    tensors = {
-        name.removeprefix(found.prefix): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(found.prefix)
-    }
+    variant = found.variant
+    if not (
+        0 < variant.hidden <= MOST_WIDTH
+        and variant.hidden % variants.HEAD_CHANNELS == 0
+        and 0 < variant.text_width <= 4 * MOST_WIDTH
+        and max(variant.double_blocks, variant.single_blocks) <= MOST_BLOCKS
+    ):
+        raise CheckpointError(
+            f"{checkpoint.name} is damaged or pieced together: {found.reason}, and no such model can be. "
+            f"Download it again."
+        )
+    part = without_prefix(checkpoint, found.prefix)
     if found.layout == "diffusers":
-        shapes = keys.diffusers_shapes(found.variant)
+        shapes = keys.diffusers_shapes(variant)
     else:
-        shapes = keys.model_shapes(found.variant)
-        tensors = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in tensors.items()}
-    check_present(checkpoint, found.title, shapes, tensors)
+        shapes = keys.model_shapes(variant)
+        renamed = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in part.tensors.items()}
+        part = replace(part, tensors=renamed)
+    check_present(checkpoint, found.title, shapes, part.tensors)
     stored, quantised = identify.number_format(checkpoint)
     if quantised and weight_dtype != "as stored":
         raise CheckpointError(
             f"{checkpoint.name} is already quantised ({stored}); its weights cannot be turned into {weight_dtype}. "
-            "Choose the weight type 'as stored', or load the bf16 file."
+            f"Choose the weight type 'as stored', or load the bf16 file."
         )
-    if not quantised:
-        check_tensors(checkpoint, found.title, shapes, tensors)
-    _check_transformer_config(checkpoint, found.variant)
+    check_tensors(part, found.title, shapes, marks_of(checkpoint, found.prefix), computed)
+    if found.layout == "diffusers":
+        _check_all_convertible(part, found.title, shapes)
+    _check_transformer_config(checkpoint, variant)
+
+
+def without_prefix(checkpoint, prefix):
+    """The part of a checkpoint whose names begin with `prefix`, under the rest of their names."""
+    named = ((name, tensor) for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
+    return replace(checkpoint, tensors={name[len(prefix) :]: tensor for name, tensor in named})
+
+
+def marks_of(checkpoint, prefix):
+    """The marks of quantised layers (quantisation.layers), without the prefix of their names."""
+    marked = quantisation.layers(checkpoint)
+    return {layer[len(prefix) :]: mark for layer, mark in marked.items() if layer.startswith(prefix)}
+
+
+def _check_all_convertible(part, title, shapes):
+    """Raise for a file in diffusers' keys that holds tensors which the conversion would drop."""
+    layers = {name.removesuffix(".weight") for name in shapes}
+    left = [
+        name
+        for name in part.tensors
+        if name not in shapes
+        and not (name.rpartition(".")[0] in layers and name.rpartition(".")[2] in quantisation.COMPANIONS)
+    ]
+    if left:
+        raise CheckpointError(
+            f"{part.name} is {title}, and {len(left)} of its tensors have no place in the model, such as "
+            f"{left[0][:80]}. Left out they would change the image, so it is refused: use the bf16 file, or one made "
+            f"for ComfyUI."
+        )
+
+
+def check_vae(checkpoint, found):
+    """Raise unless number formats, and the sizes that everything else follows from, are those of a FLUX.2 VAE."""
+    check_config(checkpoint, {"latent_channels": 32, "batch_norm_eps": 1e-4, "patch_size": [2, 2]})
+    check_floats(checkpoint)
+    tensors = checkpoint.tensors
+    half = next((name for name in tensors if name.startswith("encoder.")), None)
+    wanted = ["decoder.conv_in.weight", "bn.running_mean", "bn.running_var"]
+    check_present(checkpoint, found.title, wanted + ["encoder.conv_in.weight"] * bool(half), tensors)
+    for name, inputs, most in (("decoder.conv_in.weight", 32, 4 * MOST_VAE), ("encoder.conv_in.weight", 3, MOST_VAE)):
+        shape = tensors[name].shape if name in tensors else None
+        if shape and not (shape[1:] == (inputs, 3, 3) and 0 < shape[0] <= most and shape[0] % 32 == 0):
+            raise CheckpointError(
+                f"{checkpoint.name} stores {name} in the shape {list(shape)}, where {found.title} has "
+                f"[a multiple of 32 up to {most}, {inputs}, 3, 3]. It is damaged or pieced together: download it again."
+            )
 
 
 def _check_transformer_config(checkpoint, variant):

@@ -6,13 +6,14 @@ them are never read and never loaded.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..checkpoints import keys
+from ..checkpoints import keys, quantisation
 from ..checkpoints.header import CheckpointError
-from ..checkpoints.validate import check_config, check_present, check_tensors
-from ..checkpoints.identify import number_format
+from ..checkpoints.validate import MOST_WIDTH, check_config, check_present, check_tensors, marks_of, without_prefix
 from ..checkpoints.variants import HEAD_CHANNELS
+
+MOST_VOCABULARY = 2**20  # rows of an embedding; Qwen3 has 151,936
 
 
 @dataclass(frozen=True)
@@ -66,56 +67,61 @@ FAMILIES = {
 }
 
 
-def dimensions(checkpoint, found, family):
+def dimensions(checkpoint, found, family, computed=tuple(quantisation.FORMATS)):
     """Dimensions of the language model as ComfyUI's configuration names them. Raises CheckpointError if it is
-    incomplete or misdescribed.
+    incomplete, misdescribed, or quantised in a way that is not in `computed`.
     """
     if found.layers < family.last_tap:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}: FLUX.2 reads the hidden state after layer {family.last_tap}, which "
             f"it does not have. Use the full {family.title}, or one pruned to {family.last_tap} layers or more."
         )
-    tensors = {
-        f"model.{name.removeprefix(found.prefix)}": tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(found.prefix)
-    }
+    part = without_prefix(checkpoint, found.prefix)
+    part = replace(part, tensors={f"model.{name}": tensor for name, tensor in part.tensors.items()})
+    marked = {f"model.{layer}": mark for layer, mark in marks_of(checkpoint, found.prefix).items()}
     sizes = {
-        "vocab_size": _rows(tensors, "embed_tokens"),
+        "vocab_size": _rows(part, "embed_tokens"),
         "hidden_size": found.width,
         "num_hidden_layers": family.last_tap,
-        "num_attention_heads": _heads(checkpoint, tensors, "q"),
-        "num_key_value_heads": _heads(checkpoint, tensors, "k"),
-        "intermediate_size": _rows(tensors, "layers.0.mlp.gate_proj"),
+        "num_attention_heads": _heads(part, "q"),
+        "num_key_value_heads": _heads(part, "k"),
+        "intermediate_size": _rows(part, "layers.0.mlp.gate_proj"),
     }
-    _check_weights(checkpoint, found, keys.encoder_shapes(sizes, family.query_norms), tensors)
+    shapes = keys.encoder_shapes(sizes, family.query_norms)
+    check_present(checkpoint, found.title, shapes, part.tensors)
+    if not (
+        0 < sizes["vocab_size"] <= MOST_VOCABULARY
+        and all(0 < size <= MOST_WIDTH for name, size in sizes.items() if name != "vocab_size")
+    ):
+        raise CheckpointError(
+            f"{checkpoint.name} is {found.title} with sizes that no language model has "
+            f"({', '.join(f'{name} {size}' for name, size in sizes.items())}). It is damaged: download it again."
+        )
+    check_tensors(part, found.title, shapes, marked, computed)
+    kind = marked.get("model.embed_tokens", {}).get("format")
+    if kind not in (None, *EMBEDDING_FORMATS):
+        raise CheckpointError(
+            f"{checkpoint.name} has an embedding quantised as {kind}, of which ComfyUI cannot read single rows. Use a "
+            f"file whose embedding is bf16, fp8 or int8."
+        )
     return {**sizes, "final_norm": False, "lm_head": False, **_from_config(checkpoint, found, sizes)}
 
 
-def _check_weights(checkpoint, found, shapes, tensors):
-    check_present(checkpoint, found.title, shapes, tensors)
-    _, quantised = number_format(checkpoint)
-    # Quantised projections may be packed; what stays unquantised must still fit.
-    check_tensors(
-        checkpoint,
-        found.title,
-        {name: shape for name, shape in shapes.items() if not (quantised and "_proj." in name)},
-        tensors,
-    )
+EMBEDDING_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
 
-def _rows(tensors, name):
+def _rows(part, name):
     """Rows of a weight, or 0 when it is absent, which the check for missing weights then names."""
-    shape = tensors[f"model.{name}.weight"].shape if f"model.{name}.weight" in tensors else ()
-    return shape[0] if shape else 0
+    tensor = part.tensors.get(f"model.{name}.weight")
+    return tensor.shape[0] if tensor and tensor.shape else 0
 
 
-def _heads(checkpoint, tensors, name):
-    rows = _rows(tensors, f"layers.0.self_attn.{name}_proj")
+def _heads(part, name):
+    rows = _rows(part, f"layers.0.self_attn.{name}_proj")
     if rows % HEAD_CHANNELS:
         raise CheckpointError(
-            f"{checkpoint.name} has {rows} rows in {name}_proj, which heads of {HEAD_CHANNELS} channels do not "
-            "divide. It is not the text encoder of a FLUX.2 model."
+            f"{part.name} has {rows} rows in {name}_proj, which heads of {HEAD_CHANNELS} channels do not divide. "
+            f"It is not the text encoder of a FLUX.2 model."
         )
     return rows // HEAD_CHANNELS
 
@@ -140,9 +146,9 @@ def _from_config(checkpoint, found, sizes):
         "rms_norm_eps": config.get("rms_norm_eps"),
     }
     for name, value in found_values.items():
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        if value is not None and not (type(value) in (int, float) and 0 < value < 1e18):
             raise CheckpointError(
-                f"{checkpoint.name}/config.json says {name} is {value!r}, which is not a positive number. Download it "
-                "again."
+                f"{checkpoint.name}/config.json says {name} is {str(value)[:40]}, which is not a positive "
+                f"number. Download it again."
             )
     return {name: float(value) for name, value in found_values.items() if value is not None}

@@ -12,15 +12,17 @@ other node it is an ordinary CLIP. Using is more than looking: ComfyUI's executo
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
 
 from .. import error_links
 from ..checkpoints import identify
-from . import encoder_precision, tekken
 from ..checkpoints.header import open_checkpoint
+from . import encoder_precision, tekken
 from .encoder_families import FAMILIES, dimensions
+from .examine import examine, tokenizer_place
 from .fingerprint import fingerprint
 
 NOW, WHEN_NEEDED = "now", "when needed"
@@ -61,12 +63,10 @@ class EncoderSource:
 def examined(source):
     """The EncoderSource with its fingerprint, after the checks that need the headers alone. Raises CheckpointError."""
     checkpoint = open_checkpoint(source.path)
-    found = identify.expect(checkpoint, identify.TEXT_ENCODER)
+    found = examine(checkpoint, identify.TEXT_ENCODER)
     family = FAMILIES[found.kind]
-    sizes = dimensions(checkpoint, found, family)
-    inside = any(name in checkpoint.tensors for name in tekken.TENSORS)
-    beside = tekken.find(source.path) if checkpoint.path.is_dir() and family.needs_tokenizer and not inside else None
-    data = beside.read_bytes() if beside else b""
+    sizes, place = dimensions(checkpoint, found, family), tokenizer_place(checkpoint, family)
+    data = tekken.read_file(place) if isinstance(place, Path) else b""
     return replace(source, kind=found.kind, fingerprint=fingerprint(checkpoint, found, family, sizes, data))
 
 

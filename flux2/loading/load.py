@@ -10,8 +10,8 @@ never read. What a file is, and what is wrong with it, is settled from its heade
 failure is a CheckpointError with a sentence.
 """
 
+import json
 import logging
-import math
 
 import comfy.diffusers_convert
 import comfy.model_management
@@ -23,20 +23,14 @@ import comfy.utils
 import torch
 
 from .. import error_links
-from ..checkpoints import identify, keys, variants
+from ..checkpoints import identify, keys, quantisation, variants
 from ..vae import prepare as prepare_vae
-from . import encoder_precision, memory, reference_padding as prompt_padding, tekken as tokenizer
 from ..checkpoints.header import CheckpointError, open_checkpoint
+from ..checkpoints.validate import check_present, marks_of
+from ..prompts.text import check_length
+from . import encoder_precision, memory, reference_padding as prompt_padding, tekken as tokenizer
 from .encoder_families import FAMILIES, dimensions
-from ..checkpoints.validate import (
-    check_config,
-    check_floats,
-    check_model,
-    check_present,
-    gigabytes,
-    summary,
-    used_bytes,
-)
+from .examine import computed_formats, describe, examine, tokenizer_place
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,74 +44,45 @@ def read(checkpoint):
     weights = {}
     for file in checkpoint.files:
         try:
-            part = comfy.utils.load_torch_file(str(file), safe_load=True)
+            with tokenizer.panics_as_sentences(file.name):
+                part = comfy.utils.load_torch_file(str(file), safe_load=True)
         except Exception as error:  # the safetensors library and ComfyUI's reader raise several kinds
+            if out_of_memory(error):
+                raise
             raise CheckpointError(f"{file.name} cannot be read: {error}. Download it again.") from error
         weights.update((name, part[name]) for name in part if name in checkpoint.tensors)
     return weights
 
 
-def describe_path(path):
-    """`describe` of the file or folder at a path; for a bad one, the sentence that loading it would give."""
-    try:
-        checkpoint = open_checkpoint(path)
-        return describe(checkpoint, identify.identify(checkpoint))
-    except CheckpointError as error:
-        return str(error)
-
-
-def describe(checkpoint, found):
-    """What a checkpoint is and what will happen to it on this machine, as lines of text."""
-    return "\n".join([summary(checkpoint, found), *_on_this_machine(checkpoint, found)])
-
-
-def _on_this_machine(checkpoint, found):
-    if found.slot == identify.MODEL:
-        return [_arithmetic(checkpoint)]
-    if found.slot == identify.TEXT_ENCODER:
-        last = FAMILIES[found.kind].last_tap
-        kept = used_bytes(checkpoint, found, last)
-        return [
-            f"Loaded: {min(last, found.layers)} of {found.layers} layers, {gigabytes(kept)} of "
-            f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads layers above {last}."
-        ]
-    return []
-
-
-def _arithmetic(checkpoint):
-    """How ComfyUI will keep and multiply the weights of a diffusion model that is loaded as stored, as one sentence."""
-    device = comfy.model_management.get_torch_device()
-    stored, quantised = identify.number_format(checkpoint)
-    if quantised:
-        native = "fp8" not in stored or comfy.model_management.supports_fp8_compute(device)
-        return f"On this device ({device}): " + (
-            "quantised layers use low precision matrix products where the device has them."
-            if native
-            else "no fp8 matrix products that ComfyUI uses, so weights are widened for each product. That saves "
-            "memory, not time."
-        )
-    fp8 = {"fp8 (e4m3)": torch.float8_e4m3fn, "fp8 (e5m2)": torch.float8_e5m2}.get(stored)
-    numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    supported = [torch.bfloat16, torch.float16, torch.float32]
-    kept = comfy.model_management.unet_dtype(model_params=numbers, supported_dtypes=supported, weight_dtype=fp8)
-    used = comfy.model_management.unet_manual_cast(kept, device, supported) or kept
-    return (
-        f"On this device ({device}): weights kept as {str(kept).removeprefix('torch.')}, computed in "
-        f"{str(used).removeprefix('torch.')}."
-    )
+def out_of_memory(error):
+    """Whether an error says that memory ran out, which is no fault of the file."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _built(checkpoint, build):
-    """Run `build`, which makes a module and copies weights into it; sizes that do not fit become a CheckpointError."""
+    """Run `build`, in which ComfyUI makes a module and copies weights into it. The header was checked before; what
+    ComfyUI still refuses becomes a CheckpointError.
+    """
     try:
         return build()
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
+    except CheckpointError:
+        raise
+    except Exception as error:  # of any kind: it is ComfyUI's code
+        if out_of_memory(error):
             raise
+        fits = "size mismatch" not in str(error) and "shape" not in str(error)
+        why = "ComfyUI cannot use its weights" if fits else "holds weights whose sizes do not fit together"
         raise CheckpointError(
-            f"{checkpoint.name} holds weights whose sizes do not fit together: {str(error)[:300]}. It is damaged or "
-            "pieced together: download it again."
+            f"{checkpoint.name} {'cannot be loaded: ' if fits else ''}{why} ({type(error).__name__}: "
+            f"{str(error)[:300]}). It is damaged or pieced together: download it again."
         ) from error
+
+
+def _add_marks(weights, marked):
+    """Put the marks of quantised layers into a state dict, as ComfyUI reads them."""
+    for layer, mark in marked.items():
+        weights[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    return weights
 
 
 # --- diffusion model -------------------------------------------------------------------------------------------------
@@ -129,18 +94,12 @@ def load_model(path, weight_dtype="as stored", memory_mode="auto", disable_dynam
     `memory_mode` is one of memory.MODEL_MODES.
     """
     checkpoint = open_checkpoint(path)
-    found = identify.expect(checkpoint, identify.MODEL)
-    check_model(checkpoint, found, weight_dtype)
+    found = examine(checkpoint, identify.MODEL, weight_dtype)
     log.info("%s", describe(checkpoint, found))
-    weights, joined = read(checkpoint), {}
-    if found.layout == "diffusers":
-        weights, joined = keys.convert_model(
-            {name.removeprefix(found.prefix): value for name, value in weights.items()}, found.variant
-        )
-    patcher = _built(
-        checkpoint,
-        lambda: _model(weights, checkpoint, weight_dtype, disable_dynamic or memory.needs_plain_patcher(memory_mode)),
-    )
+    weights, joined = _model_weights(checkpoint, found)
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name != "_quantization_metadata"}
+    plain = disable_dynamic or memory.needs_plain_patcher(memory_mode)
+    patcher = _built(checkpoint, lambda: _model(weights, metadata, checkpoint.name, weight_dtype, plain))
     _join(patcher, joined)
     patcher = memory.manage(patcher, memory_mode)
     patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, memory_mode))
@@ -148,13 +107,33 @@ def load_model(path, weight_dtype="as stored", memory_mode="auto", disable_dynam
     return patcher
 
 
-def _model(weights, checkpoint, weight_dtype, disable_dynamic):
+def _model_weights(checkpoint, found):
+    """(state dict in ComfyUI's keys, name -> parts of the weights that are stacked from several tensors)."""
+    named, marked = read(checkpoint).items(), marks_of(checkpoint, found.prefix)
+    weights = {name[len(found.prefix) :]: value for name, value in named if name.startswith(found.prefix)}
+    if not quantisation.is_old(checkpoint):  # ComfyUI itself turns the older marks into its own
+        weights = {name: value for name, value in weights.items() if not name.endswith(".comfy_quant")}
+        if found.layout != "diffusers":
+            return _add_marks(weights, marked), {}
+    elif found.layout != "diffusers":
+        return weights, {}
+    try:
+        weights, joined, marked = keys.convert_model(weights, found.variant, marked)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.name} is {found.title}, quantised so that its layers {error} cannot be joined to one, as "
+            f"ComfyUI has them: they have scales or formats of their own. Use the bf16 file, or one made for ComfyUI."
+        ) from None
+    return _add_marks(weights, marked), joined
+
+
+def _model(weights, metadata, name, weight_dtype, disable_dynamic):
     """ComfyUI's MODEL from a state dict in its keys."""
     options = {} if WEIGHT_DTYPES[weight_dtype] is None else {"dtype": WEIGHT_DTYPES[weight_dtype]}
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, dict(checkpoint.metadata), disable_dynamic)
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, metadata, disable_dynamic)
     if patcher is None:
         raise CheckpointError(
-            f"ComfyUI does not recognise {checkpoint.name}, although it looks like a FLUX.2 model. Update ComfyUI."
+            f"ComfyUI does not recognise {name}, although it looks like a FLUX.2 model. Update ComfyUI."
         )
     return patcher
 
@@ -223,17 +202,19 @@ def load_text_encoder(
     encoder_precision.PRECISIONS.
     """
     checkpoint = open_checkpoint(path)
-    found = identify.expect(checkpoint, identify.TEXT_ENCODER)
+    found = examine(checkpoint, identify.TEXT_ENCODER)
     family = FAMILIES[found.kind]
-    sizes = dimensions(checkpoint, found, family)
+    sizes = dimensions(checkpoint, found, family, computed_formats())
     weights = read(checkpoint)
-    tokenizer_data = _tokenizer_data(checkpoint, family, weights, found.width)
-    weights = _language_weights(weights, dict(checkpoint.metadata), found.prefix, family)
+    tokenizer_data = _tokenizer_data(checkpoint, family, weights, sizes)
+    weights = _language_weights(checkpoint, weights, found.prefix, family)
     options = {f"{family.name}_model_config": sizes, **_text_devices(device, memory_mode)}
     run_on = options.get("load_device", comfy.model_management.text_encoder_device())
     computed = encoder_precision.resolved(precision, run_on)
+    text_model = _text_model(family, weights, padding, memory_mode, computed)
     target = Target(
-        _text_model(family, weights, padding, memory_mode, computed), family.tokenizer(comfy.text_encoders.flux)
+        for_flux2_alone(text_model, checkpoint.name, family, sizes["vocab_size"]),
+        bounded(family.tokenizer(comfy.text_encoders.flux)),
     )
     log.info("%s", describe(checkpoint, found))
     clip = _built(
@@ -281,30 +262,70 @@ def _text_encoder_patcher(path, device, padding, embedding_directory, memory_mod
     ).patcher
 
 
-def _language_weights(weights, metadata, prefix, family):
+def _language_weights(checkpoint, weights, prefix, family):
     """The layers that FLUX.2 reads, in ComfyUI's keys, quantisation marks included."""
-    weights, _ = comfy.utils.convert_old_quants(weights, "", metadata)
+    if quantisation.is_old(checkpoint):
+        weights, _ = comfy.utils.convert_old_quants(weights, "", {})
+    else:
+        weights = _add_marks(weights, quantisation.layers(checkpoint))
     renamed = ((keys.encoder_name(name, prefix, family.last_tap), value) for name, value in weights.items())
     return {name: value for name, value in renamed if name}
 
 
-def _tokenizer_data(checkpoint, family, weights, width):
+def for_flux2_alone(text_model, file, family, vocabulary):
+    """The class of a text encoder that was cut to what FLUX.2 reads: it refuses in words to write text, and tokens that
+    its embedding does not have, on which a GPU would stop with everything on it.
+    """
+
+    class ForFlux2(text_model):
+        def encode_token_weights(self, token_weight_pairs):
+            rows = token_weight_pairs.get(family.name, ())
+            highest = max((entry[0] for row in rows for entry in row if type(entry[0]) is int), default=0)
+            if highest >= vocabulary:
+                raise CheckpointError(
+                    f"{file} has an embedding of {vocabulary} tokens, and this prompt has the token {highest}: weights "
+                    f"and tokenizer are not of the same model. Download the text encoder again."
+                )
+            return super().encode_token_weights(token_weight_pairs)
+
+        def generate(self, *args, **kwargs):
+            raise CheckpointError(
+                f"{file} was loaded by Load FLUX.2 Text Encoder, without the layers above {family.last_tap} and the "
+                f"head, which FLUX.2 never reads: it cannot write text. Load the same file with the node Load CLIP for "
+                f"Generate Text, or use Improve Prompt with Mistral (FLUX.2)."
+            )
+
+    return ForFlux2
+
+
+def bounded(tokenizer_class):
+    """The class of ComfyUI's tokenizer around the language model's, refusing texts that are no prompts any more."""
+
+    class Bounded(tokenizer_class):
+        def tokenize_with_weights(self, text, *args, **kwargs):
+            check_length(text)
+            with tokenizer.panics_as_sentences("The prompt"):
+                return super().tokenize_with_weights(text, *args, **kwargs)
+
+    return Bounded
+
+
+def _tokenizer_data(checkpoint, family, weights, sizes):
     """What the tokenizer classes need: nothing for Qwen3, whose tokenizer ComfyUI ships; Mistral's is in the file or
     beside it.
     """
-    if not family.needs_tokenizer:
+    place = tokenizer_place(checkpoint, family)
+    if place is None:
         return {}
-    name = next((name for name in tokenizer.TENSORS if name in weights), None)
-    file = tokenizer.find(checkpoint.path) if name is None and checkpoint.path.is_dir() else None
-    if name is None and file is None:
+    data = checkpoint.read(place, tokenizer.FILE_LIMIT) if isinstance(place, str) else tokenizer.read_file(place)
+    ready = tokenizer.build(data, checkpoint.name if isinstance(place, str) else place)
+    highest = max(ready.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= sizes["vocab_size"]:
         raise CheckpointError(
-            f"{checkpoint.name} is {family.title} without its tokenizer, so no prompt can be read. Use the file made "
-            "for ComfyUI (mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a "
-            "Hugging Face folder with tekken.json or tokenizer.json in it or in tokenizer/ beside it."
+            f"{checkpoint.name} has an embedding of {sizes['vocab_size']} tokens, and its tokenizer has {highest + 1}: "
+            f"they are not of the same model. Download the text encoder again."
         )
-    data = weights[name].numpy().tobytes() if name else file.read_bytes()
-    ready = tokenizer.build(data, checkpoint.name if name else file)
-    return {f"{family.name}_tokenizer_class": _mistral_tokenizer(ready, data, width)}
+    return {f"{family.name}_tokenizer_class": _mistral_tokenizer(ready, data, sizes["hidden_size"])}
 
 
 def _mistral_tokenizer(ready, data, width):
@@ -359,8 +380,7 @@ def load_vae(path, precision="auto", memory_mode="auto", fused_blocks="auto"):
     `memory_mode` is one of memory.MODES, `fused_blocks` of flux2.vae.prepare.CHOICES.
     """
     checkpoint = open_checkpoint(path)
-    found = identify.expect(checkpoint, identify.VAE)
-    check_config(checkpoint, {"latent_channels": 32, "batch_norm_eps": 1e-4, "patch_size": [2, 2]})
+    found = examine(checkpoint, identify.VAE)
     log.info("%s", describe(checkpoint, found))
     weights = read(checkpoint)
     if found.layout == "diffusers":
@@ -369,12 +389,17 @@ def load_vae(path, precision="auto", memory_mode="auto", fused_blocks="auto"):
         name.replace("decoder.post_quant_conv.", "post_quant_conv.").replace("encoder.quant_conv.", "quant_conv.")
         for name in weights
     }
-    check_floats(checkpoint)
-    kind = comfy.sd.VAE if _encoder_width(weights) == 128 else NarrowEncoderVAE
+    width = _encoder_width(weights)
+    kind = DecoderVAE if width is None else comfy.sd.VAE if width == 128 else NarrowEncoderVAE
     options = {"sd": weights, "dtype": PRECISIONS[precision], "metadata": dict(checkpoint.metadata)}
     vae = _built(checkpoint, lambda: memory.idle_vae(kind, memory_mode)(**options))
     vae.throw_exception_if_invalid()
-    check_present(checkpoint, found.title, vae.first_stage_model.state_dict(), names | {"bn.num_batches_tracked"})
+    wanted = [
+        name
+        for name in vae.first_stage_model.state_dict()
+        if width is not None or not name.startswith(("encoder.", "quant_conv."))
+    ]
+    check_present(checkpoint, found.title, wanted, names | {"bn.num_batches_tracked"})
     prepare_vae.prepare(vae, fused_blocks)
     vae.patcher = memory.manage(vae.patcher, memory_mode)
     vae.patcher.cached_patcher_init = (_vae_patcher, (str(path), precision, memory_mode, fused_blocks))
@@ -382,7 +407,21 @@ def load_vae(path, precision="auto", memory_mode="auto", fused_blocks="auto"):
 
 
 def _encoder_width(weights):
-    return weights["encoder.conv_in.weight"].shape[0]
+    """Channels of the encoder's first layer, or None for a decoder alone."""
+    return weights["encoder.conv_in.weight"].shape[0] if "encoder.conv_in.weight" in weights else None
+
+
+class DecoderVAE(comfy.sd.VAE):
+    """ComfyUI's VAE for a file without an encoder: latents become images, and images are refused in words."""
+
+    def encode(self, *args, **kwargs):
+        raise CheckpointError(
+            "This VAE has a decoder alone: it turns latents into images, and cannot encode an image. Load a whole "
+            "FLUX.2 VAE for VAE Encode and reference images, such as flux2-vae.safetensors or "
+            "full_encoder_small_decoder.safetensors."
+        )
+
+    encode_tiled = encode
 
 
 class NarrowEncoderVAE(comfy.sd.VAE):

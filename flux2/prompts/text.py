@@ -6,6 +6,10 @@
 import re
 import unicodedata
 
+from ..checkpoints.header import read_small
+
+MOST_LETTERS = 200_000  # of a prompt: some 50,000 tokens, where FLUX.2 reads 512
+MOST_PROMPTS = 10_000  # of a list
 KEPT_CONTROLS = "\t\n\r"
 WEIGHT = re.compile(r"\([^()\n]*:\s*\d+(?:\.\d*)?\s*\)")
 EMBEDDING = re.compile(r"(?:(?<=\s)|^)embedding:[ \t]*\S*")
@@ -16,6 +20,7 @@ def clean(text):
     """(text without control characters, notes). ValueError for anything but text."""
     if not isinstance(text, str):
         raise ValueError(f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.")
+    check_length(text)
     kept = "".join(
         letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs")
     )
@@ -25,6 +30,17 @@ def clean(text):
             f"{count(len(text) - len(kept), 'control character')} removed: no tokenizer has a meaning for them."
         )
     return kept, notes + remarks(kept)
+
+
+def check_length(text):
+    """ValueError for a text that is no prompt any more. Patterns of tokenizers take minutes for millions of letters,
+    during which nothing can be cancelled.
+    """
+    if len(text) > MOST_LETTERS:
+        raise ValueError(
+            f"The prompt is too long: it has {len(text)} letters, and FLUX.2 reads 512 tokens, about 2,000 letters. "
+            f"At most {MOST_LETTERS} can be given. Shorten it, or use Encode Prompt List for a list of prompts."
+        )
 
 
 def remarks(text):
@@ -65,20 +81,17 @@ def split(text, how):
     """The prompts in a text: one on each line, or paragraphs between blank lines. Empty ones are left out."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     parts = text.split("\n") if how == "each line" else re.split(r"\n[ \t]*\n", text)
-    return [part.strip() for part in parts if part.strip()]
+    found = [part.strip() for part in parts if part.strip()]
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(
+            f"There are {len(found)} prompts, and at most {MOST_PROMPTS} can be encoded in one run. Split them."
+        )
+    return found
 
 
 def read_file(path, limit=16 * 2**20):
     """The text of a file. ValueError with a sentence when it is not readable as text."""
-    try:
-        data = path.read_bytes() if path.stat().st_size <= limit else None
-    except OSError as error:
-        raise ValueError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.") from None
-    if data is None:
-        raise ValueError(
-            f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file "
-            "or split it."
-        )
+    data = read_small(path, limit)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

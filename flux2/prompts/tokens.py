@@ -7,6 +7,7 @@ reference cuts it. Other prompts are tokenised by the CLIP itself, so they are c
 
 import re
 
+from ..loading.tekken import panics_as_sentences
 from .text import count
 
 LIMIT = 512  # tokens, template included; the reference cuts on the right
@@ -93,4 +94,5 @@ def plain_ids(inner, text):
 
 def encode(inner, text):
     """Ids of a text without the start token; names of special tokens become those tokens."""
-    return inner.tokenizer(text)["input_ids"][inner.tokens_start :] if text else []
+    with panics_as_sentences("The prompt"):
+        return inner.tokenizer(text)["input_ids"][inner.tokens_start :] if text else []
