@@ -25,6 +25,7 @@ PACKAGES = (
     "xformers",
     "comfy-kitchen",
     "amd-aiter",
+    "flydsl",
     "diffusers",
 )
 
