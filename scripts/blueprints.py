@@ -1,12 +1,12 @@
-"""Subgraph blueprints from the finished templates: one node that holds a whole graph, listed in ComfyUI's node library
-and
-search.
+"""One node that holds a whole graph: the blueprints in ComfyUI's node library and search, and the top level of the
+templates.
 
-`write(folder)` makes subgraphs/*.json, which ComfyUI serves to its page (GET /global_subgraphs). A blueprint is a
-template without its note, its picture and its saving node; what a user sets is an input of the subgraph, connected to
-widgets inside. Standard library alone.
+`write(folder)` makes subgraphs/*.json from the templates; ComfyUI serves them to its page (GET /global_subgraphs).
+`wrap(blueprint, workflow)` puts everything of a flat graph that a template does not show at its top level into such a
+node. What a user sets is an input of the subgraph, connected to widgets inside. Standard library alone.
 """
 
+import copy
 import json
 import uuid
 from dataclasses import dataclass
@@ -14,7 +14,17 @@ from pathlib import Path
 
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "flux2-attention/blueprints")  # the same ids at every run
 INSIDE, OUTSIDE = -10, -20  # the ids of a subgraph's own inputs and outputs in its links
-LEFT_OUT = ("MarkdownNote", "LoadImage", "SaveImage")
+REPORT = "Flux2AttentionReport"
+# what stays at the top level: what a user reads, and the files that go in and out
+SHOWN = (
+    "MarkdownNote",
+    "LoadImage",
+    "SaveImage",
+    "ImageCompare",
+    REPORT,
+    "Flux2CompareAttention",
+    "Flux2BenchmarkAttention",
+)
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 # pixels: width of the two border nodes, height of an input there, distance from the graph
 COLUMN, LINE, MARGIN = 160, 20, 120
@@ -24,13 +34,10 @@ EDGE = 18  # between a group's frame and its nodes, as in the templates
 @dataclass(frozen=True)
 class Blueprint:
     """name: of the file and in the library. inputs: (label, type of the node, its input, type); one label may stand for
-    several inputs.
-
-    outputs: (label, type of the node, number of its output).
+    several inputs. outputs: (label, type of the node, number of its output). The second node of a type is "TYPE 2".
     """
 
     name: str
-    template: str
     description: str
     aliases: tuple
     inputs: tuple
@@ -41,46 +48,92 @@ PROMPT = ("prompt", "CLIPTextEncode", "text", "STRING")
 SIZE = tuple(
     (side, node, side, "INT") for side in ("width", "height") for node in ("EmptyFlux2LatentImage", "Flux2Scheduler")
 )
-PICTURE = ("picture", "ImageScaleToTotalPixels", "image", "IMAGE")
+IMAGE = ("image", "ImageScaleToTotalPixels", "image", "IMAGE")
+SECOND_IMAGE = ("image 2", "ImageScaleToTotalPixels 2", "image", "IMAGE")
 MEGAPIXELS = ("megapixels", "ImageScaleToTotalPixels", "megapixels", "FLOAT")
-DRAWING = (
-    ("seed", "RandomNoise", "noise_seed", "INT"),
-    ("steps", "Flux2Scheduler", "steps", "INT"),
-    ("guidance", "FluxGuidance", "guidance", "FLOAT"),
-    ("attention", "Flux2SelectAttention", "backend", "COMBO"),
+KERNEL = ("attention kernel", "Flux2SelectAttention", "backend", "COMBO")
+SEED, STEPS = ("seed", "RandomNoise", "noise_seed", "INT"), ("steps", "Flux2Scheduler", "steps", "INT")
+GUIDANCE = ("guidance", "FluxGuidance", "guidance", "FLOAT")
+MODELS = (
     ("model", "Flux2LoadModel", "model_name", "COMBO"),
-    ("text_encoder", "Flux2LoadTextEncoder", "text_encoder_name", "COMBO"),
+    ("text encoder", "Flux2LoadTextEncoder", "text_encoder_name", "COMBO"),
     ("vae", "Flux2LoadVAE", "vae_name", "COMBO"),
 )
-OUTPUTS = (("image", "VAEDecode", 0), ("report", "Flux2AttentionReport", 1))
-KERNEL = "with FLUX.2 dev and the attention kernel you choose. The second output says which kernel ran."
-KERNEL_ALIASES = ("flux2", "flash attention", "aiter", "rocm")
-BLUEPRINTS = (
-    Blueprint(
-        "FLUX.2 text to image",
-        "flux2_text_to_image",
-        f"Draws a picture from a prompt {KERNEL}",
-        ("text to image", *KERNEL_ALIASES),
-        (PROMPT, *SIZE, *DRAWING),
-        OUTPUTS,
-    ),
-    Blueprint(
-        "FLUX.2 edit",
-        "flux2_image_edit",
-        f"Changes a picture as the prompt says, {KERNEL}",
-        ("image edit", "reference", "kontext", *KERNEL_ALIASES),
-        (PICTURE, PROMPT, *DRAWING, MEGAPIXELS),
-        OUTPUTS,
+SETTINGS = (SEED, STEPS, GUIDANCE, *MODELS)
+
+
+def results(model="Flux2SelectAttention"):
+    """The outputs of a graph that generates an image; model: the node in front of the sampler."""
+    return (("image", "VAEDecode", 0), ("model", model, 0), ("latent", "SamplerCustomAdvanced", 0))
+
+
+WHICH = "Connect model and latent to Attention Report to see which kernel ran."
+ALIASES = ("flux2", "flash attention", "aiter", "rocm")
+TEXT_TO_IMAGE = Blueprint(
+    "FLUX.2 text to image",
+    f"Generates an image from a prompt with FLUX.2 dev and the attention kernel you choose. {WHICH}",
+    ("text to image", *ALIASES),
+    (PROMPT, *SIZE, KERNEL, *SETTINGS),
+    results(),
+)
+EDIT = Blueprint(
+    "FLUX.2 edit",
+    f"Changes an image as the prompt says, with FLUX.2 dev and the attention kernel you choose. {WHICH}",
+    ("image edit", "reference", "kontext", *ALIASES),
+    (IMAGE, PROMPT, KERNEL, *SETTINGS, MEGAPIXELS),
+    results(),
+)
+TWO_REFERENCES = Blueprint(
+    "FLUX.2 edit with two references",
+    f"Combines two images as the prompt says. {WHICH}",
+    (),
+    (IMAGE, SECOND_IMAGE, PROMPT, KERNEL, *SETTINGS),
+    results(),
+)
+KLEIN = Blueprint(
+    "FLUX.2 klein text to image",
+    f"Generates an image in four steps. {WHICH}",
+    (),
+    (PROMPT, *SIZE, KERNEL, SEED, STEPS, *MODELS),
+    results(),
+)
+FAST = Blueprint(
+    "FLUX.2 with fused blocks",
+    f"Generates an image with fused transformer blocks. {WHICH}",
+    (),
+    (PROMPT, *SIZE, KERNEL, ("precision", "Flux2FastBlocks", "precision", "COMBO"), *SETTINGS),
+    results("Flux2FastBlocks"),
+)
+SEVERAL_GPUS = Blueprint(
+    "FLUX.2 on several GPUs",
+    f"Generates one image on several GPUs. {WHICH}",
+    (),
+    (PROMPT, *SIZE, KERNEL, ("gpus", "Flux2SequenceParallel", "gpus", "INT"), *SETTINGS),
+    results("Flux2SequenceParallel"),
+)
+TO_COMPARE = Blueprint(
+    "FLUX.2 prompt and models",
+    "What Compare Attention samples with: model, prompt, empty latent, sampler, schedule and VAE.",
+    (),
+    (PROMPT, *SIZE, STEPS, GUIDANCE, *MODELS),
+    (
+        ("model", "Flux2LoadModel", 0),
+        ("latent", "EmptyFlux2LatentImage", 0),
+        ("sampler", "KSamplerSelect", 0),
+        ("sigmas", "Flux2Scheduler", 0),
+        ("positive", "FluxGuidance", 0),
+        ("vae", "Flux2LoadVAE", 0),
     ),
 )
+LIBRARY = {"1 Text to image": TEXT_TO_IMAGE, "2 Image edit": EDIT}  # template -> what of it goes into the library
 
 
 def write(folder):
     """Make all blueprints from the templates in `folder`, into the folder subgraphs beside it."""
     target = Path(folder).parent / "subgraphs"
     target.mkdir(exist_ok=True)
-    for blueprint in BLUEPRINTS:
-        workflow = json.loads((Path(folder) / f"{blueprint.template}.json").read_text())
+    for template, blueprint in LIBRARY.items():
+        workflow = json.loads((Path(folder) / f"{template}.json").read_text())
         (target / f"{blueprint.name}.json").write_text(json.dumps(build(blueprint, workflow), indent=2) + "\n")
 
 
@@ -89,14 +142,16 @@ def identity(*parts):
 
 
 def build(blueprint, workflow):
-    """The blueprint file, as the page writes them: a workflow of one node and the definition of its subgraph."""
-    definition = subgraph(blueprint, workflow)
-    node = instance(blueprint, definition, workflow["last_node_id"] + 1)
+    """The blueprint file, as the page writes them: a workflow of one node and the definition of its subgraph, which
+    the template `workflow` holds.
+    """
+    (definition,) = workflow["definitions"]["subgraphs"]
+    node = instance(blueprint, definition, workflow["last_node_id"])
     return {
         "id": identity(blueprint.name, "file"),
         "revision": 0,
         "last_node_id": node["id"],
-        "last_link_id": definition["state"]["lastLinkId"],
+        "last_link_id": 0,
         "nodes": [node],
         "links": [],
         "groups": [],
@@ -105,6 +160,61 @@ def build(blueprint, workflow):
         "extra": {"BlueprintDescription": blueprint.description, "BlueprintSearchAliases": list(blueprint.aliases)},
         "version": 0.4,
     }
+
+
+def wrap(blueprint, workflow):
+    """A flat graph with everything but the types SHOWN inside the blueprint's node, linked to what stays."""
+    number = {entry: place for place, entry in enumerate(dict.fromkeys(label for label, *_ in blueprint.inputs))}
+    definition = subgraph(blueprint, copy.deepcopy(workflow))
+    node = instance(blueprint, definition, workflow["last_node_id"] + 1)
+    kept = [copy.deepcopy(entry) for entry in workflow["nodes"] if entry["type"] in SHOWN]
+    names, links = named(workflow["nodes"]), []
+    sources = {(names[kind]["id"], slot): place for place, (_, kind, slot) in enumerate(blueprint.outputs)}
+    targets = {(names[kind]["id"], name): number[label] for label, kind, name, _ in blueprint.inputs}
+    by_id, shown = {entry["id"]: entry for entry in workflow["nodes"]}, {entry["id"]: entry for entry in kept}
+    for entry in kept:
+        for slot in entry["outputs"]:
+            slot["links"] = []
+    for _, origin, slot, target, place, kind in bridged(workflow):
+        if target in shown:
+            origin, slot = (origin, slot) if origin in shown else (node["id"], sources[origin, slot])
+        elif origin in shown:
+            target, place = node["id"], targets[target, by_id[target]["inputs"][place]["name"]]
+        else:
+            continue
+        links.append([len(links) + 1, origin, slot, target, place, kind])
+        ends = {**shown, node["id"]: node}
+        ends[origin]["outputs"][slot]["links"].append(links[-1][0])
+        ends[target]["inputs"][place]["link"] = links[-1][0]
+    return {
+        **workflow,
+        "last_node_id": node["id"],
+        "last_link_id": len(links),
+        "nodes": [*kept, node],
+        "links": links,
+        "groups": [],
+        "definitions": {"subgraphs": [definition]},
+    }
+
+
+def bridged(workflow):
+    """The links of a graph as if no report stood between sampler and decoder: what it passes on comes from before."""
+    reports = {node["id"]: node for node in workflow["nodes"] if node["type"] == REPORT}
+    into = {link[0]: link for link in workflow["links"]}
+    for link in workflow["links"]:
+        if link[1] in reports and link[2] == 0:
+            (latent,) = [slot["link"] for slot in reports[link[1]]["inputs"] if slot["name"] == "latent"]
+            link = [link[0], *into[latent][1:3], *link[3:]]
+        yield link
+
+
+def named(nodes):
+    """{"TYPE" or "TYPE 2": node} in the order of ids."""
+    found = {}
+    for node in sorted(nodes, key=lambda node: node["id"]):
+        name = node["type"]
+        found[name if name not in found else f"{name} {1 + sum(n.split(' ')[0] == name for n in found)}"] = node
+    return found
 
 
 def instance(blueprint, definition, number):
@@ -140,19 +250,22 @@ class Graph:
     """The nodes and links of a template that go into its blueprint; nodes are asked for by their type."""
 
     def __init__(self, workflow):
-        self.nodes = [node for node in workflow["nodes"] if node["type"] not in LEFT_OUT]
-        self.of_type, kept = {node["type"]: node for node in self.nodes}, {node["id"] for node in self.nodes}
-        self.links = [dict(zip(LINK, link)) for link in workflow["links"] if link[1] in kept and link[3] in kept]
+        self.nodes = [node for node in workflow["nodes"] if node["type"] not in SHOWN]
+        self.of_type, kept = named(self.nodes), {node["id"] for node in self.nodes}
+        self.links = [dict(zip(LINK, link)) for link in bridged(workflow) if link[1] in kept and link[3] in kept]
         self.last = workflow["last_link_id"]
         self.disconnect({link["id"] for link in self.links})
 
     def disconnect(self, kept):
         """Take links to nodes that were left out off the others."""
+        ends = {node["id"]: node for node in self.nodes}
         for node in self.nodes:
             for slot in node["inputs"]:
                 slot["link"] = slot["link"] if slot["link"] in kept else None
             for slot in node["outputs"]:
-                slot["links"] = [link for link in slot["links"] or [] if link in kept]
+                slot["links"] = []
+        for link in self.links:
+            ends[link["origin_id"]]["outputs"][link["origin_slot"]]["links"].append(link["id"])
 
     def link(self, *ends):
         """Add a link from (node id, slot) to (node id, slot), of a type; returns its id."""
@@ -205,7 +318,7 @@ def subgraph(blueprint, workflow):
         "outputs": outputs,
         "widgets": [],
         "nodes": graph.nodes,
-        "groups": [around(group, graph.nodes) for group in workflow["groups"]],
+        "groups": [framed for group in workflow["groups"] if (framed := around(group, graph.nodes))],
         "links": graph.links,
         "extra": {},
         "category": "Flux 2",
@@ -243,11 +356,12 @@ def border(node, left, top, slots):
 
 
 def around(group, nodes):
-    """The group, drawn around those of its nodes that are still there."""
+    """The group, drawn around those of its nodes that are still there; None where none is."""
     x, y, width, height = group["bounding"]
-    left, _, right, bottom = extent(
-        [node for node in nodes if x <= node["pos"][0] <= x + width and y <= node["pos"][1] <= y + height]
-    )
+    inside = [node for node in nodes if x <= node["pos"][0] <= x + width and y <= node["pos"][1] <= y + height]
+    if not inside:
+        return None
+    left, _, right, bottom = extent(inside)
     return {**group, "bounding": [left - EDGE, y, right - left + 2 * EDGE, bottom + EDGE - y]}
 
 

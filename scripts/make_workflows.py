@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Make the GUI workflows, their thumbnails, the subgraph blueprints and the README's picture from the API workflows, in
-ComfyUI's own page.
+"""Make the templates, their cards, the subgraph blueprints and an image with an embedded workflow from the API
+workflows, in ComfyUI's own page.
 
   python scripts/make_workflows.py [NAME ...]      write example_workflows/*.json and *.jpg, subgraphs/*.json and
-                                                   docs/graph.png, all or those named
+                                                   docs/workflow.png, all or those named
 
 The graphs are written once, as API workflows in example_workflows/api/. This opens each in a real ComfyUI page,
-arranges the nodes as below, adds groups, a note and the links of the model files, and saves what the page itself would
-save: both kinds of workflow always say the same. Needs Chromium (see tests/browser.py). Run it after a change of an API
-workflow or of a node's inputs.
+arranges the nodes as below, puts all but what a user reads and sets into one node (scripts/blueprints.py), adds a note
+with the model files, and saves what the page itself would save: both kinds of workflow always say the same. A file's
+name is its title in the template browser, in the order in which they stand there. The cards show what the small
+drawing model (docs/small-model.md) generated from the same workflow. Needs Chromium (see tests/browser.py) and about
+six minutes on two cores. Run it after a change of an API workflow or of a node's inputs.
 """
 
-import io
 import json
 import sys
 import tempfile
@@ -21,13 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import blueprints
+import cards
 import environment
-from comfy_server import ROOT, ComfyServer, small_models
+from blueprints import REPORT, Blueprint
+from comfy_server import ROOT, ComfyServer, drawing_models
 
 sys.path.insert(0, str(ROOT / "tests"))
 import browser  # noqa: E402
 
-FOLDER, PICTURE = ROOT / "example_workflows", ROOT / "docs" / "graph.png"
+FOLDER, EMBEDDED = ROOT / "example_workflows", ROOT / "docs" / "workflow.png"
+DRAWN_IMAGE = ROOT / "tests" / "data" / "drawn_cat.png"
 PACK_ID = "flux2-attention"  # lets ComfyUI-Manager find the pack where its nodes are missing
 DEV, KLEIN = (
     f"https://huggingface.co/Comfy-Org/{name}/resolve/main/split_files" for name in ("flux2-dev", "flux2-klein")
@@ -46,9 +50,12 @@ BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.
 # pixels: a node's title bar, between nodes above each other, between columns, between a group's frame and its nodes
 TITLE, GAP, COLUMN_GAP, EDGE = 30, 26, 48, 18
 GROUP_TITLE, GROUP_GAP = 40, 30
-MODELS_WIDTH, TABLE_WIDTH = 410, 940  # wide enough for the official file names, and for the lines of the tables
-NOTE_BOX = [EDGE, TITLE], [MODELS_WIDTH, 225]
+MODELS_WIDTH = 410  # wide enough for the official file names
+# at the top level nodes stand further apart: ComfyUI's newer node design draws some of them taller
+TOP_GAP, TOP_COLUMN_GAP = 46, 40
 BLUE, ORANGE, GREEN, PURPLE, GREY, TEAL = "#3f789e", "#b06634", "#5a8a4a", "#7a5a9a", "#666666", "#3a8a86"
+CARD = 512  # pixels, square, as the template browser shows them
+NOTE, WHOLE = "MarkdownNote", "whole"  # in the columns below: the note, and the node that holds the graph
 
 
 @dataclass(frozen=True)
@@ -68,38 +75,39 @@ class Group:
 
 @dataclass(frozen=True)
 class Template:
-    """What the API workflow of the same name lacks: where its nodes are, and what the note says."""
+    """What an API workflow lacks to be a template.
 
-    groups: list
+    api: its file. blueprint: the node that holds the graph, or None for a graph of three nodes. groups: how the nodes
+    are arranged inside. columns: of the top level, [(width, [(type of node, height or None for its own), ...])].
+    card: how its card is made, of the files that a run of the API workflow leaves.
+    """
+
+    api: str
     title: str
     note: str
-    note_box: tuple = NOTE_BOX
+    blueprint: Blueprint | None
+    groups: list
+    columns: list
+    card: str = "image"
 
 
-DOWNLOAD = """**Download** the files named in *Models* into the folders diffusion_models, text_encoders and vae of \
-ComfyUI's models. \
-ComfyUI lists the ones you lack, with links, when this graph opens.
-
-"""
-SELECT = """**Select Attention** chooses the kernel that computes attention. *auto* takes the fastest exact one, \
-measured on your card. \
-Any other choice runs, or stops and says why: nothing falls back in silence.
+SELECT = """**attention kernel** chooses what computes attention. *auto* takes the fastest exact kernel, measured on \
+your GPU. Any other choice runs, or the graph stops with the reason: nothing falls back silently.
 
 """
-REPORT = """**Attention Report** says after the run which kernel ran, for how many calls, and how long a step took.
+REPORT_SAYS = """**Attention Report** shows after the run which kernel ran, for how many calls, and how long a step \
+took.
 
 """
 
 
-def models(encoder="Load Mistral 3 Text Encoder", top=282):
-    """The group of the three loaders. Its nodes stand apart: ComfyUI's newer node design draws the loaders taller."""
-    return Group(
-        "Models", BLUE, 0, top, [(MODELS_WIDTH, ["Load FLUX.2 Model", encoder, ("Load FLUX.2 VAE", 132)])], gap=50
-    )
+def models(encoder="Load Mistral 3 Text Encoder"):
+    """The group of the three loaders."""
+    return Group("Models", BLUE, 0, 0, [(MODELS_WIDTH, ["Load FLUX.2 Model", encoder, ("Load FLUX.2 VAE", 132)])], 50)
 
 
-def drawing(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "Guidance")):
-    """The groups of a graph that draws one picture."""
+def generating(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "Guidance")):
+    """The groups of a graph that generates one image."""
     return [
         loaders,
         Group("Attention", ORANGE, 480, 0, [(360, list(attention))]),
@@ -109,134 +117,148 @@ def drawing(loaders, attention=("Select Attention",), prompt=(("Prompt", 190), "
             PURPLE,
             910,
             0,
-            [(290, ["Guider", "Noise", "Sampler", "Scheduler", "Empty Latent"]), (260, ["Sample"])],
+            [(290, ["Guider", "Noise", "Sampler", "Scheduler", "Empty Latent"]), (260, ["Sample", "Decode"])],
         ),
-        Group("Picture", GREY, 1578, 0, [(480, [("Attention Report", 300), "Decode", ("Save Image", 320)])]),
     ]
 
 
 def reference(number=None, left=0, size=True):
-    """The group of one reference picture, below the models; the first gives the new picture its size."""
+    """The group of one reference image, below the models; the first gives the new image its size."""
     name = f" {number}" if number else ""
     middle = [
         f"Scale Reference{name}",
         *([f"Size of {'Reference' if number else 'the Reference'}{name}"] if size else []),
     ]
-    return Group(
-        f"Reference picture{name}",
-        TEAL,
-        left,
-        "Models",
-        [
-            (MODELS_WIDTH, [(f"Reference Image{name}", 320)]),
-            (360, middle),
-            (290, [f"Encode Reference{name}", f"Use as Reference{name}"]),
-        ],
-    )
+    columns = [(360, middle), (290, [f"Encode Reference{name}", f"Use as Reference{name}"])]
+    return Group(f"Reference image{name}", TEAL, left, "Prompt", columns)
 
 
+RESULTS = (430, [(REPORT, 300), ("SaveImage", 330)])
+IMAGE_COLUMNS = [(340, [(NOTE, 380)]), (400, [(WHOLE, 560)]), RESULTS]
+EDIT_COLUMNS = [(340, [(NOTE, 340), ("LoadImage", 290)]), (400, [(WHOLE, 560)]), RESULTS]
+TWO_COLUMNS = [(300, [("LoadImage", 315), ("LoadImage", 315)]), (400, [(WHOLE, 400), (NOTE, 230)]), RESULTS]
+COMPARE_COLUMNS = [
+    (360, [(NOTE, 300), (WHOLE, 380)]),
+    (520, [("Flux2CompareAttention", 760)]),
+    (430, [("SaveImage", 340), ("SaveImage", 344)]),
+]
+BENCHMARK_COLUMNS = [
+    (360, [("Flux2LoadModel", None), (NOTE, 460)]),
+    (560, [("Flux2BenchmarkAttention", 680)]),
+    (430, [("SaveImage", 560)]),
+]
 COMPARING = [
     models(),
     Group("Prompt", GREEN, 480, 0, [(360, [("Prompt", 190), "Guidance"])]),
-    Group("Sampling", PURPLE, 480, "Prompt", [(360, ["Sampler", "Scheduler", "Empty Latent"])]),
-    Group("Comparison", ORANGE, 910, 0, [(TABLE_WIDTH, [("Compare Attention", 800)])]),
-    Group("What changed", GREY, 1920, 0, [(560, [("Save Pictures", 380), ("Save Differences", 380)])]),
-]
-TIMING = [
-    Group("Model", BLUE, 0, 282, [(MODELS_WIDTH, ["Load FLUX.2 Model"])]),
-    Group("Benchmark", ORANGE, 480, 0, [(TABLE_WIDTH, [("Benchmark Attention", 600)])]),
-    Group("Chart", GREY, 1490, 0, [(620, [("Save Chart", 600)])]),
+    Group("Sampling", PURPLE, 910, 0, [(360, ["Sampler", "Scheduler", "Empty Latent"])]),
 ]
 TEMPLATES = {
-    "flux2_text_to_image": Template(
-        drawing(models()),
+    "1 Text to image": Template(
+        "flux2_text_to_image",
         "FLUX.2 with the attention kernel you choose",
-        DOWNLOAD
-        + SELECT
-        + REPORT
-        + """\
-**Compare:** the seed is fixed, so change only *backend* and run again.""",
+        SELECT + REPORT_SAYS + "**Compare:** the seed is fixed, so change only *attention kernel* and run again.",
+        blueprints.TEXT_TO_IMAGE,
+        generating(models()),
+        IMAGE_COLUMNS,
     ),
-    "flux2_image_edit": Template(
-        [*drawing(models()), reference()],
-        "Edit a picture with FLUX.2",
-        DOWNLOAD
-        + SELECT
-        + REPORT
-        + """\
-**The prompt** says what to change. The new picture gets the size of the reference, scaled to about one megapixel.""",
+    "2 Image edit": Template(
+        "flux2_image_edit",
+        "Edit an image with FLUX.2",
+        "**prompt** says what to change. The new image gets the size of the reference, scaled to about one "
+        "megapixel.\n\n" + SELECT,
+        blueprints.EDIT,
+        [*generating(models()), reference()],
+        EDIT_COLUMNS,
+        "edit",
     ),
-    "flux2_image_edit_two_references": Template(
-        [*drawing(models()), reference(1), reference(2, 1222, size=False)],
-        "Combine two pictures with FLUX.2",
-        DOWNLOAD
-        + SELECT
-        + """\
-**The prompt** calls the pictures *image 1* and *image 2*. The new one gets the size of image 1.
-
-**More pictures:** copy the group *Reference picture 2* and put its *Use as Reference* behind the last one. Every \
-picture makes steps longer.""",
-    ),
-    "flux2_klein_4_steps": Template(
-        drawing(models("Load Qwen3 Text Encoder"), prompt=[("Prompt", 190)]),
-        "FLUX.2 klein: a picture in four steps",
-        DOWNLOAD
-        + SELECT
-        + REPORT
-        + """\
-**klein 4B** is distilled: four steps, and no guidance value. For klein 9B choose its file and the Qwen3 8B encoder.""",
-    ),
-    "flux2_fp8_fast_blocks": Template(
-        drawing(models(), attention=["Select Attention", ("Fast Blocks", 80)]),
-        "Fast on one GPU: fp8 and fused blocks",
-        DOWNLOAD
-        + """\
-**Fast Blocks** computes what lies between matrix products and attention with a few fused kernels. *checkpoint* leaves \
-the products as the file \
-has them: this file's run in fp8 where the card can. *fp8* makes those of a bf16 file fp8, a little less exact.
-
-It needs an NVIDIA or AMD GPU with Triton; elsewhere it stops and says so: bypass it (Ctrl+B).
-
-**Attention Report** says how many block calls were fused, and how long a step took.""",
-    ),
-    "flux2_several_gpus": Template(
-        drawing(models(), attention=["Select Attention", ("Sequence Parallel", 106)]),
-        "One picture on several GPUs",
-        DOWNLOAD
-        + """\
-**Sequence Parallel** computes every step on several GPUs: each has the whole model and a part of the picture. *gpus* \
-0 takes all GPUs of this \
-machine; with one GPU it changes nothing. The first picture starts a process for each GPU and loads the model there; \
-they stay for the next ones.
-
-**Select Attention** chooses the kernel that runs on each of them.
-
-**Attention Report** says what each GPU did, and how long a step took.""",
-    ),
-    "flux2_compare_attention": Template(
-        COMPARING,
-        "Is another attention good enough?",
-        DOWNLOAD
-        + """\
-**Compare Attention** draws the same noise with the *reference* and with each *candidate*, and says for each: same as \
-rounding noise, slightly \
-different, or a different picture. The yardstick is how far two of PyTorch's exact kernels are apart.
-
-**Up to eight candidates:** four backends, and four models from other nodes (LoRA, compiled, fp8 ...) at *model_a* to \
-*model_d*. One that cannot \
-run is a row with its reason.""",
-    ),
-    "flux2_benchmark_attention": Template(
-        TIMING,
-        "Which attention is fastest on this machine?",
+    "3 Two references": Template(
+        "flux2_image_edit_two_references",
+        "Combine two images with FLUX.2",
         """\
-**Benchmark Attention** times every backend that runs here on the calls your model really makes, then whole steps. It \
-needs no prompt and no other \
-model. The table says why the others cannot run; the figures are also saved as JSON in the output folder.
+**prompt** calls the images *image 1* and *image 2*. The new one gets the size of image 1.
 
-**sizes:** *+1* behind a size adds a reference picture of 1024x1024.
+**More images:** open the node, copy the group *Reference image 2* and put its ReferenceLatent behind the last one. \
+Every image makes steps longer.""",
+        blueprints.TWO_REFERENCES,
+        [*generating(models()), reference(1), reference(2, 900, size=False)],
+        TWO_COLUMNS,
+        "references",
+    ),
+    "4 klein in four steps": Template(
+        "flux2_klein_4_steps",
+        "FLUX.2 klein: an image in four steps",
+        """\
+**klein 4B** is distilled: four steps, and no guidance value. For klein 9B choose its file and the Qwen3 8B encoder.
 
-**It takes minutes.** For a first look set *sizes* to 1024x1024 and *step_repeat* to 0.""",
+"""
+        + SELECT
+        + REPORT_SAYS,
+        blueprints.KLEIN,
+        generating(models("Load Qwen3 Text Encoder"), prompt=[("Prompt", 190)]),
+        IMAGE_COLUMNS,
+        "four steps",
+    ),
+    "5 fp8 and fused blocks": Template(
+        "flux2_fp8_fast_blocks",
+        "Fast on one GPU: fp8 and fused blocks",
+        """\
+**Fast Blocks**, inside the node, computes what lies between matrix products and attention with a few fused kernels. \
+**precision** *as in the file* leaves the products in the file's format: this file's run in fp8 where the card can. \
+*fp8* makes those of a bf16 file fp8, a little less exact.
+
+It needs an NVIDIA or AMD GPU with Triton; elsewhere it stops and says so: open the node and bypass \
+Fast Blocks (Ctrl+B).
+
+"""
+        + REPORT_SAYS,
+        blueprints.FAST,
+        generating(models(), attention=["Select Attention", ("Fast Blocks", 80)]),
+        IMAGE_COLUMNS,
+        "fp8",
+    ),
+    "6 Several GPUs": Template(
+        "flux2_several_gpus",
+        "One image on several GPUs",
+        """\
+**Sequence Parallel**, inside the node, computes every step on several GPUs: each has the whole model and a part of \
+the image. **gpus** 0 takes all GPUs of this machine; with one GPU it changes nothing. The first image starts a \
+process for each GPU and loads the model there; they stay for the next ones.
+
+**attention kernel** runs on each of them.
+
+**Attention Report** shows what each GPU did, and how long a step took.""",
+        blueprints.SEVERAL_GPUS,
+        generating(models(), attention=["Select Attention", ("Sequence Parallel", 106)]),
+        IMAGE_COLUMNS,
+        "gpus",
+    ),
+    "7 Compare kernels": Template(
+        "flux2_compare_attention",
+        "Is another kernel good enough?",
+        """\
+**Compare Attention** generates from the same noise with the *reference* and with each *candidate*, and says for each: \
+same as rounding noise, slightly different, or a different image. The yardstick is how far two of PyTorch's exact \
+kernels are apart.
+""",
+        blueprints.TO_COMPARE,
+        COMPARING,
+        COMPARE_COLUMNS,
+        "compare",
+    ),
+    "8 Benchmark kernels": Template(
+        "flux2_benchmark_attention",
+        "Which kernel is fastest on this machine?",
+        """\
+**Benchmark Attention** times every kernel that runs here on the calls your model really makes, then whole steps. It \
+needs no prompt and no other model. The figures are also saved as JSON in the output folder.
+
+**sizes:** *+1* behind a size adds a reference image of 1024x1024.
+
+**It takes minutes.** For a first look set *sizes* to 1024x1024 and *timed steps* to 0.""",
+        None,
+        [],
+        BENCHMARK_COLUMNS,
+        "benchmark",
     ),
 }
 
@@ -269,12 +291,29 @@ for (const [title, color, x, y, width, height] of args[1]) {
 """
 ADD_NOTE = """
 const note = LiteGraph.createNode('MarkdownNote');
-Object.assign(note, {title: args[0], pos: args[2], color: '#432', bgcolor: '#653'});
+Object.assign(note, {title: args[0], color: '#432', bgcolor: '#653'});
 app.graph.add(note);
-note.setSize(args[3]);
 note.widgets[0].value = args[1];
-Object.assign(app.canvas.ds, {scale: 0.85, offset: [100, 110]});  // where the graph opens: beside the side bar, below \
-the buttons
+for (const node of app.graph.nodes) if (node !== note) node.title = node.constructor.title;  // what search and
+// languages know; a stored title hides it
+"""
+TOP_LEVEL = """
+await app.loadGraphData(args[0], true, true, args[1]);
+const left = app.graph.nodes.map(node => node), sizes = {};
+let x = 0;
+for (const [width, stack] of args[2]) {
+  let y = 0;
+  for (const [type, height] of stack) {
+    const place = left.findIndex(node => type === 'whole' ? node.subgraph : node.type === type);
+    if (place < 0) throw new Error(args[1] + ' has no ' + type);
+    const [node] = left.splice(place, 1);
+    node.pos = [x, y + args[3]];
+    node.setSize([width, Math.max(height ?? 0, node.computeSize()[1])]);
+    y += args[3] + node.size[1] + args[4];
+  }
+  x += width + args[5];
+}
+if (left.length) throw new Error(args[1] + ' does not place ' + left.map(node => node.type));
 """
 SAVED = "return JSON.stringify((await app.graphToPrompt()).workflow)"
 
@@ -324,78 +363,68 @@ def arrange_column(stack, heights, x, y, width, gap):
     return placed, y - gap
 
 
+def links(api):
+    """The part of a note that says which files a graph needs, where they are, and where they go."""
+    lines = [f"- `models/{found['directory']}`: [{found['name']}]({found['url']})" for found in downloads(api).values()]
+    return "\n".join(["**Model files** and their folders:", "", *lines, "", ""])
+
+
 @contextmanager
-def running_page():
-    """A page of a ComfyUI that has the official file names (small models behind them) and a photograph as
+def running():
+    """(ComfyUI's server, a page of it) with the drawing model under the official file names, and an image as
     example.png.
     """
     comfyui = environment.comfyui(environment.cache_folder())
     with (
         tempfile.TemporaryDirectory() as folder,
-        ComfyServer(comfyui, models=official_names(small_models(comfyui), Path(folder))) as server,
+        ComfyServer(comfyui, models=official_names(drawing_models(), Path(folder))) as server,
     ):
-        photograph().save(server.base / "input" / "example.png")
+        (server.base / "input" / "example.png").write_bytes(DRAWN_IMAGE.read_bytes())
         with browser.Page(server.url, settings=BARE) as page:
-            yield page
+            yield server, page
 
 
 def official_names(small, folder):
-    """Links to the small models under the names of the official files, so that no node on the picture is marked as
-    missing
-    its file.
-    """
+    """Links to the small models under the names of the official files, so that no node misses its file."""
     for name, (kind, _) in FILES.items():
         (folder / name).symlink_to(small[kind][0])
     return {kind: [folder / name for name, (its_kind, _) in FILES.items() if its_kind == kind] for kind in small}
 
 
-def photograph():
-    from PIL import Image
-    from skimage import data
-
-    return Image.fromarray(data.chelsea())
-
-
 def build(page, name):
     """The GUI workflow of that name, left open in the page."""
-    api, template = json.loads((FOLDER / "api" / f"{name}.json").read_text()), TEMPLATES[name]
+    template = TEMPLATES[name]
+    api = json.loads((FOLDER / "api" / f"{template.api}.json").read_text())
     heights = page.js(LOAD, api, name, downloads(api), PACK_ID)
     page.js(PLACE, *arrange(template.groups, heights))
-    page.js(ADD_NOTE, template.title, template.note, *template.note_box)
+    page.js(ADD_NOTE, template.title, links(api) + template.note)
     workflow = json.loads(page.js(SAVED))
-    page.clear_view()
+    if template.blueprint:
+        workflow = blueprints.wrap(template.blueprint, workflow)
+    page.js(TOP_LEVEL, workflow, name, template.columns, TITLE, TOP_GAP, TOP_COLUMN_GAP)
+    workflow = json.loads(page.js(SAVED))
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_ID}/{name}"))  # the same at every run
+    workflow["extra"].pop("ds", None)  # the page fits the graph into the window that it has
     return workflow
 
 
-def picture(page):
-    """The open graph, cut to what is drawn."""
-    from PIL import Image
-
-    # one lies over the graph's corner
-    page.js("document.querySelectorAll('button').forEach(button => { button.style.visibility = 'hidden'; })")
-    box = page.fit(margin=30)
-    with tempfile.TemporaryDirectory() as folder:
-        page.screenshot(Path(folder) / "graph.png")
-        return Image.open(io.BytesIO((Path(folder) / "graph.png").read_bytes())).convert("RGB").crop(box)
-
-
-def thumbnail(drawn):
-    """As the template browser shows it: small, and 16 to 9 with the graph in the middle."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.pad(drawn, (960, 540), Image.Resampling.LANCZOS, color=drawn.getpixel((0, 0)))
-
-
-def save(page, name):
-    """Write a template, its thumbnail, and for the first one the README's picture."""
+def save(server, page, name):
+    """Write a template and its card, and for the first one an image that holds it."""
     workflow = build(page, name)
     (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=2) + "\n")
-    drawn = picture(page)
-    thumbnail(drawn).save(FOLDER / f"{name}.jpg", quality=85)
-    if name == "flux2_text_to_image":
-        PICTURE.parent.mkdir(exist_ok=True)
-        drawn.save(PICTURE, optimize=True)
+    card, result = cards.make(server, TEMPLATES[name].api, TEMPLATES[name].card, CARD)
+    card.save(FOLDER / f"{name}.jpg", quality=88)
+    if name == next(iter(TEMPLATES)):
+        embed(result, workflow)
+
+
+def embed(image, workflow):
+    """Write an image that opens its workflow when it is dropped on ComfyUI's page."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("workflow", json.dumps(workflow))
+    image.save(EMBEDDED, pnginfo=info, optimize=True)
 
 
 def main():
@@ -406,9 +435,9 @@ def main():
         raise SystemExit(
             f"make_workflows: there is no template {', '.join(sorted(unknown))}; there are {', '.join(TEMPLATES)}"
         )
-    with running_page() as page:
+    with running() as (server, page):
         for name in wanted:
-            save(page, name)
+            save(server, page, name)
     blueprints.write(FOLDER)
 
 
