@@ -89,17 +89,17 @@ class Flux2SelectAttention(io.ComfyNode):
             description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on "
             "AMD, PyTorch. "
             "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
+            # the page's search looks at the first 30 letters: see web/search.js
             search_aliases=[
-                "flash attention",
-                "flashattention",
-                "aiter",
                 "rocm",
                 "amd",
+                "aiter",
+                "sdpa",
                 "sage",
+                "flashattention",
                 "sage attention",
                 "sageattention",
                 "cudnn",
-                "sdpa",
                 "attention backend",
                 "xformers",
                 "nvidia",

@@ -11,6 +11,7 @@ import functools
 import secrets
 import sys
 import weakref
+from pathlib import Path
 
 from ..attention.status import backends_here
 from ..attention.status.badge import badge_of
@@ -19,6 +20,8 @@ UI_KEY = EVENT = "flux2_attention_status"
 STATUS_ROUTE = "/flux2_attention/status/{token}"
 BACKENDS_ROUTE = "/flux2_attention/backends"
 TEST_ROUTE = "/flux2_attention/backends/test"
+TROUBLES_ROUTE = "/flux2_attention/troubleshooting"  # the page behind the "More: ..." line of an error
+TROUBLES = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
 BUSY = (
     "The queue is not empty: a test call now would disturb the job and could fail for want of memory. Try again "
     "when it is done."
@@ -107,6 +110,10 @@ def add_routes():
             if found
             else web.json_response({"error": "No dispatcher of this name is in memory."}, status=404)
         )
+
+    @server.routes.get(TROUBLES_ROUTE)
+    async def troubles(request):
+        return web.Response(text=TROUBLES.read_text(encoding="utf-8"), content_type="text/markdown")
 
     @server.routes.get(BACKENDS_ROUTE)
     async def listed(request):

@@ -365,7 +365,7 @@ def arrange_column(stack, heights, x, y, width, gap):
 
 def links(api):
     """The part of a note that says which files a graph needs, where they are, and where they go."""
-    lines = [f"- `models/{found['directory']}`: [{found['name']}]({found['url']})" for found in downloads(api).values()]
+    lines = [f"- models/{found['directory']}: [{found['name']}]({found['url']})" for found in downloads(api).values()]
     return "\n".join(["**Model files** and their folders:", "", *lines, "", ""])
 
 

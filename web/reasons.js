@@ -1,0 +1,90 @@
+// Why a node of this pack failed or was refused: the first sentence as a red badge and a message, the whole text with a copy button and the section of
+// docs/troubleshooting.md that explains it behind a click.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { addBadge, forget, show, stateOf } from "./badge.js";
+import { button, copy, everyNode, goTo, isOurs, make, markdown, nodeOfExecution, openPanel } from "./page.js";
+import { t } from "./texts.js";
+
+const MORE = /^More: (\S*docs\/troubleshooting\.md#([\w-]+)).*$/m; // the last line of a sentence that has a section
+const SECONDS = 12;
+
+// The first sentence that says why: of a list of reasons the first one, otherwise the first line.
+export function firstSentence(text) {
+  const lines = text.split("\n"), reason = lines.find((line) => line.startsWith("- "))?.slice(2);
+  const sentence = (reason ?? lines[0]).trim();
+  return sentence.match(/^.{20,}?[.!?](?=\s|$)/)?.[0] ?? sentence;
+}
+
+// ComfyUI puts the input's name in front of what validate_inputs answers, and the error's class before what a node raised.
+function plain(text) {
+  return text.trim().replace(/^(?:[\w/\\-]*\.)*[\w-]*(?:Error|Refused|Failed|Lost|Replicable|Exception): (?=\S)/, "");
+}
+
+function fail(node, text, from) {
+  const report = plain(text), sentence = firstSentence(report);
+  const backend = report.match(/^Attention backend '([^']+)'/)?.[1];
+  const line = backend ? `${backend} ${t("refused")}: ${sentence}` : sentence;
+  show(node, { from, tokens: [], token: null, state: "failed", text: line, report, open: () => openReason(node.title, report) });
+  app.extensionManager.toast?.add({ severity: "error", summary: node.title, detail: sentence, life: SECONDS * 1000 });
+}
+
+export function openReason(title, report) {
+  const section = report.match(MORE)?.[2];
+  const buttons = [
+    section ? button(t("explain"), () => openTroubles(section)) : null,
+    button(t("copy"), (made) => copy(report, made)),
+    button(t("close"), () => dialog.close()),
+  ].filter(Boolean);
+  const { dialog, main } = openPanel(title, buttons, "narrow");
+  main.append(make("pre", { className: "reason", textContent: report.replace(MORE, "").trim() }));
+}
+
+async function openTroubles(section) {
+  const { dialog, main } = openPanel(t("troubleshooting"), [button(t("close"), () => dialog.close())]);
+  const answer = await api.fetchApi("/flux2_attention/troubleshooting");
+  main.replaceChildren(...(answer.ok ? markdown(await answer.text()) : [t("no troubleshooting")]));
+  goTo(main, section);
+}
+
+// --- what ComfyUI says
+
+function validated(errors) { // {node id: {errors: [{message, details}]}}, from the answer to a queued prompt
+  for (const [id, { errors: found }] of Object.entries(errors ?? {})) {
+    const node = nodeOfExecution(id), wrong = found?.[0];
+    if (!wrong || !isOurs(node)) continue;
+    const said = wrong.type === "custom_validation_failed" ? wrong.details.replace(/^[\w.]+ - /, "") : `${wrong.message}: ${wrong.details}`;
+    fail(node, said, "validation");
+  }
+}
+
+// The page keeps what a refused prompt was answered to itself, so the call is wrapped.
+function listen() {
+  const { queuePrompt } = api;
+  api.queuePrompt = async function (...args) {
+    for (const node of everyNode()) {
+      forget(node, "validation");
+      if (isOurs(node) && stateOf(node)?.from === "execution") forget(node);
+    }
+    try {
+      const answer = await queuePrompt.apply(this, args);
+      validated(answer?.node_errors);
+      return answer;
+    } catch (error) {
+      validated(error?.response?.node_errors);
+      throw error;
+    }
+  };
+  api.addEventListener("execution_error", ({ detail }) => {
+    const node = nodeOfExecution(detail.node_id);
+    if (isOurs(node)) fail(node, detail.exception_message ?? "", "execution");
+  });
+}
+
+app.registerExtension({
+  name: "flux2_attention.reasons",
+  setup: listen,
+  nodeCreated(node) {
+    if (isOurs(node)) addBadge(node);
+  },
+});
