@@ -17,8 +17,8 @@ API = ROOT / "example_workflows" / "api"
 # words that the drawing model was trained on (docs/small-model.md)
 PROMPT = "a small red star above a large blue circle on a grey background"
 OTHER_PROMPT = "a large yellow moon below a small green square on a blue background"
-EDIT_PROMPT = "Add a cool hat to the cat"
-SMALL = {"width": 256, "height": 256, "steps": 20, "megapixels": 0.0625, "text": PROMPT}
+WORDS = {"edit": "Add a cool hat to the cat", "four steps": OTHER_PROMPT}
+SMALL = {"width": 256, "height": 256, "steps": 20, "megapixels": 0.0625}
 
 
 def make(server, api, kind, size):
@@ -26,7 +26,7 @@ def make(server, api, kind, size):
     if kind in CHARTS:
         chart = speed_chart.square(size, *CHARTS[kind])
         return chart, chart
-    images = run(server, api, {"text": EDIT_PROMPT} if kind == "edit" else {})
+    images = run(server, api, {"text": WORDS.get(kind, PROMPT)})
     before = Image.open(server.base / "input" / "example.png").convert("RGB")
     return CARDS.get(kind, whole)(images, before, size), images[0]
 
@@ -53,16 +53,25 @@ def whole(images, before, size):
 
 def halves(images, before, size):
     """The image before on the left, after on the right, of the same thing."""
-    card = ImageOps.fit(images[0], (size, size), Image.Resampling.LANCZOS)
+    card = whole(images, before, size)
     card.paste(ImageOps.fit(before, (size, size), Image.Resampling.LANCZOS).crop((0, 0, size // 2, size)), (0, 0))
-    return lined(card, [size // 2], ("before", "after"))
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(size // 20)
+    draw.line([(size // 2, 0), (size // 2, size)], fill="white", width=4)
+    for place, word in ((size // 4, "before"), (3 * size // 4, "after")):
+        at = (place, size - size // 16)
+        draw.text(at, word, fill="white", font=font, anchor="mm", stroke_width=3, stroke_fill="black")
+    return card
 
 
 def gpus(images, before, size):
-    """Who computes what: stripes of the image."""
-    return lined(
-        whole(images, before, size), [size // 4, size // 2, size * 3 // 4], ("GPU 1", "GPU 2", "GPU 3", "GPU 4")
-    )
+    """Who computes what: the tokens of an image are its rows from top to bottom."""
+    card = whole(images, before, size)
+    draw, font = ImageDraw.Draw(card), ImageFont.load_default(size // 20)
+    for number in range(4):
+        edge = size * number // 4
+        draw.line([(0, edge), (size, edge)], fill="white", width=4)
+        draw.text((12, edge + 12), f"GPU {number + 1}", fill="white", font=font, stroke_width=3, stroke_fill="black")
+    return card
 
 
 def stacked(images, before, size):
@@ -71,18 +80,6 @@ def stacked(images, before, size):
     for number, image in enumerate(images[:2]):
         part = ImageOps.pad(image, (size, size // 2), Image.Resampling.LANCZOS, color="#202020")
         card.paste(part, (0, number * (size // 2)))
-    return card
-
-
-def lined(card, edges, words):
-    """White lines at `edges`, and a word below each part."""
-    draw, font = ImageDraw.Draw(card), ImageFont.load_default(card.width // 20)
-    for edge in edges:
-        draw.line([(edge, 0), (edge, card.height)], fill="white", width=4)
-    width = card.width // len(words)
-    for number, word in enumerate(words):
-        place = (number * width + width // 2, card.height - card.width // 16)
-        draw.text(place, word, fill="white", font=font, anchor="mm", stroke_width=3, stroke_fill="black")
     return card
 
 

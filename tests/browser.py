@@ -148,6 +148,10 @@ class Page:
         """Open the JSON of a GUI workflow, as the menu does."""
         self.js("await app.loadGraphData(args[0], true, true, args[1])", workflow, name)
 
+    def load_api(self, workflow, name="test"):
+        """Open an API workflow, as dropping its file on the page does: a flat graph."""
+        self.js("app.clean(); await app.loadApiJson(args[0], args[1])", workflow, name)
+
     def set_widget(self, node_type, name, value):
         """Set a widget of the only node of that type, as the user does: the widget's own callback runs."""
         self.js(
@@ -193,9 +197,10 @@ Promise(done => setTimeout(done, 100));
         return self.js("return (await app.graphToPrompt()).output")
 
     def text_boxes(self):
-        """The texts in the visible text boxes of nodes."""
+        """The texts in the visible text boxes and reports of nodes."""
         return self.js(
-            "return [...document.querySelectorAll('textarea')].filter(box => box.offsetParent).map(box => box.value)"
+            "return [...document.querySelectorAll('textarea, .flux2-report')].filter(box => box.offsetParent)"
+            ".map(box => box.value ?? box.innerText)"
         )
 
     def tooltip(self, node_type, name):

@@ -47,7 +47,7 @@ def get(server, path):
 
 def open_graph(page, model_files, seed, backend="auto"):
     """The text-to-image graph with the small models and a small picture, as a user sets it."""
-    page.load(json.loads((ROOT / "example_workflows" / "flux2_text_to_image.json").read_text()))
+    page.load_api(json.loads((ROOT / "example_workflows" / "api" / "flux2_text_to_image.json").read_text()))
     for folder, (node, widget) in LOADERS.items():
         page.set_widget(node, widget, model_files[folder][0].name)
     page.set_widget("RandomNoise", "noise_seed", seed)
@@ -55,7 +55,9 @@ def open_graph(page, model_files, seed, backend="auto"):
     for node in ("Flux2Scheduler", "EmptyFlux2LatentImage"):
         page.set_widget(node, "width", 128)
         page.set_widget(node, "height", 96)
-    page.set_widget(SELECTOR, "backend", backend)
+    if backend != "auto":
+        page.set_widget(SELECTOR, "backend", backend)
+        page.wait_for(f"app.graph.nodes.some(node => node.comfyClass === '{SELECTOR}' && {BADGES}.length)")
 
 
 def badges(page):
@@ -117,12 +119,12 @@ def test_the_selector_shows_what_it_resolved_to_and_follows_when_it_is_cached(sh
     wait_for_badges(page, [f"auto → sdpa · {CALLS + 6} calls"])
 
 
-def test_the_badge_goes_when_another_backend_is_chosen(shared_page, model_files):
+def test_the_badge_judges_another_choice_before_it_runs(shared_page, model_files):
     open_graph(shared_page, model_files, seed=8102)
     shared_page.run()
     wait_for_badges(shared_page, [f"auto → sdpa · {CALLS} calls"])
     shared_page.set_widget(SELECTOR, "backend", "sdpa-math")
-    assert badges(shared_page) == []
+    assert texts(shared_page) == ["sdpa-math: runs here"]
     shared_page.run()
     wait_for_badges(shared_page, [f"sdpa-math · {CALLS} calls"])
 
@@ -130,9 +132,12 @@ def test_the_badge_goes_when_another_backend_is_chosen(shared_page, model_files)
 def test_a_refusal_is_red_and_short_with_the_whole_text_in_the_dialog(shared_page, model_files, shots):
     page = shared_page
     open_graph(page, model_files, seed=8103, backend="flash4")
+    assert texts(page)[0].startswith("flash4 cannot run here: It needs an NVIDIA") and badges(page)[0][1] == "#a12622"
     with pytest.raises(RuntimeError, match="cannot run here"):
         page.run()
-    page.wait_for(f"app.graph.nodes.filter(node => node.comfyClass === '{SELECTOR}').some(node => {BADGES}.length)")
+    page.wait_for(
+        f"app.graph.nodes.some(node => node.comfyClass === '{SELECTOR}' && {BADGES}[0].text.includes('refused'))"
+    )
     ((text, colour),) = badges(page)
     assert text.startswith("flash4 refused: It needs an NVIDIA GPU") and len(text) < 50 and colour == "#a12622"
     look_at(page, SELECTOR)
@@ -141,8 +146,8 @@ def test_a_refusal_is_red_and_short_with_the_whole_text_in_the_dialog(shared_pag
         f"{BADGES.replace('node.', 'app.graph.nodes.find(node => node.comfyClass === args[0]).', 1)}[0].onClick()",
         SELECTOR,
     )
-    page.wait_for("document.querySelector('.flux2-backends pre')?.innerText.includes('Attention backend')")
-    assert registry.row("flash4").install in page.js("return document.querySelector('.flux2-backends pre').innerText")
+    page.wait_for("document.querySelector('.flux2-dialog pre')?.innerText.includes('Attention backend')")
+    assert "NVIDIA" in page.js("return document.querySelector('.flux2-dialog pre').innerText")
     close_dialog(page)
 
 
@@ -209,7 +214,7 @@ def test_a_page_that_was_opened_after_the_run_and_the_newer_node_design(server, 
     wait_for_badges(shared_page, [f"sdpa-flash · {CALLS} calls"])
     with browser.Page(server.url, settings={"Comfy.VueNodes.Enabled": True}) as page:
         open_graph(page, model_files, seed=8106, backend="sdpa-flash")
-        assert badges(page) == []
+        assert texts(page) == ["sdpa-flash: runs here"]
         page.run()
         wait_for_badges(page, [f"sdpa-flash · {CALLS} calls"])
         look_at(page, SELECTOR)
@@ -229,14 +234,14 @@ def test_a_page_that_was_opened_after_the_run_and_the_newer_node_design(server, 
 
 
 def close_dialog(page):
-    page.js("document.querySelector('.flux2-backends').close()")
-    page.wait_for("!document.querySelector('.flux2-backends')")
+    page.js("document.querySelector('.flux2-dialog').close()")
+    page.wait_for("!document.querySelector('.flux2-dialog')")
 
 
 def open_dialog(page):
     page.js("await app.extensionManager.command.execute('Flux2Attention.ShowBackends')")
-    page.wait_for("document.querySelectorAll('.flux2-backends tr').length > 3")
-    return page.js("return document.querySelector('.flux2-backends').innerText")
+    page.wait_for("document.querySelectorAll('.flux2-dialog tr').length > 3")
+    return page.js("return document.querySelector('.flux2-dialog').innerText")
 
 
 def test_the_dialog_lists_every_backend_with_its_reason(server, shared_page, shots):
@@ -254,9 +259,9 @@ def test_test_runs_every_backend_that_can_and_copy_takes_the_list(shared_page, s
         window.copied = [];
         Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => { \
 window.copied.push(text); }}});
-        [...document.querySelectorAll('.flux2-backends button')].find(({textContent}) => textContent === \
+        [...document.querySelectorAll('.flux2-dialog button')].find(({textContent}) => textContent === \
 'Test').click();""")
-    shared_page.wait_for("document.querySelectorAll('.flux2-backends .passed').length === 3")
+    shared_page.wait_for("document.querySelectorAll('.flux2-dialog .passed').length === 3")
     shared_page.screenshot(shots / "tested.png")
     shared_page.click("Copy")
     shared_page.wait_for("window.copied.length === 1")
@@ -289,13 +294,13 @@ window.copied.push(text); }}});
         await app.extensionManager.command.execute('Flux2Attention.ShowBackends');""",
         entry,
     )
-    shared_page.wait_for("!!document.querySelector('.flux2-backends code')")
+    shared_page.wait_for("!!document.querySelector('.flux2-dialog code')")
     shared_page.screenshot(shots / "install.png")
-    shared_page.js("app.api.fetchApi = window.fetchApi; document.querySelector('.flux2-backends td button').click()")
+    shared_page.js("app.api.fetchApi = window.fetchApi; document.querySelector('.flux2-dialog td button').click()")
     shared_page.wait_for("window.copied.length === 1")
     assert shared_page.js("return window.copied[0]") == entry["command"]
     assert "Would run here once installed (1)" in shared_page.js(
-        "return document.querySelector('.flux2-backends').innerText"
+        "return document.querySelector('.flux2-dialog').innerText"
     )
     close_dialog(shared_page)
 
@@ -308,7 +313,7 @@ def test_escape_closes_the_dialog_and_its_keys_do_not_reach_the_graph(shared_pag
     open_dialog(shared_page)
     ActionChains(shared_page.driver).send_keys(Keys.DELETE, "m").perform()
     press_escape(shared_page)
-    shared_page.wait_for("!document.querySelector('.flux2-backends')")
+    shared_page.wait_for("!document.querySelector('.flux2-dialog')")
     assert len(shared_page.nodes()) == before
 
 
@@ -329,7 +334,7 @@ def test_the_settings_lead_to_the_dialog(shared_page, shots):
     page.wait_for(f"!!{leaf}", arguments=["Flux 2 Attention"])
     page.js(f"{leaf}.click()", "Flux 2 Attention")
     page.click("Show")
-    page.wait_for("document.querySelectorAll('.flux2-backends tr').length > 3")
+    page.wait_for("document.querySelectorAll('.flux2-dialog tr').length > 3")
     page.screenshot(shots / "from-settings.png")
     close_dialog(page)
     for _ in range(5):
@@ -397,7 +402,7 @@ def opens_from_the_menu(page, shots):
     page.screenshot(shots / "menu.png")
     with contextlib.suppress(TimeoutError, WebDriverException):
         item.click()
-        return page.wait_for("document.querySelectorAll('.flux2-backends tr').length > 3", 10)
+        return page.wait_for("document.querySelectorAll('.flux2-dialog tr').length > 3", 10)
     return False
 
 

@@ -1,6 +1,5 @@
-"""Every shipped workflow and blueprint: opens with nothing missing in both designs of ComfyUI's page, is tidy, runs
-from
-the page and over the API.
+"""Every shipped workflow and blueprint: opens with nothing missing in both designs of ComfyUI's page, readable at the
+window sizes of laptops, is tidy, says the same as its API twin, runs from the page and over the API.
 
   bash scripts/test.sh -k test_templates
 
@@ -28,7 +27,19 @@ TEMPLATES = sorted(path.stem for path in SHIPPED.glob("*.json"))
 BLUEPRINTS = sorted(path.stem for path in (ROOT / "subgraphs").glob("*.json"))
 FILES = sorted([*SHIPPED.rglob("*.json"), *(ROOT / "subgraphs").glob("*.json")])
 LOADERS = {"Flux2LoadModel": "diffusion_models", "Flux2LoadTextEncoder": "text_encoders", "Flux2LoadVAE": "vae"}
-NEEDS_GPU = {"flux2_fp8_fast_blocks": ("Flux2FastBlocks", "Fast Blocks cannot run here: .*GPU")}
+TWINS = {  # template -> its API workflow; make_workflows.py makes the one from the other
+    "1 Text to image": "flux2_text_to_image",
+    "2 Image edit": "flux2_image_edit",
+    "3 Two references": "flux2_image_edit_two_references",
+    "4 klein in four steps": "flux2_klein_4_steps",
+    "5 fp8 and fused blocks": "flux2_fp8_fast_blocks",
+    "6 Several GPUs": "flux2_several_gpus",
+    "7 Compare kernels": "flux2_compare_attention",
+    "8 Benchmark kernels": "flux2_benchmark_attention",
+}
+WINDOWS = [(1366, 768), (1600, 900), (1920, 1080)]
+READABLE = 8 / 14  # below this scale ComfyUI draws no text: letters of 14 pixels would be smaller than 8
+NEEDS_GPU = {"5 fp8 and fused blocks": ("Flux2FastBlocks", "Fast Blocks cannot run here: .*GPU")}
 WIDTH, HEIGHT, STEPS, BLOCKS = 96, 64, 2, 6  # the small model has two double and four single blocks
 SMALL = {
     "width": WIDTH,
@@ -50,7 +61,7 @@ def template(name):
 
 
 def twin(name):
-    return json.loads((SHIPPED / "api" / f"{name}.json").read_text())
+    return json.loads((SHIPPED / "api" / f"{TWINS[name]}.json").read_text())
 
 
 def blueprint(name):
@@ -69,23 +80,26 @@ def small(prompt):
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def test_every_subject_has_its_template_with_twin_and_thumbnail():
-    assert set(TEMPLATES) >= {
-        "flux2_text_to_image",
-        "flux2_image_edit",
-        "flux2_image_edit_two_references",
-        "flux2_klein_4_steps",
-        "flux2_compare_attention",
-        "flux2_benchmark_attention",
-        "flux2_fp8_fast_blocks",
-        "flux2_several_gpus",
-    }
-    assert (
-        TEMPLATES
-        == sorted(path.stem for path in (SHIPPED / "api").glob("*.json"))
-        == sorted(path.stem for path in SHIPPED.glob("*.jpg"))
-    )
+def test_every_subject_has_its_template_with_twin_and_card():
+    assert TEMPLATES == sorted(TWINS) == sorted(path.stem for path in SHIPPED.glob("*.jpg"))
+    assert sorted(TWINS.values()) == sorted(path.stem for path in (SHIPPED / "api").glob("*.json"))
     assert BLUEPRINTS == ["FLUX.2 edit", "FLUX.2 text to image"]
+
+
+def test_an_image_holds_its_workflow():
+    """Dropped on the page it opens the first template."""
+    with Image.open(ROOT / "docs" / "workflow.png") as image:
+        assert json.loads(image.text["workflow"]) == template(TEMPLATES[0])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_top_level_is_what_a_user_reads_and_sets(name):
+    """One node that holds the graph, what comes out of it, and a note; no more nodes than fit a laptop's screen."""
+    nodes = template(name)["nodes"]
+    assert len(nodes) <= 6
+    for node in nodes_in(template(name)):
+        kept = node["type"] == "MarkdownNote" or node in nodes and len(node["type"]) == 36  # the id of a subgraph
+        assert kept or not node.get("title"), "a stored title hides the node's name from search and from translation"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -114,17 +128,21 @@ def test_every_loader_says_where_its_file_is_published(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_note_explains_and_the_thumbnail_shows(name):
+def test_a_note_explains_and_names_the_files_and_the_card_is_square(name):
     (note,) = [node for node in template(name)["nodes"] if node["type"] == "MarkdownNote"]
-    assert 15 < len(note["title"]) < 60 and 250 < len(note["widgets_values"][0]) < 1100
-    with Image.open(SHIPPED / f"{name}.jpg") as thumbnail:
-        assert thumbnail.size == (960, 540)
+    text = note["widgets_values"][0]
+    assert 15 < len(note["title"]) < 60 and 250 < len(text) < 1300
+    for node in nodes_in(template(name)):
+        for model in node["properties"].get("models") or []:
+            assert f"models/{model['directory']}: [{model['name']}]({model['url']})" in text
+    with Image.open(SHIPPED / f"{name}.jpg") as card:
+        assert card.size == (512, 512)
     assert (SHIPPED / f"{name}.jpg").stat().st_size < 150_000
 
 
 def test_the_readme_lists_every_template_and_blueprint():
     readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"^\| `(flux2_\w+)` \|", readme, re.M)) == set(TEMPLATES)
+    assert set(re.findall(r"^\| \*(\d [^*]+)\* \|", readme, re.M)) == set(TEMPLATES)
     assert all(f"*{name}*" in readme for name in BLUEPRINTS)
 
 
@@ -223,31 +241,76 @@ def overlapping(boxes):
     ]
 
 
+def meaning(prompt):
+    """A workflow without its ids: the output nodes, each with its values and, in place of links, what is there. A
+    report passes its latent on, so what hangs behind it hangs on the sampler.
+    """
+
+    def source(link):
+        node = prompt[link[0]]
+        passes = node["class_type"] == "Flux2AttentionReport" and link[1] == 0
+        return source(node["inputs"]["latent"]) if passes else (read(link[0]), link[1])
+
+    def read(key):
+        node = prompt[key]
+        values = {
+            name: source(value) if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+            if name in NAMED.get(node["class_type"], node["inputs"])
+        }
+        return node["class_type"], tuple(sorted((name, str(value)) for name, value in values.items()))
+
+    used = {value[0] for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)}
+    return sorted(
+        str(read(key))
+        for key, node in prompt.items()
+        if key not in used or node["class_type"] == "Flux2AttentionReport"
+    )
+
+
+NAMED = {}  # class -> the inputs that a twin names; a saved graph also has those that it leaves at their defaults
+
+
+def named_inputs(api):
+    """{class: inputs that any of its nodes names}."""
+    found = {}
+    for node in api.values():
+        found.setdefault(node["class_type"], set()).update(node["inputs"])
+    return found
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name):
+def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name, monkeypatch):
     page.load(template(name), name)
     page.fit()
     page.screenshot(shots / f"{name}.png")
     assert_complete(page)
-    nodes = page.nodes()
-    assert (
-        overlapping(
-            [
-                (node["title"], node["pos"][0], node["pos"][1] - 30, node["size"][0], node["size"][1] + 30)
-                for node in nodes
-            ]
-        )
-        == []
-    )
-    assert overlapping([(group["title"], *group["bounding"]) for group in template(name)["groups"]]) == []
-    prompt, api = page.prompt(), twin(name)
-    assert {key: entry["class_type"] for key, entry in prompt.items()} == {
-        key: entry["class_type"] for key, entry in api.items()
-    }
-    for key, entry in api.items():
-        assert {value: prompt[key]["inputs"][value] for value in entry["inputs"]} == entry["inputs"], entry["_meta"][
-            "title"
-        ]
+    boxes = [(n["title"], n["pos"][0], n["pos"][1] - 30, n["size"][0], n["size"][1] + 30) for n in page.nodes()]
+    assert overlapping(boxes) == []
+    for definition in template(name).get("definitions", {}).get("subgraphs", []):
+        assert overlapping([(group["title"], *group["bounding"]) for group in definition["groups"]]) == []
+    monkeypatch.setattr("test_templates.NAMED", named_inputs(twin(name)))
+    assert meaning(page.prompt()) == meaning(twin(name))
+
+
+OPEN_TEMPLATE = """
+await app.loadGraphData(args[0], true, true, args[1], {openSource: 'template'});
+for (let i = 0; i < 30; i++) await new Promise(requestAnimationFrame);
+return app.canvas.ds.scale;
+"""
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_opens_readable_at_every_window_size(page, shots, window):
+    """The page fits a template into the window: its letters must stay above the size at which they are drawn."""
+    page.resize(*window)
+    try:
+        for name in TEMPLATES:
+            scale = page.js(OPEN_TEMPLATE, template(name), name)
+            page.screenshot(shots / f"{name}-{window[0]}.png")
+            assert scale > READABLE * 1.1 and not page.js("return app.canvas.low_quality"), (name, scale)
+    finally:
+        page.resize(1920, 1080)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -273,13 +336,24 @@ for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) {
 """
 
 
+SET_INSIDE = """
+const inner = [...app.graph.subgraphs.values()].flatMap(graph => graph.nodes);
+for (const widget of inner.flatMap(node => node.widgets ?? []))
+  if (widget.name in args[0]) widget.value = args[0][widget.name];
+"""
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_runs_from_the_page(official_server, page, shots, name):
     page.load(template(name), name)
-    page.js(SET, {**SMALL, "noise_seed": 7})
+    page.js(SET, {**SMALL, "seed": 7})
+    page.js(SET_INSIDE, {"megapixels": SMALL["megapixels"]})
     if name in NEEDS_GPU:
         # bypassed, as its note says
-        page.js("app.graph.nodes.find(node => node.type === args[0]).mode = 4", NEEDS_GPU[name][0])
+        page.js(
+            "app.graph.nodes.find(node => node.subgraph).subgraph.nodes.find(node => node.type === args[0]).mode = 4",
+            NEEDS_GPU[name][0],
+        )
     outputs = json.loads(get(official_server, f"/history/{page.run()}"))
     page.fit()
     page.screenshot(shots / f"{name}-ran.png")
@@ -290,37 +364,29 @@ def test_runs_from_the_page(official_server, page, shots, name):
 
 
 def connected(page, name):
-    """A blueprint in the page with a picture before it and a saving node behind it."""
+    """A blueprint in the page with an image before it, and a report and a saving node behind it."""
     page.load(blueprint(name), name)
     page.js("""
-        const node = app.graph.nodes[0], save = LiteGraph.createNode('SaveImage'), load = \
-LiteGraph.createNode('LoadImage');
-        app.graph.add(save);
-        save.pos = [600, 0];
-        node.connect(node.outputs.findIndex(slot => slot.name === 'image'), save, 0);
-        const picture = node.inputs.findIndex(slot => slot.name === 'picture');
-        if (picture >= 0) {
-          app.graph.add(load);
-          load.pos = [-400, 0];
+        const add = (type, pos) => { const node = LiteGraph.createNode(type); app.graph.add(node); node.pos = pos; \
+return node; };
+        const [node] = app.graph.nodes, save = add('SaveImage', [600, 0]);
+        const report = add('Flux2AttentionReport', [600, 400]);
+        const output = wanted => node.outputs.findIndex(slot => slot.name === wanted);
+        node.connect(output('image'), save, 0);
+        for (const wanted of ['model', 'latent'])
+          node.connect(output(wanted), report, report.inputs.findIndex(slot => slot.name === wanted));
+        const image = node.inputs.findIndex(slot => slot.name === 'image');
+        if (image >= 0) {
+          const load = add('LoadImage', [-400, 0]);
           load.widgets.find(widget => widget.name === 'image').value = 'example.png';
-          load.connect(0, node, picture);
+          load.connect(0, node, image);
         }""")
 
 
+KERNEL, FILES_OF = "attention kernel", ["model", "text encoder", "vae"]
 EXPOSED = {
-    "FLUX.2 text to image": [
-        "prompt",
-        "width",
-        "height",
-        "seed",
-        "steps",
-        "guidance",
-        "attention",
-        "model",
-        "text_encoder",
-        "vae",
-    ],
-    "FLUX.2 edit": ["prompt", "seed", "steps", "guidance", "attention", "model", "text_encoder", "vae", "megapixels"],
+    "FLUX.2 text to image": ["prompt", "width", "height", KERNEL, "seed", "steps", "guidance", *FILES_OF],
+    "FLUX.2 edit": ["prompt", KERNEL, "seed", "steps", "guidance", *FILES_OF, "megapixels"],
 }
 # a widget of the blueprint -> where its value must arrive: (node, input)
 ARRIVES = {
@@ -330,7 +396,7 @@ ARRIVES = {
     "seed": ("RandomNoise", "noise_seed"),
     "steps": ("Flux2Scheduler", "steps"),
     "guidance": ("FluxGuidance", "guidance"),
-    "attention": ("Flux2SelectAttention", "backend"),
+    KERNEL: ("Flux2SelectAttention", "backend"),
     "megapixels": ("ImageScaleToTotalPixels", "megapixels"),
 }
 VALUES = {
@@ -340,7 +406,7 @@ VALUES = {
     "seed": 5,
     "steps": STEPS,
     "guidance": 3.5,
-    "attention": "sdpa-math",
+    KERNEL: "sdpa-math",
     "megapixels": 0.01,
 }
 
