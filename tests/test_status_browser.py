@@ -132,7 +132,7 @@ def test_the_badge_judges_another_choice_before_it_runs(shared_page, model_files
 def test_a_refusal_is_red_and_short_with_the_whole_text_in_the_dialog(shared_page, model_files, shots):
     page = shared_page
     open_graph(page, model_files, seed=8103, backend="flash4")
-    assert texts(page)[0].startswith("flash4 cannot run here: It needs an NVIDIA") and badges(page)[0][1] == "#a12622"
+    assert texts(page)[0].startswith("flash4 cannot run here: It needs an NV") and badges(page)[0][1] == "#a12622"
     with pytest.raises(RuntimeError, match="cannot run here"):
         page.run()
     page.wait_for(
