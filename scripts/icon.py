@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Draw docs/icon.png, the pack's picture in the registry: an attention map, softmax weights of six queries over six
-keys.
+"""Draw docs/icon.png and docs/banner.png, the pack's images in the registry: an attention map, softmax weights of six
+queries over six keys, and the same beside the pack's name.
 
   python scripts/icon.py
 
-Needs Pillow. The registry takes at most 800 x 400 pixels.
+Needs Pillow. The registry takes icons of at most 800 x 400 pixels, and banners of 21 to 9.
 """
 
 import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "icon.png"
+BANNER, BANNER_SIZE = FILE.with_name("banner.png"), (1344, 576)
 SIZE, SCALE, CELLS = 400, 4, 6
 BACKGROUND, COLD, HOT = (20, 23, 31), (58, 45, 110), (255, 184, 77)
 MARGIN, GAP = 46, 9
@@ -46,5 +47,18 @@ def draw():
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
+def banner():
+    """An RGB image of BANNER_SIZE: the icon, the name, and what the pack does in a line."""
+    image = Image.new("RGB", BANNER_SIZE, BACKGROUND)
+    icon = draw()
+    image.paste(icon, (88, 88), icon)
+    pen = ImageDraw.Draw(image)
+    pen.text((536, 222), "Flux 2 Attention", fill="white", font=ImageFont.load_default(88), anchor="lm")
+    line = "FLUX.2 in ComfyUI with the kernel you choose"
+    pen.text((540, 326), line, fill=HOT, font=ImageFont.load_default(34), anchor="lm")
+    return image
+
+
 if __name__ == "__main__":
     draw().save(FILE, optimize=True)
+    banner().save(BANNER, optimize=True)

@@ -7,8 +7,8 @@ once.
                                                                     and CHANGELOG.md
   python scripts/registry.py --publishing                           the same, and that publisher and addresses are
                                                                     filled in
-  python scripts/registry.py --publisher ID --repository URL        fill them in: PublisherId, Icon and the project's
-                                                                    addresses
+  python scripts/registry.py --publisher ID --repository URL        fill them in: PublisherId, Icon, Banner and the
+                                                                    project's addresses
   python scripts/registry.py --changelog                            print what CHANGELOG.md says of this version
 
 Rules from docs.comfy.org/registry/specifications and comfy-cli's parser (1.23). Standard library alone (on Python 3.10
@@ -28,6 +28,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 ICON, ICON_LIMIT = "docs/icon.png", (800, 400)
+BANNER, BANNER_SHAPE = "docs/banner.png", (21, 9)
 ACCELERATORS = (
     "GPU :: NVIDIA CUDA",
     "GPU :: AMD ROCm",
@@ -99,19 +100,29 @@ def comfy_problems(comfy, project):
 
 
 def icon_problems(root):
-    header = (root / ICON).read_bytes()[:24]
-    width, height = struct.unpack(">II", header[16:24])  # of a PNG's first chunk
-    if header[:8] != b"\x89PNG\r\n\x1a\n" or width > ICON_LIMIT[0] or height > ICON_LIMIT[1]:
+    shape = png_shape(root / ICON)
+    if not shape or shape[0] > ICON_LIMIT[0] or shape[1] > ICON_LIMIT[1]:
         yield f"{ICON} must be a PNG of at most {ICON_LIMIT[0]} x {ICON_LIMIT[1]} pixels."
+    shape = png_shape(root / BANNER)
+    if not shape or shape[0] * BANNER_SHAPE[1] != shape[1] * BANNER_SHAPE[0]:
+        yield f"{BANNER} must be a PNG, {BANNER_SHAPE[0]} to {BANNER_SHAPE[1]}."
+
+
+def png_shape(file):
+    """(width, height) of a PNG, or None for anything else."""
+    header = file.read_bytes()[:24]
+    return struct.unpack(">II", header[16:24]) if header[:8] == b"\x89PNG\r\n\x1a\n" else None  # of its first chunk
 
 
 def publisher_problems(project, comfy):
     if not comfy.get("PublisherId"):
         yield f"PublisherId is empty: create a publisher at registry.comfy.org, then run: {FILL_IN}"
-    if not project.get("urls", {}).get("Repository"):
-        yield f"There is no Repository address. Run: {FILL_IN}"
-    if not comfy.get("Icon", "").startswith("https://"):
-        yield f"Icon must be an address. Run: {FILL_IN}"
+    for name in URLS:
+        if not project.get("urls", {}).get(name):
+            yield f"There is no {name} address. Run: {FILL_IN}"
+    for name in ("Icon", "Banner"):
+        if not comfy.get(name, "").startswith("https://"):
+            yield f"{name} must be an address. Run: {FILL_IN}"
 
 
 # --- filling in ------------------------------------------------------------------------------------------------------
@@ -129,7 +140,8 @@ def filled(text, publisher, repository, branch="main"):
     owner, name = found.groups()
     address = f"https://github.com/{owner}/{name}"
     text = set_value(text, "PublisherId", publisher)
-    text = set_value(text, "Icon", f"https://raw.githubusercontent.com/{owner}/{name}/{branch}/{ICON}")
+    for key, file in (("Icon", ICON), ("Banner", BANNER)):
+        text = set_value(text, key, f"https://raw.githubusercontent.com/{owner}/{name}/{branch}/{file}")
     lines = "".join(f'{quoted(key)} = "{address}{rest}"\n' for key, rest in URLS.items())
     return re.sub(r"\[project\.urls\]\n(?:[^\[\n].*\n)*", lambda _: f"[project.urls]\n{lines}", text, count=1)
 

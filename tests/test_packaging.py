@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -21,12 +22,13 @@ CLAIMED = {
     "version": "0.1.0",
     "license": {"text": "Apache-2.0"},
     "classifiers": ["Operating System :: OS Independent", "Environment :: GPU :: AMD ROCm"],
-    "urls": {"Repository": "https://github.com/o/n"},
+    "urls": dict.fromkeys(("Repository", "Documentation", "Bug Tracker"), "https://github.com/o/n"),
 }
 COMFY = {
     "PublisherId": "somebody",
     "DisplayName": "Flux 2 Attention",
     "Icon": "https://raw.githubusercontent.com/o/n/main/docs/icon.png",
+    "Banner": "https://raw.githubusercontent.com/o/n/main/docs/banner.png",
     "requires-comfyui": ">=0.30.0",
 }
 
@@ -74,7 +76,9 @@ def test_amd_and_nvidia_and_the_system_are_declared():
         ({}, {"requires-comfyui": ">=0.30.0,<1.0.0"}, "one comparison"),
         ({}, {"PublisherId": ""}, "PublisherId is empty"),
         ({}, {"Icon": "docs/icon.png"}, "Icon must be an address"),
+        ({}, {"Banner": ""}, "Banner must be an address"),
         ({"urls": {}}, {}, "no Repository address"),
+        ({"urls": {"Repository": "https://github.com/o/n"}}, {}, "no Bug Tracker address"),
     ],
 )
 def test_what_the_registry_would_not_take_is_said(project, comfy, sentence):
@@ -90,13 +94,15 @@ def test_publisher_and_addresses_are_filled_in_without_touching_the_rest():
         publication.problems(data, publishing=True) == []
         and data["project"]["urls"]["Bug Tracker"] == "https://github.com/owner/flux2-attention/issues"
     )
+    assert all(data["project"]["urls"].values()) and all(data["tool"]["comfy"].values()), "nothing is left empty"
     assert data["tool"]["comfy"]["Icon"] == "https://raw.githubusercontent.com/owner/flux2-attention/main/docs/icon.png"
     assert publication.filled(text, "somebody", "https://github.com/owner/flux2-attention") == text, (
         "filling in twice changes nothing"
     )
     kept = [line for line in before.splitlines() if line not in text.splitlines()]
     assert all(
-        line.startswith(("PublisherId", "Icon", "Repository", "Documentation", '"Bug Tracker"')) for line in kept
+        line.startswith(("PublisherId", "Icon", "Banner", "Repository", "Documentation", '"Bug Tracker"'))
+        for line in kept
     )
 
 
@@ -121,6 +127,17 @@ def test_the_icon_is_what_its_script_draws():
     with Image.open(icon.FILE) as drawn:
         # another Pillow may round otherwise
         assert max(high for _, high in ImageChops.difference(drawn.convert("RGBA"), icon.draw()).getextrema()) <= 2
+
+
+def test_the_banner_is_what_its_script_draws():
+    from PIL import Image, ImageChops
+
+    import icon
+
+    with Image.open(icon.BANNER) as drawn:
+        assert drawn.size == (1344, 576)
+        changed = ImageChops.difference(drawn.convert("L"), icon.banner().convert("L")).point(lambda v: 255 * (v > 40))
+        assert sum(map(bool, changed.tobytes())) < 0.02 * 1344 * 576  # another Pillow draws letters a little otherwise
 
 
 def test_licence_notice_and_papers_are_there():
@@ -165,9 +182,10 @@ def archive():
 
 def test_the_archive_has_what_users_need_and_not_what_developers_need(archive):
     for folder in ("nodes", "flux2", "attention", "web", "docs", "locales", "subgraphs", "example_workflows"):
-        assert {
+        wanted = {
             name for name in listed("--cached", "--others", "--exclude-standard") if name.startswith(f"{folder}/")
-        } <= archive, folder
+        }
+        assert {name for name in wanted if not re.fullmatch(r"docs/.*\.png", name)} <= archive, folder
     assert {
         "__init__.py",
         "pyproject.toml",
@@ -180,7 +198,15 @@ def test_the_archive_has_what_users_need_and_not_what_developers_need(archive):
     } <= archive
     assert not any(name.startswith((".github/", ".ci/", "benchmarks/small/")) for name in archive)
     assert not any(re.match(r"tests/(test_|conftest)", name) for name in archive)
-    assert sum((ROOT / name).stat().st_size for name in archive) < 64 * 2**20
+    assert not any(name.startswith(("tests/data/small_flux2/", "docs/small-model.png")) for name in archive)
+
+
+def test_the_archive_is_small(archive, tmp_path):
+    """As `comfy node pack` zips it. The drawing model of the demo, 29 MB, comes with a checkout."""
+    with zipfile.ZipFile(tmp_path / "node.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        for name in archive:
+            made.write(ROOT / name, name)
+    assert (tmp_path / "node.zip").stat().st_size < 3 * 10**6
 
 
 def imported(text):
@@ -238,6 +264,25 @@ def test_the_archive_loads_in_comfyui(archive, tmp_path, comfyui):
     loaded, found = json.loads(done.stdout.splitlines()[-1])
     snapshot = json.loads((ROOT / "tests" / "data" / "object_info.json").read_text())
     assert loaded and set(snapshot) <= set(found)
+
+
+def test_a_clone_under_another_name_loads_too(tmp_path, comfyui):
+    """ComfyUI-Manager clones into a folder of the repository's name, whatever that is."""
+    if not CHECKOUT:
+        pytest.skip("this is not a git checkout")
+    pack = tmp_path / "ComfyUI-Flux_2.Attention-main"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", str(pack)], check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(pack)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "COMFYUI_PATH": str(comfyui), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, found = json.loads(done.stdout.splitlines()[-1])
+    assert loaded and len(found) >= 15
 
 
 # --- CONTRIBUTING: a backend in one file -----------------------------------------------------------------------------
