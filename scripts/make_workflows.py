@@ -50,6 +50,7 @@ BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.
 # pixels: a node's title bar, between nodes above each other, between columns, between a group's frame and its nodes
 TITLE, GAP, COLUMN_GAP, EDGE = 30, 26, 48, 18
 GROUP_TITLE, GROUP_GAP = 40, 30
+BELOW = 900  # where a second row of groups begins
 MODELS_WIDTH = 410  # wide enough for the official file names
 # at the top level nodes stand further apart: ComfyUI's newer node design draws some of them taller
 TOP_GAP, TOP_COLUMN_GAP = 46, 40
@@ -123,14 +124,14 @@ def generating(loaders, attention=("Select Attention",), prompt=(("Prompt", 190)
 
 
 def reference(number=None, left=0, size=True):
-    """The group of one reference image, below the models; the first gives the new image its size."""
+    """The group of one reference image, below all others; the first gives the new image its size."""
     name = f" {number}" if number else ""
     middle = [
         f"Scale Reference{name}",
         *([f"Size of {'Reference' if number else 'the Reference'}{name}"] if size else []),
     ]
     columns = [(360, middle), (290, [f"Encode Reference{name}", f"Use as Reference{name}"])]
-    return Group(f"Reference image{name}", TEAL, left, "Prompt", columns)
+    return Group(f"Reference image{name}", TEAL, left, BELOW, columns)
 
 
 RESULTS = (430, [(REPORT, 300), ("SaveImage", 330)])

@@ -241,34 +241,27 @@ def overlapping(boxes):
     ]
 
 
-def meaning(prompt):
-    """A workflow without its ids: the output nodes, each with its values and, in place of links, what is there. A
-    report passes its latent on, so what hangs behind it hangs on the sampler.
+def meaning(prompt, names):
+    """A workflow without its ids: [output node], each with its values and, in place of links, what is there. names:
+    {class: inputs that count}; a saved graph also has those that its twin leaves at their defaults. A report passes its
+    latent on, so what hangs behind it hangs on the sampler.
     """
 
     def source(link):
         node = prompt[link[0]]
         passes = node["class_type"] == "Flux2AttentionReport" and link[1] == 0
-        return source(node["inputs"]["latent"]) if passes else (read(link[0]), link[1])
+        return source(node["inputs"]["latent"]) if passes else [read(link[0]), link[1]]
+
+    def value_of(value):
+        return source(value) if isinstance(value, list) else value if isinstance(value, (str, bool)) else float(value)
 
     def read(key):
-        node = prompt[key]
-        values = {
-            name: source(value) if isinstance(value, list) else value
-            for name, value in node["inputs"].items()
-            if name in NAMED.get(node["class_type"], node["inputs"])
-        }
-        return node["class_type"], tuple(sorted((name, str(value)) for name, value in values.items()))
+        kind, inputs = prompt[key]["class_type"], prompt[key]["inputs"]
+        return {kind: {name: value_of(inputs[name]) for name in sorted(inputs) if name in names[kind]}}
 
     used = {value[0] for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)}
-    return sorted(
-        str(read(key))
-        for key, node in prompt.items()
-        if key not in used or node["class_type"] == "Flux2AttentionReport"
-    )
-
-
-NAMED = {}  # class -> the inputs that a twin names; a saved graph also has those that it leaves at their defaults
+    ends = [key for key, node in prompt.items() if key not in used or node["class_type"] == "Flux2AttentionReport"]
+    return sorted(json.dumps(read(key), indent=1) for key in ends)
 
 
 def named_inputs(api):
@@ -280,7 +273,7 @@ def named_inputs(api):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name, monkeypatch):
+def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name):
     page.load(template(name), name)
     page.fit()
     page.screenshot(shots / f"{name}.png")
@@ -289,8 +282,8 @@ def test_opens_complete_tidy_and_says_the_same_as_its_twin(page, shots, name, mo
     assert overlapping(boxes) == []
     for definition in template(name).get("definitions", {}).get("subgraphs", []):
         assert overlapping([(group["title"], *group["bounding"]) for group in definition["groups"]]) == []
-    monkeypatch.setattr("test_templates.NAMED", named_inputs(twin(name)))
-    assert meaning(page.prompt()) == meaning(twin(name))
+    names = named_inputs(twin(name))
+    assert meaning(page.prompt(), names) == meaning(twin(name), names)
 
 
 OPEN_TEMPLATE = """
