@@ -99,6 +99,9 @@ def ours(name):
 
 def merged(patcher):
     """The weights of a MODEL with its patches, in ComfyUI's keys."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()  # what another test sampled with
     patcher.patch_model()
     try:
         state = {name: value.clone() for name, value in patcher.model.diffusion_model.state_dict().items()}
@@ -556,3 +559,182 @@ def test_a_lora_for_the_model_alone_does_not_read_a_lazy_encoder(tools, model, v
     clip = lazy_clip.text_encoder(lazy_clip.EncoderSource(str(path)), lambda: tools.load.load_text_encoder(path), True)
     _, same, _ = apply(tools, model, tmp_path, low_rank_file(tools, variant, "diffusers"), clip=clip)
     assert same is clip and not lazy_clip.is_loaded(clip)
+
+
+# --- with the rest of the pack and of ComfyUI ------------------------------------------------------------------------
+
+
+def dora_file(tools, variant):
+    """DoRA in PEFT's names on every layer: the kind with the most that can go wrong on the way."""
+    tensors = low_rank_file(tools, variant, "PEFT, diffusers")
+    for module, shape in layers(tools, variant, "diffusers").items():
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = lengths(module, shape[0], 1, "rows")[:, 0]
+    return tensors
+
+
+def forward(network):
+    g = torch.Generator().manual_seed(6)
+    latent, prompt = torch.randn(1, 128, 4, 4, generator=g), torch.randn(1, 9, 192, generator=g)
+    return network(latent, torch.tensor([0.3]), prompt, guidance=torch.tensor([4.0]))
+
+
+def error(value, wanted):
+    return ((value - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_layers_that_are_fetched_at_each_step_get_the_change_when_they_are_used(tools, model, variant, tmp_path, share):
+    """ComfyUI's partial loading, as on a small card and in 'layer by layer'."""
+    patched = apply(tools, model, tmp_path, dora_file(tools, variant), 0.7)[0]
+    network, plain = model.model.diffusion_model, forward(model.model.diffusion_model)
+    patched.patch_model()
+    wanted = forward(network)
+    patched.unpatch_model()
+    patched.patch_model(torch.device("cpu"), lowvram_model_memory=max(0.1, share * patched.model_size()))
+    late = [module for module in network.modules() if getattr(module, "weight_function", None)]
+    found = forward(network)
+    patched.detach()
+    assert late and error(found, wanted) < 1e-5 < 1e-3 < error(wanted, plain)
+    assert torch.equal(forward(network), plain)
+
+
+def test_strengths_change_on_the_same_loaded_model(tools, model, variant, tmp_path):
+    """As ComfyUI runs two prompts: the next MODEL takes the weights back and patches them again."""
+    outs = []
+    for strength in (0.5, 1.0, 0.5, 0.0):
+        patched = apply(tools, model, tmp_path, dora_file(tools, variant), strength)[0]
+        tools.core.model_management.load_models_gpu([patched])
+        assert patched.model is model.model
+        outs.append(forward(model.model.diffusion_model))
+    tools.core.model_management.unload_all_models()
+    assert torch.equal(outs[0], outs[2]) and error(outs[1], outs[0]) > 1e-3 and error(outs[3], outs[0]) > 1e-3
+
+
+def select(tools, model):
+    from flux2_pack.nodes.attention import Flux2SelectAttention
+
+    return Flux2SelectAttention.execute(model, "sdpa-math").args[0]
+
+
+def compiled(tools, model):
+    from flux2_pack.flux2.compiled import blocks
+
+    clone = model.clone()
+    blocks.install(clone, blocks.Plan(backend="eager"))
+    return clone
+
+
+@pytest.mark.parametrize("node", [select, compiled])
+def test_before_and_behind_our_other_nodes(tools, model, variant, tmp_path, node):
+    import comfy.sample
+
+    def sample(one):
+        prompt = [[draw("prompt", 1, 20, 192, scale=0.3), {}]]
+        latent, noise = torch.zeros(1, 128, 4, 6), draw("noise", 1, 128, 4, 6, scale=1.0)
+        return comfy.sample.sample(
+            one, noise, 2, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True, seed=5
+        )
+
+    given = dora_file(tools, variant)
+    wanted = sample(apply(tools, model, tmp_path, given, 0.7)[0])
+    before = sample(node(tools, apply(tools, model, tmp_path, given, 0.7)[0]))
+    behind = sample(apply(tools, node(tools, model), tmp_path, given, 0.7)[0])
+    assert error(before, wanted) < 1e-5 and error(behind, wanted) < 1e-5 and error(sample(model), wanted) > 1e-3
+
+
+def test_patches_reach_other_ranks_as_they_are(tools, model, variant, tmp_path):
+    """What rank 0 sends and a rank makes of it, DoRA included; the sampling on two ranks is in test_ranks.py."""
+    from flux2_pack.flux2.parallel.workers import serialize
+
+    patched = apply(tools, model, tmp_path, dora_file(tools, variant), 0.7)[0]
+    data, tensors = serialize.flatten(patched.patches)
+    again = model.clone()
+    again.patches = serialize.restore(json.loads(json.dumps(data)), tensors)
+    wanted, found = merged(patched), merged(again)
+    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
+
+
+class Configurable(torch.nn.Module):
+    """What ComfyUI 0.36 calls ConfigurableModule: configured from JSON bytes, as a new module."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config
+
+    def with_config(self, encoded):
+        return type(self)(json.loads(bytes(encoded.tolist())))
+
+
+def test_a_configuration_of_a_layer_is_no_reason_for_sequence_parallel_to_refuse(
+    tools, model, variant, tmp_path, monkeypatch
+):
+    """A stand-in for newer cores, whose add_patches makes an object patch of such an entry."""
+    from flux2_pack.flux2.parallel.workers import patch_transfer
+
+    block = model.model.diffusion_model.double_blocks[0]
+    monkeypatch.setattr(block, "attention", Configurable(), raising=False)
+    add = type(model).add_patches
+
+    def newer(self, patches, *strengths):
+        for key in [key for key, patch in patches.items() if isinstance(patch, tuple) and patch[0] == "config"]:
+            name, encoded = key.removesuffix(".config"), patches[key][1][0]
+            self.add_object_patch(name, self.get_model_object(name).with_config(encoded))
+        return add(self, patches, *strengths)
+
+    config = torch.frombuffer(bytearray(b'{"attention": "sparse"}'), dtype=torch.uint8)
+    given = low_rank_file(tools, variant, "BFL") | {"diffusion_model.double_blocks.0.attention.config": config}
+    _, _, report = apply(tools, model, tmp_path, given)
+    assert "double_blocks.0.attention: this ComfyUI does not know configurations of layers." in report
+
+    monkeypatch.setattr(type(model), "add_patches", newer)
+    monkeypatch.setattr(tools.lora, "ConfigurableModule", Configurable)
+    patched, _, report = apply(tools, model, tmp_path, given)
+    assert "layers applied." in report
+    specs = json.loads(json.dumps(patch_transfer.encode_patches(patched, {})))
+    replica = patch_transfer.apply_patches(model, specs)
+    assert replica.object_patches["diffusion_model.double_blocks.0.attention"].config == {"attention": "sparse"}
+
+    by_core = model.clone()
+    by_core.add_object_patch("diffusion_model.double_blocks.0.attention", block.attention.with_config(config))
+    with pytest.raises(patch_transfer.Refused, match="use Load FLUX.2 LoRA for that file"):
+        patch_transfer.encode_patches(by_core, {})
+
+
+# --- in a server -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_strength_in_a_server_loads_no_model_again(tools, server, model_files, variant):
+    from api_workflow import PictureSettings, fill
+    from server_fixture import run
+
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    file = maker.write(folder / "of-a-test.safetensors", low_rank_file(tools, variant, "PEFT, original"))
+    names = {kind: files[0].name for kind, files in model_files.items()}
+
+    def run_at(strength):
+        workflow = fill(PictureSettings("A red fox", models=names, width=64, height=64, steps=1))
+        (reader,) = [key for key, entry in workflow.items() if entry["inputs"].get("model") == ["1", 0]]
+        workflow[reader]["inputs"]["model"] = ["lora", 0]
+        workflow["lora"] = {
+            "class_type": "Flux2LoadLoRA",
+            "inputs": {"model": ["1", 0], "lora_name": file.name, "strength": strength},
+        }
+        workflow["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["lora", 2]}}
+        result = run(server, workflow)
+        (image,) = result.images()
+        saved = server.base / "output" / image["subfolder"] / image["filename"]
+        return result.outputs["show"]["text"][0], saved.read_bytes()
+
+    def loads():
+        return server.log.read_text(errors="replace").count("model weight dtype")
+
+    try:
+        report, first = run_at(0.5)
+        after_the_first = loads()
+        _, second = run_at(1.5)
+    finally:
+        file.unlink()
+    count = len(layers(tools, variant, "original"))
+    assert f"{count} of {count} layers applied." in report and first != second
+    assert loads() == after_the_first > 0

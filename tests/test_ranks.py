@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import os
+from pathlib import Path
 import random
 import resource
 import shutil
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from types import SimpleNamespace
@@ -180,6 +182,21 @@ def lora(tools, model, strength, rank=4, seed=5):
     return patched
 
 
+def our_lora(tools, model):
+    """Load FLUX.2 LoRA on q, k and v apart, with DoRA: rows of a joined weight and lengths of their own."""
+    from flux2_pack.flux2.lora import load
+
+    import small_models as files
+
+    generator, tensors = torch.Generator().manual_seed(9), {}
+    for name in ("transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_out.0"):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn((4, 256), generator=generator) * 0.1
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn((256, 4), generator=generator) * 0.1
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.rand(256, generator=generator) + 0.5
+    with tempfile.TemporaryDirectory() as folder:
+        return load.apply(model, None, files.write(Path(folder) / "lora.safetensors", tensors), 0.8)[0]
+
+
 LORAS = {}  # the node keeps the file's tensors: a change of strength has the same ones
 
 
@@ -230,6 +247,7 @@ def selected(tools, model, **options):
     "patch, case, effect",
     [
         (lambda tools, model: lora(tools, model, 0.7), {}, 1e-3),
+        (our_lora, {}, 1e-3),
         (kv_cached, {"references": [(4, 5)], "steps": 3}, 1e-4),
         (kv_cached, {"references": [(4, 5)], "steps": 3, "cfg": 3.0, "negative": 600}, 1e-4),
         (kv_cached_beside_an_option_that_changes, {"references": [(4, 5)], "steps": 3}, 1e-4),
@@ -243,6 +261,7 @@ def selected(tools, model, **options):
     ],
     ids=[
         "LoRA",
+        "Load FLUX.2 LoRA",
         "Flux KV Cache",
         "Flux KV Cache, prompts one by one",
         "Flux KV Cache, a changing option",
