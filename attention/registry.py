@@ -22,7 +22,11 @@ NVIDIA = Hardware({"nvidia": ()})
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One backend: file under backends/, library, hardware, exact or quantised, how to install, what it is."""
+    """One backend: file under backends/, library, hardware, exact or quantised, how to install, what it is.
+
+    proven: platforms that this pack has run it on, its error measured against float32: an NVIDIA H200
+    (benchmarks/results/attention-h200.json), a CPU (tests/). docs/amd.md says what proves the others, and how far.
+    """
 
     module: str
     library: str
@@ -30,6 +34,7 @@ class BackendRow:
     exact: bool
     install: str
     summary: str
+    proven: tuple = ()
 
 
 BUILT_IN = "It is part of PyTorch; nothing has to be installed."
@@ -40,7 +45,9 @@ AITER_INSTALL = (
 FLYDSL_INSTALL = AITER_INSTALL + " Install FlyDSL as well (pip install flydsl)."
 NO_FLYDSL = "AITER has FlyDSL attention in bf16 for gfx1201 and gfx1250, in fp8 for gfx950 and gfx1201."
 ROWS = {
-    "sdpa": BackendRow("sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel"),
+    "sdpa": BackendRow(
+        "sdpa", "PyTorch", ANY, True, BUILT_IN, "PyTorch's own choice of kernel", ("nvidia sm90", "cpu")
+    ),
     "sdpa-flash": BackendRow(
         "sdpa",
         "PyTorch",
@@ -48,6 +55,7 @@ ROWS = {
         True,
         BUILT_IN,
         "PyTorch's FlashAttention kernel (on a CPU: its blocked kernel)",
+        ("nvidia sm90", "cpu"),
     ),
     "sdpa-cudnn": BackendRow(
         "sdpa",
@@ -56,12 +64,25 @@ ROWS = {
         True,
         BUILT_IN,
         "cuDNN's fused kernel through PyTorch; fast on Hopper and Blackwell",
+        ("nvidia sm90",),
     ),
     "sdpa-efficient": BackendRow(
-        "sdpa", "PyTorch", GPU, True, BUILT_IN, "PyTorch's memory-efficient kernel, float32 included"
+        "sdpa",
+        "PyTorch",
+        GPU,
+        True,
+        BUILT_IN,
+        "PyTorch's memory-efficient kernel, float32 included",
+        ("nvidia sm90",),
     ),
     "sdpa-math": BackendRow(
-        "sdpa", "PyTorch", ANY, True, BUILT_IN, "matrix products and a softmax; slow, for comparison"
+        "sdpa",
+        "PyTorch",
+        ANY,
+        True,
+        BUILT_IN,
+        "matrix products and a softmax; slow, for comparison",
+        ("nvidia sm90", "cpu"),
     ),
     "flash2": BackendRow(
         "flash2",
@@ -91,6 +112,7 @@ ROWS = {
         True,
         "Install it with: pip install --pre flash-attn-4",
         "Dao-AILab FlashAttention-4 (CuTe DSL) for Hopper and Blackwell",
+        ("nvidia sm90",),
     ),
     "aiter": BackendRow(
         "aiter",
@@ -178,6 +200,7 @@ ROWS = {
         False,
         "Install it with: pip install sageattention==1.0.6",
         "SageAttention 1 (Triton): int8 query-key",
+        ("nvidia sm90",),
     ),
     "sage2": BackendRow(
         "sage",
@@ -241,6 +264,14 @@ def row(slug):
     if slug not in ROWS:
         raise ValueError(f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.")
     return ROWS[slug]
+
+
+def experimental(slug, device=None):
+    """True for a backend that this pack has never run on hardware of its own; with a device (attention.device.Device),
+    on none of that platform.
+    """
+    platforms = {place.split()[0] for place in row(slug).proven}
+    return not platforms if device is None else device.platform not in platforms
 
 
 def _module(name):

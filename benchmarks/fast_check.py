@@ -251,6 +251,126 @@ def products():
     return rows
 
 
+def kitchen():
+    """comfy-kitchen's adaln and rms_rope, which core's requirements install, beside our kernels: error against float32,
+    milliseconds, and GB/s of the traffic that the work needs.
+
+    adaln has no gated residual in front, no fp8 or int8 behind and no second modulation; rms_rope reads q and k of one
+    tensor each, so text and image of a double block are joined before it (`cat` of the three outputs counts there).
+    """
+    import comfy_kitchen
+
+    rows = []
+    for length in LENGTHS:
+        x, both = randn(1, length, N), randn(1, length, 9 * N)
+        mod = randn(1, 1, 3 * N).chunk(3, -1)
+        weight = torch.ones(D, device="cuda", dtype=torch.bfloat16)
+        ids = torch.zeros(1, length, 4, device="cuda")
+        ids[..., 1], ids[..., 3] = torch.arange(length, device="cuda") % 64, torch.arange(length, device="cuda") // 64
+        pe = embedding(ids)
+        txt, img, size = both[:, :512, : 3 * N].contiguous(), both[:, 512:, : 3 * N].contiguous(), 2 * length * N
+
+        def heads(qkv):
+            return [t.unflatten(-1, (H, D)).transpose(1, 2) for t in qkv[..., : 3 * N].split(N, -1)]
+
+        def theirs_single():
+            q, k, _ = heads(both)
+            return comfy_kitchen.rms_rope(q, k, pe, weight, weight, qkv.RMS_EPS)
+
+        def theirs_joint():
+            q, k, v = (torch.cat(pair, 2) for pair in zip(heads(txt), heads(img)))
+            return (*comfy_kitchen.rms_rope(q, k, pe, weight, weight, qkv.RMS_EPS), v)
+
+        def wide_heads():
+            q, k, _ = (t.float() for t in heads(both))
+            norm_, rope = torch.nn.functional.rms_norm, comfy_kitchen.apply_rope
+            with comfy_kitchen.use_backend("eager"):
+                return rope(norm_(q, (D,), None, qkv.RMS_EPS), norm_(k, (D,), None, qkv.RMS_EPS), pe)
+
+        def wide_norm():
+            return torch.nn.functional.layer_norm(x.float(), (N,), eps=1e-6) * (1 + mod[1].float()) + mod[0].float()
+
+        def flat(tensors):
+            return [t.transpose(1, 2) if t.shape[1] == H else t for t in tensors]
+
+        works = {
+            "norm and modulation": (
+                2 * size,
+                lambda: [norm.norm_modulate(x, mod[0], mod[1])],
+                lambda: [comfy_kitchen.adaln(x, mod[1], mod[0], 1e-6)],
+                [wide_norm()],
+            ),
+            "q, k of a single block": (
+                4 * size,
+                lambda: qkv.single_qkv(both, H, (weight, weight), pe)[:2],
+                theirs_single,
+                wide_heads(),
+            ),
+            "q, k, v of a double block": (
+                6 * size,
+                lambda: qkv.joint_qkv(txt, img, H, (weight, weight), (weight, weight), pe),
+                theirs_joint,
+                None,
+            ),
+        }
+        for name, (traffic, ours, theirs, exact) in works.items():
+            times = {
+                who: summary(t)["ms"] for who, t in times_in_rounds({"ours": ours, "theirs": theirs}, 15, 3).items()
+            }
+            errors = {
+                who: max(
+                    ((out.float() - want).norm() / want.norm()).item() for out, want in zip(flat(work()), flat(exact))
+                )
+                for who, work in (("ours", ours), ("theirs", theirs))
+                if exact
+            }
+            rates = {who: round(traffic / ms / 1e6) for who, ms in times.items()}
+            rows.append({"work": name, "length": length, "ms": times, "gb_per_s": rates, "error": errors})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def embedding(ids):
+    from comfy.ldm.flux.layers import EmbedND
+
+    return EmbedND(128, 2000, [32] * 4)(ids)
+
+
+def int8_products():
+    """TFLOP/s of int8 products of the model's shapes: comfy-kitchen's int8_linear, which quantises its input itself,
+    with and without ConvRot; torch._int_mm with int32 sums; and bf16.
+    """
+    import comfy_kitchen
+
+    rows = []
+    shapes = [
+        (m, k, n) for m in LENGTHS for k, n in ((N, 9 * N), (4 * N, N), (N, 3 * N), (N, 6 * N), (3 * N, N), (N, N))
+    ]
+    for m, k, n in shapes:
+        a, w = randn(m, k), randn(n, k) * k**-0.5
+        w8 = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
+        a8 = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
+        scale, rows_scale = torch.full((n, 1), 1e-3, device="cuda"), torch.full((m, 1), 1e-3, device="cuda")
+        runners = {
+            "bf16": lambda: torch.nn.functional.linear(a, w),
+            "int8_linear": lambda: comfy_kitchen.int8_linear(a, w8, scale, None, torch.bfloat16),
+            "int8_linear convrot": lambda: comfy_kitchen.int8_linear(a, w8, scale, None, torch.bfloat16, True, 256),
+            "int_mm": lambda: torch._int_mm(a8, w8.t()),
+        }
+        try:
+            from comfy_kitchen.backends.cuda import _int4_linear_via_int8_values as values
+
+            runners["kitchen, quantised input"] = lambda: values(a8, w8, rows_scale, scale, None, torch.bfloat16)
+        except ImportError as error:
+            print("kitchen:", error, flush=True)
+        row = {"m": m, "k": k, "n": n}
+        for name, times in times_in_rounds(runners, 8, 2).items():
+            row[name] = round(2 * m * k * n / summary(times)["ms"] / 1e9)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def sustained():
     """TFLOP/s of bf16 products over a second each, when the card has reached its power limit: cuBLAS against quack's
     own
@@ -364,7 +484,7 @@ def main():
                 result["fp8_equal"] = fp8_rounding()
                 print("fp8 bytes equal:", result["fp8_equal"])
                 result[part] = kernels()
-            elif part in ("products", "sustained"):
+            elif part in ("products", "sustained", "kitchen", "int8_products"):
                 result[part] = globals()[part]()
             else:
                 patcher = patcher or build()

@@ -119,7 +119,8 @@ class Flux2CompileBlocks(io.ComfyNode):
         toolchain.keep_on_disk(cache_folder())
         patched = model.clone()
         compiled_blocks.install(
-            patched, compiled_blocks.Plan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None))
+            patched,
+            compiled_blocks.CompilePlan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None)),
         )
         return io.NodeOutput(patched)
 

@@ -505,7 +505,7 @@ def test_compile_blocks_leaves_them_too(tools, flux2):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
 
     given, model = inputs({}), fast(tools, flux2)
-    compiled_blocks.install(model, compiled_blocks.Plan(backend="eager"))
+    compiled_blocks.install(model, compiled_blocks.CompilePlan(backend="eager"))
     assert relative(forward(model, given), forward(flux2, given)) < CLOSE
     assert tools.fast_blocks.log_of(model).as_data() == ALL and not compiled_blocks.plan_of(model).log.graphs
     assert "Fast Blocks (FLUX.2) computes the blocks" in compiled_blocks.report(model)

@@ -287,7 +287,7 @@ def test_our_other_nodes_are_carried_too(tools, model, monkeypatch):
 
     there = model.clone()
     fused_blocks.install(there, fp8_rowwise.RowwiseFp8())
-    compiled_blocks.install(there, compiled_blocks.Plan("max-autotune-no-cudagraphs", compiled_blocks.EAGER))
+    compiled_blocks.install(there, compiled_blocks.CompilePlan("max-autotune-no-cudagraphs", compiled_blocks.EAGER))
     options = {
         **there.model_options["transformer_options"],
         "wrappers": there.wrappers,

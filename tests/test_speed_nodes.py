@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import small_models as maker
 from server_fixture import SCRIPTS
 
 import api_workflow
+from comfy_server import ComfyServer
 from generate import FLAGS, parse, settings_from
 
 STEPS, BLOCKS = 2, 6
@@ -57,7 +59,7 @@ def flux2(tools, small_models):
 
 def compiled(tools, model, **options):
     clone = model.clone()
-    tools.compile.install(clone, tools.compile.Plan(**{"backend": BACKEND, **options}))
+    tools.compile.install(clone, tools.compile.CompilePlan(**{"backend": BACKEND, **options}))
     return clone
 
 
@@ -232,11 +234,18 @@ def test_layers_that_fetch_their_weights_are_called_from_outside_the_graph(tools
     )
 
 
-def quantised(tools, monkeypatch, native):
-    """A MODEL of an fp8 checkpoint with input scales. native: products in fp8 as on a GPU that has them."""
+def quantised(tools, monkeypatch, native, which="_blocks."):
+    """A MODEL of an fp8 checkpoint with input scales. native: products in fp8 as on a GPU that has them; which: what
+    the names of fp8 layers contain.
+    """
     monkeypatch.setattr(tools.comfy.model_management, "supports_fp8_compute", lambda device=None: native)
+    return tools.comfy.sd.load_diffusion_model_state_dict(*fp8_checkpoint(which))
+
+
+def fp8_checkpoint(which="_blocks."):
+    """(weights, ComfyUI's model options, metadata) of an fp8 checkpoint of the small model."""
     weights = maker.diffusion_model()
-    layers = [name.removesuffix(".weight") for name in weights if "_blocks." in name and "norm" not in name]
+    layers = [name.removesuffix(".weight") for name in weights if which in name and "norm" not in name]
     for layer in layers:
         weight = weights[f"{layer}.weight"].float()
         scale = weight.abs().max() / 448
@@ -250,7 +259,7 @@ def quantised(tools, monkeypatch, native):
             {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
         )
     }
-    return tools.comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata)
+    return weights, {}, metadata
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -261,6 +270,131 @@ def test_an_fp8_checkpoint_computes_what_core_computes(tools, monkeypatch, nativ
     expected, fast = sample(tools, model), compiled(tools, model)
     assert relative(sample(tools, fast), expected) < 1e-6
     assert_compiled(tools, fast)
+
+
+def test_a_quantised_model_that_is_loaded_again_needs_no_new_graph(tools, monkeypatch):
+    """ComfyUI makes a class of Linear for each load of one."""
+    torch._dynamo.reset()
+    for native in (True, False):
+        for load in range(3):
+            model = compiled(tools, quantised(tools, monkeypatch, native))
+            sample(tools, model)
+            assert_compiled(tools, model)
+            if (native, load) == (True, 0):
+                before = tools.compile.graphs_so_far()
+    assert tools.compile.graphs_so_far() == before
+
+
+def test_a_model_in_which_no_block_is_quantised_is_loaded_again_without_a_new_graph(tools, monkeypatch):
+    """Its layers are of such a class all the same."""
+    torch._dynamo.reset()
+    graphs = []
+    for _ in range(3):
+        model = quantised(tools, monkeypatch, True, "final_layer.linear")
+        linear = model.model.diffusion_model.single_blocks[0].linear1
+        assert "<locals>" in type(linear).__qualname__ and getattr(linear, "layout_type", None) is None
+        expected, fast = sample(tools, model), compiled(tools, model)
+        assert relative(sample(tools, fast), expected) < 1e-6
+        assert_compiled(tools, fast)
+        graphs = [*graphs, tools.compile.graphs_so_far()]
+    assert len(set(graphs)) == 1
+
+
+# what torch.compile's own parts raise, and what anything may raise while it compiles
+GIVING_UP = {
+    "the limit of graphs": "FailOnRecompileLimitHit",
+    "an error of the system": "OSError",
+    "a crash of a compiler": "AssertionError",
+}
+
+
+def giving_up(tools, monkeypatch, case):
+    """A backend, or a setting, with which torch.compile gives up on the second batch size and not on the first."""
+    if case == "the limit of graphs":
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+        return BACKEND
+    raised = {
+        "an error of the system": OSError(28, "No space left on device"),
+        "a crash of a compiler": AssertionError(),
+    }
+
+    def backend(graph, inputs):
+        if any(t.shape[0] == 2 for t in inputs if isinstance(t, torch.Tensor) and t.ndim == 3):
+            raise raised[case]
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("case", GIVING_UP)
+@pytest.mark.parametrize("answer", ["stop", "eager"])
+def test_every_way_of_giving_up_is_answered_as_failures_says(tools, flux2, monkeypatch, case, answer):
+    torch._dynamo.reset()
+    tools.compile.set_up()
+    backend = giving_up(tools, monkeypatch, case)
+    two = {"positive": conditioning(batch=2), "shape": (2, 128, 4, 6)}
+    expected = sample(tools, flux2, **two)
+    how = tools.compile.EAGER if answer == "eager" else tools.compile.REFUSE
+    model = compiled(tools, flux2, backend=backend, on_failure=how)
+    sample(tools, model)
+    assert_compiled(tools, model)
+    if answer == "stop":
+        with pytest.raises(tools.compile.CompileRefused, match="torch.compile failed on the double blocks"):
+            sample(tools, model, **two)
+    else:
+        assert torch.equal(sample(tools, model, **two), expected)
+        assert "8 calls: torch.compile failed on the single blocks" in tools.compile.report(model)
+    assert touched(flux2) == []
+
+
+def test_what_the_block_itself_raises_passes_through(tools, flux2):
+    """Out of memory, or an attention backend that refuses: no failure of compiling, and not to be tried again eager."""
+    model = compiled(tools, flux2, on_failure=tools.compile.EAGER)
+    sample(tools, model)
+
+    def refuses(func, *args, **kwargs):
+        raise MemoryError("not enough")
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = refuses
+    with pytest.raises(MemoryError, match="not enough"):
+        sample(tools, model)
+    assert not tools.compile.plan_of(model).failed and touched(flux2) == []
+
+
+@pytest.mark.parametrize("answer", ["stop", "eager"])
+def test_code_that_was_compiled_and_cannot_run_stops_in_words(tools, flux2, answer):
+    """Whatever failures says: the hidden states may have been changed already."""
+    from triton.runtime.errors import OutOfResources
+
+    def backend(graph, inputs):
+        def run(*args):
+            raise OutOfResources(300000, 232448, "shared memory")
+
+        return run
+
+    how = tools.compile.EAGER if answer == "eager" else tools.compile.REFUSE
+    with pytest.raises(tools.compile.CompileRefused, match="cannot run here: out of resource: shared memory"):
+        sample(tools, compiled(tools, flux2, backend=backend, on_failure=how))
+
+
+def test_settings_of_the_process_are_made_once_and_not_changed_around_a_pass(tools, flux2):
+    """ComfyUI's MultiGPU runs passes side by side: one that ends must not take the settings from one that compiles."""
+    from torch.fx.experimental import _config as symbols
+
+    def settings():
+        return torch._dynamo.config.recompile_limit, symbols.use_duck_shape
+
+    seen, model = [], compiled(tools, flux2)
+    before = settings()
+    assert before == (tools.compile.GRAPHS, False)
+
+    def looks(func, *args, transformer_options, **kwargs):
+        seen.append(settings())
+        return func(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = looks
+    sample(tools, model)
+    assert {before} == set(seen) and settings() == before
 
 
 def test_a_model_unloaded_between_two_samplings(tools, flux2):
@@ -346,9 +480,9 @@ def test_installing_twice_replaces_and_other_kinds_of_model_are_refused(tools, f
     assert_compiled(tools, twice)
     other = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="knows the blocks of FLUX models, and this is a SimpleNamespace"):
-        tools.compile.install(other, tools.compile.Plan())
+        tools.compile.install(other, tools.compile.CompilePlan())
     with pytest.raises(ValueError, match="The mode can be default or"):
-        tools.compile.Plan("fastest")
+        tools.compile.CompilePlan("fastest")
 
 
 # --- the compiler ----------------------------------------------------------------------------------------------------
@@ -396,6 +530,13 @@ def test_compiled_code_goes_to_the_users_folder_unless_the_user_chose_another(to
         if before:
             monkeypatch.setenv(variable, before)
         assert tools.compiler.keep_on_disk(tmp_path) == str(expected) == os.environ[variable]
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_place_to_torch(tools, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    monkeypatch.delenv(tools.compiler.CACHE_VARIABLE, raising=False)
+    assert tools.compiler.keep_on_disk(tmp_path / "file" / "compiled") == "torch's temporary folder"
+    assert tools.compiler.CACHE_VARIABLE not in os.environ
 
 
 def test_inductor_compiles_through_the_node_and_finds_its_code_on_disk(tools, comfy, monkeypatch, tmp_path):
@@ -481,9 +622,9 @@ def test_warming_up_compiles_so_that_the_picture_does_not(tools, flux2):
 
 def test_references_batches_and_a_prompt_of_ones_own(tools, flux2, monkeypatch):
     shapes = []
-    monkeypatch.setattr(tools.warmup.bench, "random_conditioning", lambda model: pytest.fail("a prompt was given"))
+    monkeypatch.setattr(tools.warmup.capture, "random_conditioning", lambda model: pytest.fail("a prompt was given"))
     monkeypatch.setattr(
-        tools.warmup.compare,
+        tools.warmup.sampling,
         "run",
         lambda model, job, callback: shapes.append(
             (
@@ -497,7 +638,7 @@ def test_references_batches_and_a_prompt_of_ones_own(tools, flux2, monkeypatch):
 
 
 def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux2, monkeypatch):
-    real, sizes = tools.warmup.compare.run, []
+    real, sizes = tools.warmup.sampling.run, []
 
     def run(model, job, callback):
         sizes.append(job.latent["samples"].shape)
@@ -505,7 +646,7 @@ def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux
             raise tools.comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate\nmore")
         return real(model, job, callback)
 
-    monkeypatch.setattr(tools.warmup.compare, "run", run)
+    monkeypatch.setattr(tools.warmup.sampling, "run", run)
     text = warm(tools, flux2)[1]
     assert (
         text[1]
@@ -530,7 +671,7 @@ def test_wrong_sizes_are_answered_when_queued(tools):
 
 
 def test_steps_are_timed_without_loading(tools, flux2):
-    row = tools.warmup.warm_up(flux2, [tools.warmup.bench.Size(64, 64)], 3)[0]
+    row = tools.warmup.warm_up(flux2, [tools.warmup.capture.Size(64, 64)], 3)[0]
     assert len(row.steps) == 3 and min(row.steps) > 0 and row.loading >= 0 and "s per step" in row.as_text()
 
 
@@ -627,6 +768,23 @@ def test_generate_warms_up_on_a_real_server_and_draws_the_same_picture(server, m
     assert json.loads(said.splitlines()[-1])["steps"] == 2
     plain, warmed = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "warm"))
     assert (plain == warmed).all()
+
+
+def test_a_server_that_keeps_no_node_compiles_an_fp8_model_once(comfyui, model_files, tmp_path, monkeypatch):
+    """With --cache-none every prompt loads the model again."""
+    for name, value in {"ATEN_CPU_CAPABILITY": "default", "TORCHINDUCTOR_COMPILE_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)  # as above: no search for vector instructions, no pool of processes
+    weights, _, metadata = fp8_checkpoint()
+    save_file(weights, tmp_path / "fp8.safetensors", metadata)
+    files, said = {**model_files, "diffusion_models": [tmp_path / "fp8.safetensors"]}, []
+    with ComfyServer(comfyui, models=files, arguments=["--cpu", "--force-fp32", "--cache-none"]) as running:
+        for seed in ("1", "2"):
+            done = generate(running, files, tmp_path / f"{seed}.png", "--enable-torch-compile", "--seed", seed)
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout)
+        assert running.log.read_text(errors="replace").count("loaded completely") >= 2
+    assert all("Compiled blocks: 12 of 12 block calls." in text for text in said)
+    assert "2 graphs compiled in" in said[0] and "compiled in" not in said[1]
 
 
 def test_generate_says_why_fast_blocks_cannot_run_on_a_cpu(server, model_files, tmp_path):

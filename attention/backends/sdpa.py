@@ -5,6 +5,9 @@ the public function restricted to that kernel, because the operators want masks 
 knows. PyTorch's layout is (B, H, S, D).
 """
 
+from functools import lru_cache
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +38,28 @@ def public(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+ROCM_DEVICE = "cuda"  # PyTorch's name for AMD GPUs
+
+
+@lru_cache(maxsize=None)
+def refused_by_torch(kernel, heads, head_dim, dtype):
+    """Sentences about what PyTorch's AMD kernel (AOTriton; "flash" or "efficient") cannot take. That differs by version
+    and card, so torch is asked, with small tensors of this kind; empty where it cannot be asked.
+    """
+    can_use = {"flash": "can_use_flash_attention", "efficient": "can_use_efficient_attention"}[kernel]
+    try:
+        q, k, v = (torch.empty(1, heads, 64, head_dim, dtype=dtype, device=ROCM_DEVICE) for _ in range(3))
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if getattr(torch.backends.cuda, can_use)(params, True):
+                return ()
+    except (AttributeError, RuntimeError, TypeError):  # an older torch, or no GPU to make tensors on
+        return ()
+    reasons = " ".join(str(warning.message).split(" (Triggered internally", 1)[0] for warning in said)
+    return (f"PyTorch's kernel does not take this on this GPU: {reasons or 'it does not say why.'}",)
+
+
 class Named(Adapter):
     """One of PyTorch's kernels, by name."""
 
@@ -59,8 +84,16 @@ class Named(Adapter):
         with sdpa_kernel(self.backend):
             return public(q, k, v, mask, scale)
 
+    def on_rocm(self, call):
+        """Sentences about a call on an AMD GPU, after the limits that hold everywhere."""
+        kernel = {SDPBackend.FLASH_ATTENTION: "flash", SDPBackend.EFFICIENT_ATTENTION: "efficient"}.get(self.backend)
+        if call.device.platform != "amd" or kernel is None:
+            return []
+        # grouped heads are repeated before the kernel sees them
+        return list(refused_by_torch(kernel, call.heads, call.head_dim, call.dtype))
+
     def unsupported(self, call):
-        reasons = super().unsupported(call)
+        reasons = super().unsupported(call) or self.on_rocm(call)
         if call.need_lse and call.mask != "none" and self.limits.lse:
             reasons.append("It returns the log-sum-exp only for calls without a mask.")
         return reasons
@@ -139,7 +172,7 @@ class Flash(Named):
             if call.need_lse and call.mask == "full"
             else []
         )
-        return limits.reasons(call) + lse_with_mask
+        return (limits.reasons(call) or self.on_rocm(call)) + lse_with_mask
 
 
 ADAPTERS = {

@@ -65,6 +65,7 @@ def entry(slug, device):
         "library": row.library,
         "summary": row.summary,
         "exact": row.exact,
+        "experimental": registry.experimental(slug),
         "hardware": hardware_text(row.hardware),
         "state": state,
         "reasons": reasons,
@@ -110,6 +111,7 @@ def as_text(found):
     tested = found.get("tested", {})
     for row in found["backends"]:
         says = " ".join(row["reasons"] or tested.get(row["backend"], [])) or row["version"]
+        says = f"{'experimental; ' if row['experimental'] else ''}{says}"
         passed = " (test call passed)" if row["backend"] in tested and not tested[row["backend"]] else ""
         lines.append(f"{row['backend']:<18}{row['state']:<16}{says}{passed}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 import logging
 import time
+import traceback
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,7 +99,7 @@ class CompileLog:
         }
 
 
-class Plan:
+class CompilePlan:
     """How the blocks of a MODEL are compiled. mode and backend: torch.compile's. on_failure: REFUSE raises
     CompileRefused
     where a block cannot be compiled, EAGER runs it eager and says so in the log. tell(sentence) is called around each
@@ -159,6 +160,37 @@ def dynamo():
     return torch._dynamo
 
 
+@lru_cache(maxsize=None)
+def set_up():
+    """torch.compile's settings for the whole process, made once: passes may run side by side (ComfyUI's MultiGPU), so
+    nothing is changed around one of them.
+    """
+    from torch.fx.experimental import _config as symbols
+
+    dynamo().config.recompile_limit = max(GRAPHS, dynamo().config.recompile_limit)
+    symbols.use_duck_shape = False  # two lengths that happen to be equal stay two lengths
+
+
+def gave_up(error):
+    """Whether an error says that torch.compile gave up on a block, which has computed nothing then: one of its own, or
+    anything that was raised while it compiled, such as a full disk.
+    """
+    return type(error).__module__.startswith("torch._dynamo.") or went_through(error, dynamo().convert_frame)
+
+
+def compiled_code_failed(error):
+    """Whether generated code failed to start, such as a Triton kernel that wants more shared memory than there is.
+    Parts of the block may have been computed then, in place, so it cannot be run eager after all.
+    """
+    generated = type(error).__module__.startswith(("torch._inductor.", "triton."))
+    return generated and not gave_up(error) and not went_through(error, graph_ops)
+
+
+def went_through(error, module):
+    """Whether functions of a module are on an error's traceback."""
+    return any(frame.f_code.co_filename == module.__file__ for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def graphs_so_far():
     """How many graphs this process has compiled."""
     return dynamo().utils.counters["stats"]["unique_graphs"]
@@ -207,7 +239,11 @@ class Runner:
         if reason is None:
             try:
                 return self.run(like, transformer_options, args, kwargs)
-            except dynamo().exc.TorchDynamoException as error:  # raised before the block has computed anything
+            except Exception as error:
+                if compiled_code_failed(error):
+                    raise CompileRefused(f"What was compiled cannot run here: {summary(error)} {INSTEAD}") from error
+                if not gave_up(error):  # the block's own: a cancel, out of memory, an attention backend that refuses
+                    raise
                 self.plan.fail(self.kind, error)
                 reason = self.plan.failed[self.kind]
         self.plan.log.eager[reason] += 1
@@ -226,12 +262,14 @@ class Runner:
         return "another pack has put a function of its own in the place of the block's." if self.foreign else None
 
     def run(self, like, options, args, kwargs):
-        own = {place: layer.forward for place, layer in self.layers}
         read = {
             name: value for name, value in options.items() if name in names_read(type(self.block)) and name != "patches"
         }
-        with graph_ops.inside(options, own), graph_ops.stand_ins(self.layers, like) as number:
-            outside = f", {number} of {len(own)} layers called outside the graph" if number else ""
+        with (
+            graph_ops.inside(options, dict(self.layers)),
+            graph_ops.stand_ins(self.block, self.layers, like) as number,
+        ):
+            outside = f", {number} of {len(self.layers)} layers called outside the graph" if number else ""
             described = f"batch {like.shape[0]}, {str(like.dtype).removeprefix('torch.')}{outside}"
             return self.plan.run(
                 self.kind,
@@ -245,9 +283,9 @@ class Runner:
 
 @lru_cache(maxsize=None)
 def names_read(block_type):
-    """The strings in the code of a block's forward. Options with other names differ from block to block and step to
-    step,
-    and cannot matter to it.
+    """The strings in the code of a block's forward, among them the names of all options that it reads: ComfyUI lists
+    those nowhere, and one that is not handed on would be missed in silence. Options with other names differ from block
+    to block and step to step, and cannot matter to it.
     """
     return frozenset(value for value in block_type.forward.__code__.co_consts if isinstance(value, str))
 
@@ -266,13 +304,8 @@ class Compiling:
     def __call__(self, executor, *args, **kwargs):
         if torch.compiler.is_compiling():  # core's compile node around us compiles everything anyway
             return executor(*args, **kwargs)
-        from torch.fx.experimental import _config as symbols
-
         network = executor.class_obj
         with ExitStack() as stack:
-            stack.enter_context(dynamo().config.patch(recompile_limit=GRAPHS))
-            # two lengths that happen to be equal stay two lengths
-            stack.enter_context(symbols.patch(use_duck_shape=False))
             for kind in ("double", "single"):
                 for block in getattr(network, f"{kind}_blocks"):
                     if not isinstance(block.forward, FusedBlock):  # Fast Blocks compute those
@@ -289,9 +322,10 @@ class Compiling:
 
 
 def install(model, plan):
-    """Compile the blocks of a MODEL clone as a Plan says, from its next forward pass on; replaces an earlier plan.
+    """Compile the blocks of a MODEL clone by a CompilePlan, from its next forward pass on; replaces an earlier plan.
     ValueError for models of another kind.
     """
+    set_up()
     network = model.model.diffusion_model
     if not isinstance(network, comfy.ldm.flux.model.Flux):
         raise ValueError(
@@ -315,7 +349,7 @@ def counting(compile_log):
 
 
 def plan_of(model):
-    """The Plan of a MODEL, or None."""
+    """The CompilePlan of a MODEL, or None."""
     found = model.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).get(KEY)
     return found[0].plan if found else None
 

@@ -7,7 +7,7 @@ kind: it names a layer by its place and holds no attention backend, no block num
 attention override, quantised, offloaded or patched layer then does in a compiled block what it does in an eager one.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 import threading
 from typing import Optional
@@ -18,13 +18,10 @@ from torch import Tensor
 from comfy.ldm.flux import math as flux_math
 
 from ..fused.linear import norm_weight
-from ..module_forward import forward_as
 
 
 class _Running(threading.local):
-    """The block that this thread is running: core's transformer_options of the call, and {place: the layer's own
-    function}.
-    """
+    """The block that this thread is running: core's transformer_options of the call, and {place: layer}."""
 
     options = None
     layers = None
@@ -89,7 +86,7 @@ def _(x, place, features):
 @torch.library.custom_op("flux2_blocks::norm_weight", mutates_args=())
 def _norm_weight(x: Tensor, place: str, size: int) -> Tensor:
     # a copy: the graph may write into what an operator returns
-    return norm_weight(_running.layers[place].__self__, x).clone()
+    return norm_weight(_running.layers[place], x).clone()
 
 
 @_norm_weight.register_fake
@@ -97,9 +94,50 @@ def _(x, place, size):
     return x.new_empty((size,))
 
 
+class OutsideLayer(torch.nn.Module):
+    """What a graph sees in the place of a layer: an operator that calls the layer when the graph runs."""
+
+    def __init__(self, place, features):
+        super().__init__()
+        self.place, self.features = place, features
+
+    def forward(self, x):
+        return _layer(x, self.place, self.features)
+
+
+class OutsideNorm(torch.nn.Module):
+    """What a graph sees in the place of an RMSNorm: the norm, with a weight that is fetched when the graph runs."""
+
+    def __init__(self, place, shape, eps):
+        super().__init__()
+        self.place, self.shape, self.eps = place, shape, eps
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, self.shape, _norm_weight(x, self.place, self.shape[0]), self.eps)
+
+
+@lru_cache(maxsize=None)  # one for a place, so that the graph of one block is that of all, and of all loads
+def outside(kind, *arguments):
+    return kind(*arguments)
+
+
+def stand_in(place, layer):
+    """The OutsideLayer or OutsideNorm of a layer."""
+    if is_norm(layer):
+        return outside(OutsideNorm, place, tuple(layer.normalized_shape), layer.eps)
+    return outside(
+        OutsideLayer, place, layer.out_features if hasattr(layer, "out_features") else layer.normalized_shape[-1]
+    )
+
+
+def is_norm(layer):
+    return isinstance(layer, torch.nn.RMSNorm) and "forward" not in vars(layer)
+
+
 def holdable(layer, like):
-    """Whether a graph can hold a layer: its weight is a plain tensor on the device and in the format of `like`, and
-    nothing changes it at call time.
+    """Whether a graph can hold a layer: its weight is a plain tensor on the device and in the format of `like`, nothing
+    changes it at call time, and its class outlives the model. A graph is guarded by the classes of what is in it, and
+    ComfyUI makes a class of Linear for each load of a quantised model.
     """
     weight = layer.weight
     plain = (
@@ -111,47 +149,29 @@ def holdable(layer, like):
     return (
         plain
         and "forward" not in vars(layer)
+        and "<locals>" not in type(layer).__qualname__
         and not (getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()))
     )
 
 
 @contextmanager
-def stand_ins(layers, like):
-    """Stand-ins for the layers of a block that no graph can hold, for the time of a call; gives their number.
+def stand_ins(block, layers, like):
+    """Stand-ins for the layers of a block that no graph can hold, in their places for the time of a call; gives their
+    number.
 
     layers: [(place, layer)]; like: the block's input. If one linear layer needs a stand-in then all get one, and so
     with norms: few ways of keeping weights, few graphs.
     """
-    norms, others = [], []
-    for place, layer in layers:
-        (norms if isinstance(layer, torch.nn.RMSNorm) and "forward" not in vars(layer) else others).append(
-            (place, layer)
-        )
-    outside = [
-        found for group in (norms, others) if not all(holdable(layer, like) for _, layer in group) for found in group
-    ]
-    with ExitStack() as stack:
-        for place, layer in outside:
-            stack.enter_context(forward_as(layer, stand_in(place, layer)))
-        yield len(outside)
-
-
-def stand_in(place, layer):
-    """What a graph calls in the place of a layer."""
-    if isinstance(layer, torch.nn.RMSNorm) and "forward" not in vars(layer):
-        return _norm(place, tuple(layer.normalized_shape), layer.eps)
-    return (
-        _linear(place, layer.out_features)
-        if hasattr(layer, "out_features")
-        else _linear(place, layer.normalized_shape[-1])
-    )
-
-
-@lru_cache(maxsize=None)  # one function for a place, so that the graph of one block is that of all
-def _linear(place, features):
-    return lambda x: _layer(x, place, features)
-
-
-@lru_cache(maxsize=None)
-def _norm(place, shape, eps):
-    return lambda x: torch.nn.functional.rms_norm(x, shape, _norm_weight(x, place, shape[0]), eps)
+    groups = [[found for found in layers if is_norm(found[1]) == norms] for norms in (True, False)]
+    left_out = [found for group in groups if not all(holdable(layer, like) for _, layer in group) for found in group]
+    parents = []
+    try:
+        for place, layer in left_out:
+            parent, _, name = place.rpartition(".")
+            children = block.get_submodule(parent)._modules
+            parents.append((children, name, layer))
+            children[name] = stand_in(place, layer)
+        yield len(left_out)
+    finally:
+        for children, name, layer in parents:
+            children[name] = layer

@@ -2,13 +2,16 @@
 nothing.
 """
 
+import logging
 import os
 import shutil
 import sysconfig
+import tempfile
 
 import torch
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+log = logging.getLogger(__name__)
 
 
 def unavailable(device):
@@ -66,18 +69,23 @@ def _no_headers():
 
 
 def keep_on_disk(folder):
-    """Let torch keep what it compiles in `folder`, unless the user chose a place; returns the place. Concerns all
-    compiling in this process.
+    """Let torch keep what it compiles in `folder`, unless the user chose a place or it cannot be written; returns the
+    place. Concerns all compiling in this process.
     """
     from torch._inductor.runtime import cache_dir_utils
 
     chosen = os.environ.get(CACHE_VARIABLE)
     # torch writes its default, a temporary folder, into the variable too
     if not chosen or chosen == cache_dir_utils.default_cache_dir():
-        os.environ[CACHE_VARIABLE] = str(folder)
-    return os.environ[CACHE_VARIABLE]
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                os.environ[CACHE_VARIABLE] = str(folder)
+        except OSError as error:
+            log.warning("Compiled code is not kept: %s cannot be written (%s).", folder, error)
+    return place()
 
 
 def place():
     """The folder in which torch keeps what it compiles, as far as it has been decided."""
-    return os.environ.get(CACHE_VARIABLE, "torch's temporary folder")
+    return os.environ.get(CACHE_VARIABLE) or "torch's temporary folder"

@@ -321,7 +321,7 @@ def apply_compile(model, spec):
 
     if spec["folder"] and "FLUX2_RANKS_JOINED" not in os.environ:  # compiled code is taken from this host's own folder
         toolchain.keep_on_disk(spec["folder"])
-    compiled_blocks.install(model, compiled_blocks.Plan(spec["mode"], spec["on_failure"], spec["backend"]))
+    compiled_blocks.install(model, compiled_blocks.CompilePlan(spec["mode"], spec["on_failure"], spec["backend"]))
 
 
 def encode_plain(place):

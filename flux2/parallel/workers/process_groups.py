@@ -44,9 +44,10 @@ def unavailable(device_type):
     if not dist.is_available():
         return "This PyTorch was built without torch.distributed, which several ranks need."
     if device_type == "cuda" and not dist.is_nccl_available():
+        library = "RCCL" if torch.version.hip else "NCCL"
         return (
-            "This PyTorch has no NCCL (or RCCL), which GPUs exchange data with: builds for Windows lack it. Use "
-            "Linux for several GPUs."
+            f"This PyTorch has no {library}, which GPUs exchange data with: builds for Windows lack it. Use Linux for "
+            "several GPUs."
         )
     if device_type == "cpu" and not dist.is_gloo_available():
         return "This PyTorch has no gloo, which ranks on the CPU exchange data with."
