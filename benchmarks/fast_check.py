@@ -22,7 +22,7 @@ from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks, fp8_rowwise  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
 from flux2_pack.flux2.fused.kernels import qkv, norm, swiglu  # noqa: E402
-from flux2_pack.flux2.fused.kernels.formats import FP8_TENSOR, Format  # noqa: E402
+from flux2_pack.flux2.fused.kernels.formats import FP8_TENSOR, INT8_ROW, Format  # noqa: E402
 from flux2_pack.flux2.fused.linear import Products  # noqa: E402
 
 H, D, N = 48, 128, 6144
@@ -68,6 +68,7 @@ def kernels():
         )
         attn, size = randn(1, length, N), 2 * length * N
         fp8 = Format(FP8_TENSOR, torch.ones((), device="cuda"))
+        int8, convrot = Format(INT8_ROW), Format(INT8_ROW, group=256)
         txt, img = both[:, :512, : 3 * N].contiguous(), both[:, 512:, : 3 * N].contiguous()
         target = torch.empty_like(both)
         works = {
@@ -90,6 +91,14 @@ def kernels():
                 11 * size,
                 lambda: swiglu.swiglu(both[..., 3 * N :], attn),
                 [(swiglu, {"LARGEST": b, "ELEMENTS": e}) for b in (2048,) for e in (8, 16, 32)],
+            ),
+            "norm_modulate int8": (1.5 * size, lambda: norm.norm_modulate(x, mod[0], mod[1], to=int8), NORM),
+            "norm_modulate int8 convrot": (1.5 * size, lambda: norm.norm_modulate(x, mod[0], mod[1], to=convrot), NORM),
+            "swiglu int8": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N :], attn, to=int8), [(swiglu, {})]),
+            "swiglu int8 convrot": (
+                9 * size,
+                lambda: swiglu.swiglu(both[..., 3 * N :], attn, to=convrot),
+                [(swiglu, {})],
             ),
             "swiglu": (9 * size, lambda: swiglu.swiglu(both[..., 3 * N :]), [(swiglu, {})]),
             "swiglu fp8": (9.5 * size, lambda: swiglu.swiglu(both[..., 3 * N :], attn, to=fp8), [(swiglu, {})]),
@@ -341,6 +350,7 @@ def int8_products():
     with and without ConvRot; torch._int_mm with int32 sums; and bf16.
     """
     import comfy_kitchen
+    from flux2_pack.flux2.fused.kernels.dequantise import dequantise
 
     rows = []
     shapes = [
@@ -356,6 +366,9 @@ def int8_products():
             "int8_linear": lambda: comfy_kitchen.int8_linear(a, w8, scale, None, torch.bfloat16),
             "int8_linear convrot": lambda: comfy_kitchen.int8_linear(a, w8, scale, None, torch.bfloat16, True, 256),
             "int_mm": lambda: torch._int_mm(a8, w8.t()),
+            "int_mm, scaled": lambda: dequantise(
+                torch._int_mm(a8, w8.t()), rows_scale, scale.flatten(), None, torch.bfloat16
+            ),
         }
         try:
             from comfy_kitchen.backends.cuda import _int4_linear_via_int8_values as values

@@ -126,6 +126,32 @@ def build_fp8(sizes=DEV, seed=0):
     return patcher
 
 
+def build_int8(sizes=DEV, seed=0):
+    """A MODEL as ComfyUI loads an int8 ConvRot checkpoint: every product of the blocks in int8 with a scale for each
+    output and rotated groups of 256, the rest in bf16.
+    """
+    import comfy.model_management
+    import comfy.sd
+    from comfy.quant_ops import TensorWiseINT8Layout
+    from flux2_pack.flux2.checkpoints import keys
+
+    device = comfy.model_management.get_torch_device()
+    generator, weights, layers = torch.Generator(device).manual_seed(seed), {}, {}
+    for name, shape in keys.model_shapes(variant_of(sizes)).items():
+        weight = torch.ones(shape, device=device, dtype=torch.bfloat16)
+        if len(shape) > 1:
+            weight.normal_(0.0, shape[1] ** -0.5, generator=generator)
+        if len(shape) > 1 and "_blocks." in name:
+            weight, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
+            weights[f"{name}_scale"] = params.scale
+            layers[name.removesuffix(".weight")] = {"format": "int8_tensorwise", "convrot": True}
+        weights[name] = weight
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata, disable_dynamic=True)
+    patcher.model.to(device)
+    return patcher
+
+
 def fp8_checkpoint(sizes, device, seed):
     """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
     from flux2_pack.flux2.checkpoints import keys

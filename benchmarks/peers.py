@@ -18,9 +18,8 @@ ALL = ("core", "core-attention", "core-compiled", *DIFFUSERS, *OURS)
 
 @dataclass
 class Setting:
-    """What peers are made of. weights: "bf16" or "fp8"; attention: the selector's slug; compiler: torch.compile's
-    backend;
-    weight_bytes: of the model.
+    """What peers are made of. weights: "bf16", "fp8" or "int8"; attention: the selector's slug; compiler:
+    torch.compile's backend; weight_bytes: of the model.
     """
 
     patcher: object
@@ -36,8 +35,8 @@ def make(name, setting):
     """prepare(inputs) -> work() of a peer. ValueError for a peer that makes no sense here, with the reason."""
     if name in DIFFUSERS:
         return diffusers_peer(setting, name.endswith("compiled"))
-    if name == "ours-fp8" and setting.weights == "fp8":
-        raise ValueError("the checkpoint is fp8 already: see ours")
+    if name == "ours-fp8" and setting.weights != "bf16":
+        raise ValueError(f"the checkpoint is {setting.weights} already: see ours")
     model = {
         "core": lambda: setting.patcher,
         "core-attention": lambda: select(setting.patcher, setting.attention),
@@ -77,13 +76,13 @@ def compiled(patcher, compiler):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
 
     clone = patcher.clone()
-    compiled_blocks.install(clone, compiled_blocks.Plan(backend=compiler))
+    compiled_blocks.install(clone, compiled_blocks.CompilePlan(backend=compiler))
     return clone
 
 
 def diffusers_peer(setting, is_compiled):
-    if setting.weights == "fp8":
-        raise ValueError("diffusers has no path for ComfyUI's fp8 checkpoints")
+    if setting.weights != "bf16":
+        raise ValueError(f"diffusers has no path for ComfyUI's {setting.weights} checkpoints")
     if setting.diffusers_attention is None:
         raise ValueError("no attention backend of diffusers was found to run here")
     dtype = setting.patcher.model.get_dtype_inference()

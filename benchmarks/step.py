@@ -12,11 +12,11 @@ backends the fastest on this card is taken.
 
 Work of a step in floating point operations, S tokens of which I are image, h = 6144: 2 * 13 h^2 S in each block for its
 products, 4 S^2 h for its attention, and 2 h (128 I + text width * text + 128 I) for in- and output. Products of
-modulations are left out (0.01 %). Ceiling: what torch.mm (bf16) or torch._scaled_mm (fp8, e4m3) reach on the two large
-products of a single block at this length, measured in the same run; that of fp8 for fp8 weights and for ours-fp8, whose
-attention stays bf16. Peak: PyTorch's allocator; the model's weights, what the peer keeps beside them, and what a step
-takes. Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too. Not covered: sampler, text
-encoder and VAE (benchmarks/klein.py).
+modulations are left out (0.01 %). Ceiling: what torch.mm (bf16), torch._scaled_mm (fp8, e4m3) or torch._int_mm (int8)
+reach on the two large products of a single block at this length, measured in the same run; that of fp8 for fp8 weights
+and for ours-fp8, whose attention stays bf16. Peak: PyTorch's allocator; the model's weights, what the peer keeps beside
+them, and what a step takes. Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too. Not
+covered: sampler, text encoder and VAE (benchmarks/klein.py).
 """
 
 import argparse
@@ -29,7 +29,7 @@ import time
 import torch
 
 from common import import_pack, save, summary
-from full_size import DEV, SMALL, TEXT_TOKENS, build, build_fp8, import_comfyui, step_inputs
+from full_size import DEV, SMALL, TEXT_TOKENS, build, build_fp8, build_int8, import_comfyui, step_inputs
 
 import_pack()
 import peers  # noqa: E402
@@ -40,6 +40,8 @@ CASES = {  # weights, pixels, references, rounds
     "bf16-2048": ("bf16", 2048, 0, 3),
     "fp8-1024": ("fp8", 1024, 0, 6),
     "fp8-2048": ("fp8", 2048, 0, 3),
+    "int8-1024": ("int8", 1024, 0, 6),
+    "int8-2048": ("int8", 2048, 0, 3),
 }
 COLUMNS = {
     "core_ms": ("core",),
@@ -131,6 +133,9 @@ def products(weights, rows, inner, outer, device):
     goes either way.
     """
     a, b = (torch.randn(shape, device=device).to(torch.bfloat16) for shape in ((rows, inner), (outer, inner)))
+    if weights == "int8":
+        a, b = (tensor.mul(30).to(torch.int8) for tensor in (a, b))
+        return [lambda: torch._int_mm(a, b.t())]
     if weights == "bf16":
         return [lambda: a @ b.t()]
     one = torch.ones((), device=device)
@@ -185,7 +190,7 @@ class Case:
             setting.diffusers_attention,
         )
         self.ceilings = {
-            kind: Ceiling(setting.sizes, self.tokens, kind, inputs["x"].device) for kind in ("bf16", "fp8")
+            kind: Ceiling(setting.sizes, self.tokens, kind, inputs["x"].device) for kind in ("bf16", "fp8", "int8")
         }
         self.expected = None
         for peer in names:
@@ -299,7 +304,11 @@ class Run:
             gc.collect()
             torch.cuda.empty_cache()
             small_bf16, before = torch.bfloat16 if torch.cuda.is_available() else torch.float32, allocated()
-            patcher = build_fp8(self.sizes) if weights == "fp8" else build(self.sizes, small_bf16)
+            patcher = {
+                "bf16": lambda: build(self.sizes, small_bf16),
+                "fp8": lambda: build_fp8(self.sizes),
+                "int8": lambda: build_int8(self.sizes),
+            }[weights]()
             self.setting = peers.Setting(
                 patcher, self.sizes, weights, self.options.attention, self.options.compiler, allocated() - before
             )

@@ -386,6 +386,89 @@ def test_the_kernels_of_an_fp8_checkpoint_write_the_input_of_its_products(tools,
     assert 0 < relative(out, exact) < 3 * relative(expected, exact)
 
 
+INT8 = {"tensorwise": {}, "rowwise": {"per_channel": True}, "ConvRot": {"per_channel": True, "convrot": True}}
+
+
+def int8_checkpoint(tools, kind):
+    """A MODEL of an int8 checkpoint, its weights quantised by comfy-kitchen."""
+    from comfy.quant_ops import TensorWiseINT8Layout
+
+    weights, layers = maker.diffusion_model(dtype=torch.float32), {}
+    for name in [name for name in weights if "_blocks." in name and "norm" not in name]:
+        data, params = TensorWiseINT8Layout.quantize(weights[name], **INT8[kind])
+        weights |= {name: data, f"{name}_scale": params.scale}
+        layers[name.removesuffix(".weight")] = {"format": "int8_tensorwise", "convrot": params.convrot}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    return tools.comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata)
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_the_kernels_of_an_int8_checkpoint_write_the_input_of_its_products(tools, monkeypatch, kind):
+    """Rotated and over a scale per token, as core's layer would have made it; what core's layer then computes."""
+    from flux2_pack.flux2.fused import int8_rowwise
+
+    core, given, made = int8_checkpoint(tools, kind), inputs({"references": 1}), []
+    expected = forward(core, given)
+    product = int8_rowwise.product
+    monkeypatch.setattr(
+        int8_rowwise,
+        "product",
+        lambda linear, x: (made.append((x.format.group, x.data.shape[-1])), product(linear, x))[1],
+    )
+    model = fast(tools, core)
+    out = forward(model, given)
+    assert relative(out, expected) < 1e-3 and tools.fast_blocks.log_of(model).as_data() == ALL
+    # all but what follows attention in a double block: q/k/v and both of the feed-forward part, twice; linear1 and 2
+    assert len(made) == 2 * 2 * 3 + 4 * 2 and {group for group, _ in made} == {256 if kind == "ConvRot" else 0}
+
+
+@pytest.mark.parametrize("kind", INT8)
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_an_int8_product_is_cores_to_the_last_bit_but_where_rounding_is_a_tie(tools, kind, tokens):
+    from flux2_pack.flux2.fused import int8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
+    from flux2_pack.flux2.fused.kernels.formats import INT8_ROW, Format
+
+    linear = int8_checkpoint(tools, kind).model.diffusion_model.single_blocks[0].linear2
+    x = torch.randn(1, tokens, linear.in_features, generator=torch.Generator().manual_seed(4))
+    group = int8_rowwise.group_of(linear)
+    out, expected = int8_rowwise.product(linear, quantise.quantise_rows(x, Format(INT8_ROW, group=group))), linear(x)
+    assert out.shape == expected.shape and relative(out, expected) < (1e-6 if kind == "ConvRot" else 1e-7)
+    linear.weight_function = [lambda weight: weight]  # a LoRA computed at call time: the layer does that
+    assert int8_rowwise.group_of(linear) is None
+
+
+def test_int8_rows_are_what_comfy_kitchen_makes_of_them(comfy):
+    """Every kernel, every group; values as its own code for any device makes them, from what is not quantised."""
+    from comfy_kitchen.backends.eager.quantization import quantize_and_rotate_rowwise, quantize_int8_rowwise
+    from comfy_kitchen.tensor.int8_utils import _build_hadamard
+    from flux2_pack.flux2.fused.kernels import norm, quantise, swiglu
+    from flux2_pack.flux2.fused.kernels.formats import INT8_ROW, Format
+
+    g, off, count = torch.Generator().manual_seed(0), 0, 0
+    for dtype, group in itertools.product((torch.float32, torch.float16), (0, 4, 16, 64, 256)):
+        x, mlp, attn, mod = (torch.randn(2, 3, width, generator=g).to(dtype) for width in (512, 1024, 256, 1024))
+        x[1, 2] = 0
+        shift, scale, gate = *mod[:1, :1].chunk(2, -1), mod[:1, :1, :512]
+        to = Format(INT8_ROW, group=group)
+        summed = norm.add_gated_norm_modulate(x.clone(), x, gate, shift, scale)
+        for plain, quantised in (
+            (x, quantise.quantise_rows(x, to)),
+            (norm.norm_modulate(x, shift, scale), norm.norm_modulate(x, shift, scale, to=to)),
+            (summed, norm.add_gated_norm_modulate(x.clone(), x, gate, shift, scale, to=to)),
+            (swiglu.swiglu(mlp, attn), swiglu.swiglu(mlp, attn, to=to)),
+            (swiglu.swiglu(mlp), swiglu.swiglu(mlp, to=to)),
+        ):
+            rows = plain.float()
+            hadamard = _build_hadamard(group) if group else None
+            data, scales = quantize_and_rotate_rowwise(rows, hadamard, group) if group else quantize_int8_rowwise(rows)
+            assert torch.allclose(quantised.scale, scales, rtol=1e-6) and quantised.data.dtype == torch.int8
+            difference = (quantised.data.int() - data.int()).abs()
+            assert difference.max() <= 1
+            off, count = off + difference.sum().item(), count + difference.numel()
+    assert off < 1e-4 * count  # a tie, which sums of another order round the other way
+
+
 def test_float16_overflow_is_mended_as_in_core(tools):
     from flux2_pack.flux2.fused.kernels.norm import add_gated
 

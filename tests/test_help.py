@@ -416,7 +416,7 @@ def compiling_another_model(tools):
     from flux2_pack.flux2.compiled import blocks as compiled_blocks
 
     other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
-    compiled_blocks.install(SimpleNamespace(model=other), compiled_blocks.Plan())
+    compiled_blocks.install(SimpleNamespace(model=other), compiled_blocks.CompilePlan())
 
 
 def lora_of_another_model(tools):

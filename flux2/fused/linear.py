@@ -1,16 +1,17 @@
-"""The matrix products of a fused block: ComfyUI's own modules, given fp8 where they would quantise their input
+"""The matrix products of a fused block: ComfyUI's own modules, given fp8 or int8 where they would quantise their input
 themselves.
 
 The modules do the casting, offloading, patching and quantising as they do in core's block. What is spared is the pass
-that reads a bf16 tensor to write it as fp8: the kernel in front writes fp8, with the checkpoint's input scale, and the
-module is handed a quantised tensor.
+that reads a bf16 tensor to write it as fp8 or int8: the kernel in front writes fp8 with the checkpoint's input scale,
+and the module is handed a quantised tensor; or int8 with a scale per token (int8_rowwise.py).
 """
 
 from functools import lru_cache
 
 import torch
 
-from .kernels.formats import FP8_ROW, FP8_TENSOR, Format, Quantised
+from . import int8_rowwise
+from .kernels.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, Format, Quantised
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 
@@ -26,6 +27,9 @@ class Products:
         scale = fp8_input_scale(linear, like.device)
         if scale is not None:
             return Format(FP8_TENSOR, scale)
+        group = int8_rowwise.group_of(linear)
+        if group is not None:
+            return Format(INT8_ROW, group=group)
         if self.fp8 and self.fp8.suits(linear) and self.fp8.measured(linear):
             return Format(FP8_ROW)
         return None
@@ -34,6 +38,8 @@ class Products:
         """linear applied to x (B, S, K), a tensor or a Quantised that a kernel has written: (B, S, out)."""
         if isinstance(x, Quantised) and x.format.kind == FP8_TENSOR:
             return linear(as_comfy_tensor(x)).unflatten(0, x.data.shape[:2])
+        if isinstance(x, Quantised) and x.format.kind == INT8_ROW:
+            return int8_rowwise.product(linear, x)
         if isinstance(x, Quantised) or (self.fp8 and self.fp8.suits(linear)):
             return self.fp8.product(linear, x)
         return linear(x)

@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from .formats import FP8_ROW, FP8_TENSOR, allocate
-from .rows import FP16_MAX, as_fp8, mod_strides, modulation, rounded, row_scale, to16, token_rows
-
-PER_TENSOR, PER_ROW = tl.constexpr(1), tl.constexpr(2)
-KINDS = {None: 0, FP8_TENSOR: 1, FP8_ROW: 2}
+from .formats import CODES, allocate
+from .rows import FP8_ROW, FP8_TENSOR, FP16_MAX, INT8_ROW, as_fp8, int8_words, mod_strides, modulation, rounded
+from .rows import row_scale, to16, token_rows, turned, word_places
 
 
 @triton.jit
@@ -18,7 +16,7 @@ def _residual_norm(
     SHIFT,
     SCALE,
     OUT,
-    FP8_SCALE,
+    OUT_SCALE,
     rows,
     tokens,
     N,
@@ -35,7 +33,8 @@ def _residual_norm(
     n_m,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
-    FP8: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     FINITE: tl.constexpr,
     SHARED: tl.constexpr,
     TO16: tl.constexpr,
@@ -65,13 +64,25 @@ def _residual_norm(
         normed = centred / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)[:, None]
         value = normed * (1.0 + scale) + shift
         out = OUT + row[:, None] * N + at[None, :]
-        if FP8 == PER_ROW:
+        if FORMAT == INT8_ROW:
+            value = turned(
+                tl.reshape(tl.where(inside, rounded(value, TO16), 0.0), (ROWS * BLOCK,)), GROUP, ROWS * BLOCK
+            )
+            value = tl.reshape(value, (ROWS, BLOCK))
+            scale = row_scale(tl.max(tl.abs(value), 1), FORMAT, tl.int8)
+            tl.store(OUT_SCALE + row, scale, mask=row < rows)
+            every = tl.reshape(tl.broadcast_to(scale[:, None], (ROWS, BLOCK)), (ROWS * BLOCK,))
+            words = int8_words(tl.reshape(value, (ROWS * BLOCK,)), every, ROWS * BLOCK, GROUP > 1)
+            place = word_places(BLOCK, GROUP)
+            there = (row < rows)[:, None] & (place * 4 < N)[None, :]
+            tl.store(OUT + row[:, None] * (N // 4) + place[None, :], tl.reshape(words, (ROWS, BLOCK // 4)), mask=there)
+        elif FORMAT == FP8_ROW:
             value = rounded(value, TO16)
-            scale = row_scale(tl.max(tl.where(inside, tl.abs(value), 0.0), 1))
-            tl.store(FP8_SCALE + row, scale, mask=row < rows)
-            tl.store(out, as_fp8(value, scale[:, None], 0), mask=inside)
-        elif FP8 == PER_TENSOR:
-            tl.store(out, as_fp8(value, tl.load(FP8_SCALE), TO16), mask=inside)
+            scale = row_scale(tl.max(tl.where(inside, tl.abs(value), 0.0), 1), FORMAT, OUT.dtype.element_ty)
+            tl.store(OUT_SCALE + row, scale, mask=row < rows)
+            tl.store(out, as_fp8(value, scale[:, None], 0, OUT.dtype.element_ty), mask=inside)
+        elif FORMAT == FP8_TENSOR:
+            tl.store(out, as_fp8(value, tl.load(OUT_SCALE), TO16, OUT.dtype.element_ty), mask=inside)
         else:
             tl.store(out, value.to(OUT.dtype.element_ty), mask=inside)
 
@@ -103,7 +114,7 @@ def add_gated_norm_modulate(x, delta, gate, shift, scale, *, segment=(0, 0), eps
 def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
     batch, tokens, width, x_b, x_s = token_rows(x)
     count, add, norm = batch * tokens, delta is not None, scale is not None
-    out, fp8_scale, result = allocate(x.shape, x, to) if norm else (x, None, None)
+    out, out_scale, result = allocate(x.shape, x, to) if norm else (x, None, None)
     d_b, d_s = token_rows(delta)[3:] if add else (0, 0)
     g, n = mod_strides(gate) if add else (0, 0), mod_strides(scale) if norm else (0, 0)
     if norm and mod_strides(shift) != n:
@@ -117,7 +128,7 @@ def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
         shift if norm else x,
         scale if norm else x,
         out,
-        x if fp8_scale is None else fp8_scale,
+        x if out_scale is None else out_scale,
         count,
         tokens,
         width,
@@ -131,7 +142,8 @@ def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
         *n,
         ADD=add,
         NORM=norm,
-        FP8=KINDS[to and to.kind],
+        FORMAT=CODES[to and to.kind],
+        GROUP=to.group if to else 0,
         FINITE=finite,
         SHARED=shared,
         TO16=to16(x.dtype),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .formats import FP8_ROW, allocate
+from .formats import FP8_TENSOR, allocate
 from .quantise import swiglu_rows
 from .rows import as_fp8, to16, token_rows
 
@@ -38,7 +38,7 @@ def _swiglu(
         value = gate / (1.0 + tl.exp(-gate)) * tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
     out = OUT + row * (attn_width + width) + at
     if FP8:
-        tl.store(out, as_fp8(value, tl.load(FP8_SCALE), TO16), mask=inside)
+        tl.store(out, as_fp8(value, tl.load(FP8_SCALE), TO16, OUT.dtype.element_ty), mask=inside)
     else:
         tl.store(out, value.to(OUT.dtype.element_ty), mask=inside)
 
@@ -48,8 +48,8 @@ def swiglu(mlp, attn=None, *, to=None):
 
     mlp: (B, S, 2*M), any batch and token stride. attn: (B, S, A) or None. to: as in norm.norm_modulate.
     """
-    if to is not None and to.kind == FP8_ROW:
-        return swiglu_rows(mlp, attn)
+    if to is not None and to.kind != FP8_TENSOR:
+        return swiglu_rows(mlp, attn, to)
     batch, tokens, double, m_b, m_s = token_rows(mlp)
     width, attn_width = double // 2, 0 if attn is None else attn.shape[2]
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
