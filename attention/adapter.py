@@ -35,6 +35,10 @@ class Adapter:
         """
         return None
 
+    def chosen_by(self):
+        """What besides the tensors decides the answer of `kernel`, as something that can be compared."""
+        return ()
+
     def missing(self):
         """Sentences about parts of the library that this backend needs and that are not there; empty means complete."""
         return []

@@ -5,8 +5,12 @@ and, when a file is given, across processes. Where nothing can be timed (a CPU, 
 order decides.
 """
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass
+from functools import partial
 import json
+import logging
 import os
 from pathlib import Path
 import statistics
@@ -16,10 +20,13 @@ import threading
 import torch
 
 from . import reference, registry
-from .call import dtype_name
+from .call import AttentionRefused, dtype_name
+from .errors import is_out_of_memory
 from .masks import attend_kept
 
+log = logging.getLogger(__name__)
 WARM_UP, ROUNDS = 2, 9
+LARGEST_FILE = 2**24  # bytes; a choice takes about a thousand
 OUT_OF_THE_RACE = 1.5  # a candidate this many times slower than the best after the first round is not timed again
 # a candidate may be twice as far from float32 as PyTorch's own kernel (flash-attention's tests use the same factor)
 ERROR_FACTOR = 2.0
@@ -51,6 +58,10 @@ class AutoChoice:
     why: str
     candidates: list
 
+    @property
+    def timed(self):
+        return any(c.ms is not None for c in self.candidates)
+
     def as_data(self):
         return {
             "call": self.call,
@@ -59,6 +70,11 @@ class AutoChoice:
             "why": self.why,
             "candidates": [vars(c) for c in self.candidates],
         }
+
+    @property
+    def says_more(self):
+        """Whether there is more to read than `why`: a time, or the reason why a backend was not taken."""
+        return any(c.ms is not None or c.reason for c in self.candidates)
 
     def as_text(self):
         lines = [f"auto on {self.device}, {self.call}: {self.chosen} ({self.why})"]
@@ -115,16 +131,18 @@ class Tuner:
         self._lock = threading.RLock()  # choose measures backends, and of each its fastest variant
 
     def choose(self, call, q, k, v, mask=None, kept=None, scale=None):
-        """(slug, AutoChoice) for these tensors. AttentionRefused never: PyTorch's own kernel accepts everything."""
+        """(slug, AutoChoice) for these tensors. AttentionRefused with all reasons when none accepts them."""
         key = bucket_key(call)
         with self._lock:
-            table = (
-                self._tables.get(key)
-                or self._remembered(key, call)
-                or self._decide(key, call, q, k, v, mask, kept, scale)
-            )
-            self._tables[key] = table
-            return table.chosen, table
+            found = self._tables.get(key) or self._remembered(key, call)
+            if found is None:
+                found, lasting = self._decide(call, q, k, v, mask, kept, scale)
+                if lasting and found.timed:
+                    self._remember(key, found)
+                if not lasting:  # memory was short: the next model that asks measures again
+                    return found.chosen, found
+            self._tables[key] = found
+            return found.chosen, found
 
     def variant(self, slug, adapter, call, q, k, v, mask=None, kept=None, scale=None):
         """The fastest of an adapter's variants on these tensors, itself an Adapter. Measured on the first call of a
@@ -135,21 +153,25 @@ class Tuner:
             return adapter
         key = f"{slug}: {', '.join(variants)}|{bucket_key(call)}"
         with self._lock:
-            if key not in self._variants:
-                chosen = self._known.get(key, {}).get("chosen")
-                self._variants[key] = (
-                    chosen
-                    if chosen in variants
-                    else self._fastest_variant(key, call, variants, q, k, v, mask, kept, scale)
-                )
-            return variants[self._variants[key]]
+            chosen = self._variants.get(key) or self._known.get(key, {}).get("chosen")
+            if chosen not in variants:
+                chosen, lasting = self._fastest_variant(key, call, variants, q, k, v, mask, kept, scale)
+                if not lasting:
+                    return variants[chosen]
+            self._variants[key] = chosen
+            return variants[chosen]
 
     def _fastest_variant(self, key, call, variants, q, k, v, mask, kept, scale):
-        rows, runners, own_error = [TimedBackend(name) for name in variants], {}, None
-        for row in rows:  # the first is the library's own choice: the others may not be further from float32
-            run = check(row, lambda row=row: variants[row.backend], q, k, v, mask, kept, scale)
-            own_error = row.error if own_error is None else own_error
-            if row.error is not None and row.error > max(ERROR_FACTOR * own_error, ERROR_FLOOR):
+        """(name, whether it holds for longer than this moment)."""
+        rows, runners, own_error, lasting = [TimedBackend(name) for name in variants], {}, None, True
+        for number, row in enumerate(rows):
+            run, passing = check(row, lambda row=row: variants[row.backend], q, k, v, mask, kept, scale)
+            lasting = lasting and not passing
+            if number == 0:
+                own_error = row.error
+            if row.error is not None and own_error is None:
+                row.reason = "not used: the library's own choice failed, so there is nothing to check it against"
+            elif row.error is not None and row.error > max(ERROR_FACTOR * own_error, ERROR_FLOOR):
                 row.reason = f"rejected: error above {ERROR_FACTOR:g} times {own_error:.1e}"
             elif run is not None:
                 runners[row.backend] = run
@@ -157,38 +179,31 @@ class Tuner:
             next(row for row in rows if row.backend == name).ms = ms
         timed = [row for row in rows if row.ms is not None]
         if not timed:  # memory is short for measuring: let the library's own choice try
-            return rows[0].backend
+            return rows[0].backend, False
         best = min(timed, key=lambda row: row.ms)
         why = f"fastest of {len(timed)}, measured on this call"
-        self._remember(key, AutoChoice(str(call), str(call.device), best.backend, why, rows))
-        return best.backend
+        if lasting and len(timed) == len(runners):
+            self._remember(key, AutoChoice(str(call), str(call.device), best.backend, why, rows))
+        return best.backend, lasting
 
-    def _decide(self, key, call, q, k, v, mask, kept, scale):
-        rows = [
-            TimedBackend(slug, reason=" ".join(registry.unsupported(slug, call))) for slug in candidates(call.device)
-        ]
+    def _decide(self, call, q, k, v, mask, kept, scale):
+        """(AutoChoice, whether it holds for longer than this moment)."""
+        rows = [TimedBackend(s, reason=" ".join(registry.unsupported(s, call))) for s in candidates(call.device)]
         accepted = [c for c in rows if not c.reason]
+        if not accepted:
+            reasons = [f"{c.backend}: {c.reason}" for c in rows]
+            raise AttentionRefused(
+                registry.AUTO, reasons or ["No exact backend is available on this device."], call=call
+            )
+        described = str(call), str(call.device)
         if not can_time(q.device.type):
-            return AutoChoice(
-                str(call),
-                str(call.device),
-                accepted[0].backend,
-                "nothing can be timed here, so the fixed order decides",
-                rows,
-            )
-        sdpa_error = None
-        runners = {}
+            why = "nothing can be timed here, so the fixed order decides"
+            return AutoChoice(*described, accepted[0].backend, why, rows), True
+        sdpa_error, runners, lasting = None, {}, True
         for candidate in accepted:  # sdpa is first in the order, so its error is known before the others are judged
-            run = check(
-                candidate,
-                lambda c=candidate: self._adapter(c.backend, call, q, k, v, mask, kept, scale),
-                q,
-                k,
-                v,
-                mask,
-                kept,
-                scale,
-            )
+            chosen = partial(self._adapter, candidate.backend, call, q, k, v, mask, kept, scale)
+            run, passing = check(candidate, chosen, q, k, v, mask, kept, scale)
+            lasting = lasting and not passing
             sdpa_error = candidate.error if candidate.backend == "sdpa" else sdpa_error
             if candidate.error is not None and sdpa_error is None:
                 candidate.reason = "not used: PyTorch's own kernel failed, so there is nothing to check it against"
@@ -196,26 +211,15 @@ class Tuner:
                 candidate.reason = f"rejected: error above {ERROR_FACTOR:g} times PyTorch's own {sdpa_error:.1e}"
             elif run is not None:
                 runners[candidate.backend] = run
-        for candidate, ms in zip(accepted, map(race(runners).get, (c.backend for c in accepted))):
-            candidate.ms = ms
-        if not runners:  # memory is short for measuring: let PyTorch try the call itself
-            return AutoChoice(
-                str(call),
-                str(call.device),
-                accepted[0].backend,
-                "nothing could be measured here, the reasons are below",
-                rows,
-            )
+        times = race(runners)
+        for candidate in accepted:
+            candidate.ms = times.get(candidate.backend)
+        if not times:  # memory is short for measuring: let PyTorch try the call itself
+            why = "nothing could be measured here, the reasons are below"
+            return AutoChoice(*described, accepted[0].backend, why, rows), False
         best = min((c for c in accepted if c.ms is not None and not c.reason), key=lambda c: c.ms)
-        table = AutoChoice(
-            str(call),
-            str(call.device),
-            best.backend,
-            f"fastest of {len(accepted)} exact backends, measured on this call",
-            rows,
-        )
-        self._remember(key, table)
-        return table
+        why = f"fastest of {len(accepted)} exact backends, measured on this call"
+        return AutoChoice(*described, best.backend, why, rows), lasting and len(times) == len(runners)
 
     def _adapter(self, slug, call, *tensors):
         return self.variant(slug, registry.adapter(slug, call.device), call, *tensors)
@@ -223,60 +227,93 @@ class Tuner:
     def _remembered(self, key, call):
         entry = self._known.get(key)
         if entry and entry["chosen"] in registry.ROWS and not registry.unsupported(entry["chosen"], call):
-            return AutoChoice(
-                str(call),
-                str(call.device),
-                entry["chosen"],
-                "measured earlier on this machine",
-                [TimedBackend(**c) for c in entry["candidates"]],
-            )
+            rows = [TimedBackend(**row) for row in entry["candidates"]]
+            return AutoChoice(str(call), str(call.device), entry["chosen"], "measured earlier on this machine", rows)
         return None
 
     def _read(self):
+        """{key: {"chosen", "candidates"}} of the file: what fits, whoever wrote it; {} where there is none to read."""
         try:
-            known = json.loads(self.file.read_text()) if self.file else {}
-            return {k: e for k, e in known.items() if isinstance(e, dict) and {"chosen", "candidates"} <= e.keys()}
-        except (OSError, ValueError, AttributeError):  # no file yet, or one that somebody edited: measure again
+            if not self.file or not self.file.is_file() or self.file.stat().st_size > LARGEST_FILE:
+                return {}
+            known = json.loads(self.file.read_text(encoding="utf-8"))
+            return {key: fitting(entry) for key, entry in known.items() if fitting(entry)}
+        except (OSError, ValueError, AttributeError, RecursionError):  # somebody edited it: measure again
             return {}
 
-    def _remember(self, key, table):
+    def _remember(self, key, found):
+        """Write a choice into the file. A disk that refuses costs only the file: this process has the choice."""
         if not self.file:
             return
-        self._known = {**self._read(), key: {"chosen": table.chosen, "candidates": [vars(c) for c in table.candidates]}}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as handle:
-            json.dump(self._known, handle, indent=1)
-        os.replace(handle.name, self.file)  # another process reads the old file or the new one, never half of it
+        self._known = {**self._read(), key: {"chosen": found.chosen, "candidates": [vars(c) for c in found.candidates]}}
+        new = None
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.file.parent, prefix=".auto-", encoding="utf-8", delete=False
+            ) as handle:
+                new = Path(handle.name)
+                json.dump(self._known, handle, indent=1)
+            os.replace(new, self.file)  # another process reads the old file or the new one, never half of it
+        except OSError as error:
+            log.warning("auto: what was measured cannot be kept in %s: %s", self.file, error.strerror or error)
+            if new is not None:
+                with contextlib.suppress(OSError):
+                    new.unlink(missing_ok=True)
+
+
+def fitting(entry):
+    """An entry of the file with the fields that this version knows; None when one is missing or of another type."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("chosen"), str):
+        return None
+    rows = entry.get("candidates")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    names = [field.name for field in dataclasses.fields(TimedBackend)]
+    rows = [{name: row[name] for name in names if name in row} for row in rows]
+    for row in rows:
+        figures = (row.get("ms"), row.get("error"))
+        if not isinstance(row.get("backend"), str) or not isinstance(row.get("reason", ""), str):
+            return None
+        if not all(figure is None or type(figure) in (int, float) for figure in figures):
+            return None
+    return {"chosen": entry["chosen"], "candidates": rows}
 
 
 def check(candidate, adapter, q, k, v, mask, kept, scale):
     """Run a TimedBackend once on the tensors and fill in its error, or its reason when it fails. adapter: a function
-    that returns the Adapter. Returns the function that runs it, or None.
+    that returns the Adapter.
+
+    Returns (the function that runs it, or None; whether the failure is a passing one, such as memory that is short).
     """
     try:
         run = bound(adapter(), q, k, v, mask, kept, scale)
         candidate.error = sample_error(run(), q, k, v, mask, scale)
-        return run
-    except (
-        Exception
-    ) as error:  # out of memory, a kernel that does not launch: this candidate is out, the picture goes on
+        return run, False
+    except Exception as error:  # this candidate is out, and the image goes on
         candidate.reason = f"{type(error).__name__}: {error}"
-        return None
+        return None, is_out_of_memory(error)
 
 
 def race(runners):
-    """Median milliseconds of each of {name: function}. Rounds go around all of them, so that a drift of the clocks is
-    everybody's.
+    """{name: median milliseconds} of {name: function}; without those that raise on the way.
+
+    Rounds go around all of them, so that a drift of the clocks is everybody's.
     """
     times = {name: [] for name in runners}
-    for name, run in runners.items():
-        for _ in range(WARM_UP):
-            run()
-    for _ in range(ROUNDS):
+    for number in range(WARM_UP + ROUNDS):
         best = min((min(t) for t in times.values() if t), default=float("inf"))
-        for name, run in runners.items():
-            if not times[name] or min(times[name]) < OUT_OF_THE_RACE * best:
-                times[name].append(stream_ms(run))
+        for name in list(times):
+            if times[name] and min(times[name]) >= OUT_OF_THE_RACE * best:
+                continue
+            try:
+                if number < WARM_UP:
+                    runners[name]()
+                else:
+                    times[name].append(stream_ms(runners[name]))
+            except Exception as error:  # memory that became short, say: this one is out, and the image goes on
+                log.warning("auto: %s ran once and then failed: %s", name, error)
+                del times[name]
     return {name: statistics.median(t) for name, t in times.items()}
 
 

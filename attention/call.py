@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from .device import Device, PLATFORM_NAMES, describe
+from .errors import Explained
 
+CHOOSE_ANOTHER = "Choose another backend"
 OFFSET_LIMIT = 2**31  # kernels that index with 32-bit integers read past this element offset from the wrong place
 
 
@@ -75,13 +77,15 @@ def call_of(q, k, v, mask_kind="none", need_lse=False):
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a backend can run: platform -> architectures (empty means any of that platform)."""
+    """Where a backend can run: platform -> architectures (empty means any of that platform); None: on every device."""
 
-    archs: dict
+    archs: dict | None
     why: str = ""
 
     def reasons(self, device):
         """Sentences why this device cannot run it; empty means it can."""
+        if self.archs is None:
+            return []
         if device.platform not in self.archs:
             wanted = " or ".join(PLATFORM_NAMES.get(p, p) for p in self.archs)
             return [
@@ -183,11 +187,11 @@ class Limits:
         if self.max_offset and call.last_offset >= self.max_offset:
             return (
                 f"It indexes with 32-bit integers, and these tensors span {call.last_offset + 1} elements "
-                f"(limit {self.max_offset}). A smaller batch or picture works."
+                f"(limit {self.max_offset}). A smaller batch or image works."
             )
 
 
-class AttentionRefused(ValueError):
+class AttentionRefused(Explained, ValueError):
     """A chosen backend cannot do this. Fields: backend (slug), reasons (list of sentences), hint (what to do), call
     (AttentionCall or None).
 
@@ -197,6 +201,15 @@ class AttentionRefused(ValueError):
     def __init__(self, backend, reasons, hint="", call=None):
         self.backend, self.reasons, self.hint, self.call = backend, list(reasons), hint, call
         super().__init__(backend, self.reasons, hint, call)
+
+    @property
+    def topic(self):
+        """The section about this refusal: about one call, about AITER, about approximate kernels, or about all."""
+        if self.call and self.hint.startswith(CHOOSE_ANOTHER):
+            return "refused-call"
+        if self.backend.startswith("aiter"):
+            return "aiter-on-rocm"
+        return "quantised-backends" if self.backend.startswith(("sage", "comfy-int8")) else "backend-unavailable"
 
     def __str__(self):
         where = f" for this call ({self.call})" if self.call else " here"

@@ -14,6 +14,9 @@ PLATFORM_NAMES = {
     "cpu": "a CPU",
     "apple": "an Apple GPU",
     "intel": "an Intel GPU",
+    "privateuseone": "DirectML",
+    "npu": "an NPU",
+    "mlu": "an MLU",
 }
 
 
@@ -50,4 +53,21 @@ def describe(device):
     if device.type == "cuda":
         return _accelerator(torch.cuda.current_device() if device.index is None else device.index)
     kinds = {"mps": "apple", "xpu": "intel"}
-    return Device(kinds.get(device.type, device.type), platform.machine(), platform.processor() or platform.machine())
+    name = platform.processor() or platform.machine()
+    if device.type not in ("cpu", "mps"):  # a device type that only some builds of PyTorch know
+        return Device(kinds.get(device.type, device.type), device.type, device.type)
+    return Device(kinds.get(device.type, device.type), platform.machine(), name)
+
+
+def as_float64(tensor):
+    """A tensor in float64, on its own device where that is known to have the format, else on the CPU."""
+    return tensor.double() if tensor.device.type in ("cpu", "cuda") else tensor.cpu().double()
+
+
+def synchronise(device):
+    """Wait until a torch.device has done its work; a CPU has when the call returns, and so does a device type whose
+    module has no such function.
+    """
+    module = getattr(torch, torch.device(device).type, None)
+    if hasattr(module, "synchronize") and torch.device(device).type != "cpu":
+        module.synchronize()

@@ -7,12 +7,14 @@ import threading
 import weakref
 
 from . import registry
-from .call import AttentionCall, AttentionRefused, call_of, default_scale
+from .call import CHOOSE_ANOTHER, AttentionCall, AttentionRefused, call_of, default_scale
+from .errors import UserError
 from .masks import MaskMemory, attend_kept, normalise
 from .run_log import RunLog
 
 REFUSE, USE_SDPA = "error", "use SDPA and report"
 DELEGATED = "delegated"
+SCHEDULE_TOPIC = "first-and-last-steps-and-blocks"
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,12 @@ class Schedule:
 
     def __post_init__(self):
         if min(self.first_steps, self.last_steps, self.first_blocks, self.last_blocks) < 0:
-            raise ValueError("First and last steps and blocks are counts and cannot be negative.")
+            raise UserError("First and last steps and blocks are counts and cannot be negative.", SCHEDULE_TOPIC)
         if (self.first_blocks or self.last_blocks) and not self.blocks:
-            raise ValueError(
-                (
-                    "This model does not say how many blocks it has, so first and last blocks cannot be chosen. Set "
-                    "both "
-                    "to 0."
-                )
+            raise UserError(
+                "This model does not say how many blocks it has, so first and last blocks cannot be chosen. Set both "
+                "to 0.",
+                SCHEDULE_TOPIC,
             )
 
     def at_edge(self, step, steps, block):
@@ -74,6 +74,7 @@ class Decision:
     why: str
     table: object = None
     key: tuple = field(default=(), repr=False)
+    chosen_by: tuple = field(default=(), repr=False)  # Adapter.chosen_by when this was decided
 
 
 class _Progress(threading.local):
@@ -105,10 +106,12 @@ class AttentionDispatcher:
 
     def __init__(self, backend, *, unsupported=REFUSE, schedule=None, tuner=None, options=None):
         for slug in (backend, *([schedule.backend] if schedule else [])):
-            if slug != registry.AUTO:
+            if slug not in (registry.AUTO, registry.COMFYUI):
                 registry.row(slug)
         if unsupported not in (REFUSE, USE_SDPA):
-            raise ValueError(f"unsupported calls can be '{REFUSE}' or '{USE_SDPA}', not '{unsupported}'.")
+            raise UserError(
+                f"unsupported calls can be '{REFUSE}' or '{USE_SDPA}', not '{unsupported}'.", "unknown-backend"
+            )
         self.backend, self.unsupported, self.schedule, self.tuner, self.options = (
             backend,
             unsupported,
@@ -153,28 +156,53 @@ class AttentionDispatcher:
     # --- one call
 
     def attend(
-        self, q, k, v, *, mask=None, scale=None, need_lse=False, block=None, full_precision=False, heads_first=None
+        self,
+        q,
+        k,
+        v,
+        *,
+        mask=None,
+        scale=None,
+        need_lse=False,
+        block=None,
+        full_precision=False,
+        heads_first=None,
+        in_graph=False,
     ):
-        """Compute one call of BSHD tensors as selected, and count it.
+        """Compute one call of BSHD tensors as chosen, and count it once it is computed.
 
-        heads_first: the same q, k, v as (B, H, S, D), if the caller has them so: some libraries want that.
+        heads_first: the same q, k, v as (B, H, S, D), if the caller has them so: some libraries want that. block:
+        (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised kernel
+        here. in_graph: a compiled graph calls, which cannot delegate.
 
-        block: (kind, index) of the model block that calls, if known. full_precision: the model asks for no quantised
-        kernel here. Returns (out, lse), or None when the call is delegated. AttentionRefused when the backend cannot
-        and the policy is REFUSE.
+        Returns (out, lse), or the Decision when the call is delegated: whoever computes it then calls `count`.
+        AttentionRefused when the backend cannot and the policy is REFUSE.
         """
-        kept, why = self._masks(mask, q.shape[1]) if mask is not None else (None, "")
-        decision = self.decide(q, k, v, mask, kept, scale, need_lse, self._slug(block), full_precision)
-        (self.log.current or self.log.begin(self.describe(), self.previous_name, None)).count(decision)
+        kept = self._masks(mask, q.shape[1])[0] if mask is not None else None
+        if kept is not None and kept.everything:
+            mask = kept = None
+        decision = self.decide(
+            q, k, v, mask, kept, scale, need_lse, self._slug(block), full_precision, can_delegate=not in_graph
+        )
         if decision.adapter is None:
-            return None
+            return decision
         scale = default_scale(q.shape[-1]) if scale is None else scale
-        if kept is not None and not decision.adapter.limits.mask:
-            return attend_kept(decision.adapter.attend, q, k, v, kept, scale=scale, need_lse=need_lse)
+        result = self._compute(decision.adapter, q, k, v, mask, kept, scale, need_lse, heads_first)
+        self.count(decision)
+        return result
+
+    @staticmethod
+    def _compute(adapter, q, k, v, mask, kept, scale, need_lse, heads_first):
+        if kept is not None and not adapter.limits.mask:
+            return attend_kept(adapter.attend, q, k, v, kept, scale=scale, need_lse=need_lse)
         mask = None if mask is None else normalise(mask, q.shape[1])
-        if heads_first and decision.adapter.attend_heads_first and not need_lse:
-            return decision.adapter.attend_heads_first(*heads_first, mask, scale).transpose(1, 2), None
-        return decision.adapter.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse)
+        if heads_first and adapter.attend_heads_first and not need_lse:
+            return adapter.attend_heads_first(*heads_first, mask, scale).transpose(1, 2), None
+        return adapter.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse)
+
+    def count(self, decision, computed_by=None):
+        """Note a call that has been computed. computed_by: the name of what computed a delegated one."""
+        self.log.running(self.describe(), self.previous_name).count(decision, computed_by)
 
     def _slug(self, block):
         if self.schedule is None:
@@ -186,37 +214,41 @@ class AttentionDispatcher:
         p.calls += 1
         return self.schedule.backend if self.schedule.at_edge(p.step, p.steps, number) else self.backend
 
-    def decide(self, q, k, v, mask, kept, scale, need_lse, slug, full_precision):
+    def decide(self, q, k, v, mask, kept, scale, need_lse, slug, full_precision, can_delegate=True):
+        """The Decision for a call; the same one for calls that cannot differ in anything that it depends on."""
         kind = "none" if mask is None else "full" if kept is None else "keys"
         key = (
             slug,
-            q.shape,
-            k.shape,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            q.dtype,
+            *((t.shape, t.stride(), t.dtype, t.requires_grad) for t in (q, k, v)),
             q.device,
             kind,
+            None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.requires_grad),
             need_lse,
             full_precision,
+            can_delegate,
         )
         decision = self._decisions.get(key)
-        if decision is None:
-            decision = self._decisions[key] = self._decide(
-                q, k, v, mask, kept, scale, call_of(q, k, v, kind, need_lse), slug, full_precision
-            )
-            decision.key = key
+        state = decision.adapter.chosen_by() if decision is not None and decision.adapter else ()
+        if decision is None or state != decision.chosen_by:
+            call = call_of(q, k, v, kind, need_lse)
+            decision = self._decide(q, k, v, mask, kept, scale, call, slug, full_precision, can_delegate)
+            decision.chosen_by = decision.adapter.chosen_by() if decision.adapter else ()
+            decision.key = (*key, decision.chosen_by)
+            self._decisions[key] = decision
         return decision
 
-    def _decide(self, q, k, v, mask, kept, scale, call, slug, full_precision):
-        if full_precision and slug != registry.AUTO and not registry.row(slug).exact:
-            return Decision(
-                DELEGATED, None, "", None, call, f"the model asks for full precision here and {slug} is quantised"
-            )
-        table = None
-        why = f"{slug} was chosen"
-        if slug == registry.AUTO:
+    def _decide(self, q, k, v, mask, kept, scale, call, slug, full_precision, can_delegate):
+        """Delegate, choose, refuse or replace: the first of these that applies."""
+        delegates = self._delegates(slug, full_precision)
+        if delegates and call.need_lse and self.unsupported == REFUSE:
+            reason = f"A ring over several GPUs needs the log-sum-exp, which cannot be had here: {delegates}."
+            raise AttentionRefused(slug, [reason], f"{CHOOSE_ANOTHER} (auto finds one), or a ring degree of 1.", call)
+        if delegates and can_delegate and not call.need_lse:
+            return Decision(slug if slug == registry.COMFYUI else DELEGATED, None, "ComfyUI", None, call, delegates)
+        table, why = None, f"{slug} was chosen"
+        if delegates:
+            slug, why = "sdpa", f"{delegates}; such a call cannot be delegated here, so PyTorch computes it"
+        elif slug == registry.AUTO:
             normal = None if mask is None else normalise(mask, q.shape[1])
             slug, table = (self.tuner or default_tuner()).choose(call, q, k, v, normal, kept, scale)
             why = f"auto: {table.why}"
@@ -226,6 +258,15 @@ class AttentionDispatcher:
         if reasons:
             slug, why = "sdpa", f"{slug} could not ({' '.join(reasons)}), and '{USE_SDPA}' is set"
         return self._computed_by(slug, call, why, table, q, k, v, mask, kept)
+
+    @staticmethod
+    def _delegates(slug, full_precision):
+        """Why a call goes to the override that was there before, or to core's own function; "" when it does not."""
+        if slug == registry.COMFYUI:
+            return "ComfyUI's own attention was chosen"
+        if full_precision and slug != registry.AUTO and not registry.row(slug).exact:
+            return f"the model asks for full precision here and {slug} is quantised"
+        return ""
 
     def _computed_by(self, slug, call, why, table, q, k, v, mask, kept):
         adapter = registry.adapter(slug, call.device)
@@ -243,14 +284,12 @@ class AttentionDispatcher:
 def hint_for(slug, call):
     """What to do about a refusal: install what is missing, or choose another backend or policy."""
     if registry.unavailable(slug, call.device):
-        return registry.row(slug).install
-    return f"Choose another backend (auto finds one), or set unsupported calls to '{USE_SDPA}'."
+        return registry.how_to_get(slug, call.device) or f"{CHOOSE_ANOTHER}: auto finds one that runs here."
+    return f"{CHOOSE_ANOTHER} (auto finds one), or set unsupported calls to '{USE_SDPA}'."
 
 
 def sdpa_attention(q, k, v, mask, scale, need_lse=False):
-    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no dispatcher computes, or that
-    one delegates.
-    """
+    """(out, lse) by PyTorch's own choice of kernel: for a call of a compiled graph that no dispatcher computes."""
     adapter = registry.adapter("sdpa", call_of(q, k, v).device)
     return adapter.attend(
         q, k, v, mask=None if mask is None else normalise(mask, q.shape[1]), scale=scale, need_lse=need_lse

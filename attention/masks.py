@@ -23,15 +23,16 @@ def normalise(mask, q_len):
 
 @dataclass(frozen=True)
 class KeptKeys:
-    """Which keys remain: one index tensor for the whole batch, or one per batch entry."""
+    """Which keys remain: one index tensor for the whole batch, or one per batch entry. everything: no key is hidden."""
 
     indices: tuple
+    everything: bool = False
 
     @classmethod
     def of(cls, keep):
         """From bool (B or 1, Sk), True where a key is kept."""
         rows = keep[:1] if bool((keep == keep[:1]).all()) else keep
-        return cls(tuple(row.nonzero().squeeze(1) for row in rows))
+        return cls(tuple(row.nonzero().squeeze(1) for row in rows), everything=bool(keep.all()))
 
 
 def kept_keys(mask):

@@ -25,13 +25,11 @@ def _attend(
     from .dispatch import in_graph, sdpa_attention
 
     chosen = in_graph(dispatcher)
-    result = (
-        chosen.attend(q, k, v, mask=mask, scale=scale, need_lse=need_lse, full_precision=full_precision)
-        if chosen
-        else None
-    )
-    # a graph cannot delegate, so PyTorch computes a call that asks for full precision, and the log says so
-    out, lse = result if result is not None else sdpa_attention(q, k, v, mask, scale, need_lse)
+    if chosen:
+        options = {"need_lse": need_lse, "full_precision": full_precision, "in_graph": True}
+        out, lse = chosen.attend(q, k, v, mask=mask, scale=scale, **options)
+    else:
+        out, lse = sdpa_attention(q, k, v, mask, scale, need_lse)
     # the fake promises a contiguous output: most kernels return one, and the others are made so
     return out.contiguous(), q.new_empty(0) if lse is None else lse
 

@@ -11,6 +11,7 @@ import torch
 
 from . import ops
 from .call import default_scale
+from .dispatch import Decision
 
 
 class AttentionOverride:
@@ -39,7 +40,7 @@ class AttentionOverride:
     ):
         qs, ks, vs = to_bshd(q, k, v, heads, skip_reshape)
         result = self._attend(qs, ks, vs, mask, kwargs, (q, k, v) if skip_reshape else None)
-        if result is None:
+        if isinstance(result, Decision):  # delegated
             rest = dict(
                 kwargs,
                 mask=mask,
@@ -47,7 +48,9 @@ class AttentionOverride:
                 skip_reshape=skip_reshape,
                 skip_output_reshape=skip_output_reshape,
             )
-            return self.previous(func, q, k, v, heads, **rest) if self.previous else func(q, k, v, heads, **rest)
+            out = self.previous(func, q, k, v, heads, **rest) if self.previous else func(q, k, v, heads, **rest)
+            self.dispatcher.count(result, computed_by=name_of(self.previous or func))
+            return out
         out = result[0]
         return out.transpose(1, 2) if skip_output_reshape else out.reshape(out.shape[0], out.shape[1], -1)
 

@@ -8,6 +8,7 @@ to be.
 import torch
 
 from .call import default_scale
+from .device import as_float64
 
 QUERY_BLOCK = 512
 
@@ -44,6 +45,6 @@ def masked(scores, mask, rows):
 
 def relative_error(out, reference):
     """||out - reference|| / ||reference|| over all elements, in float64. NaN or infinity in out gives infinity."""
-    difference = out.to(torch.float64) - reference.to(torch.float64)
-    error = (difference.norm() / reference.to(torch.float64).norm()).item()
+    out, reference = as_float64(out), as_float64(reference)
+    error = ((out - reference).norm() / reference.norm()).item()
     return error if error == error else float("inf")

@@ -7,15 +7,18 @@ below.
 
 from dataclasses import dataclass
 import importlib
+import re
+import sys
 import threading
 
 import torch
 
 from . import reference
-from .call import AttentionRefused, Hardware, call_of, dtype_name
+from .call import CHOOSE_ANOTHER, AttentionRefused, Hardware, call_of, dtype_name
 from .device import describe
+from .errors import UserError
 
-ANY = Hardware({"nvidia": (), "amd": (), "cpu": (), "apple": (), "intel": ()})
+ANY = Hardware(None)  # PyTorch itself: every device that it knows
 GPU = Hardware({"nvidia": (), "amd": ()})
 NVIDIA = Hardware({"nvidia": ()})
 
@@ -235,8 +238,9 @@ ROWS = {
         "xFormers memory-efficient attention",
     ),
 }
-AUTO = "auto"
-SLUGS = [AUTO, *ROWS]
+AUTO = "auto"  # the fastest exact backend, measured
+COMFYUI = "comfyui"  # ComfyUI's own attention, counted and timed: the baseline
+SLUGS = [AUTO, COMFYUI, *ROWS]
 # Tried in this order where nothing can be timed, and reported in it. PyTorch's own choice comes first: it runs
 # everywhere.
 AUTO_ORDER = [
@@ -253,16 +257,21 @@ AUTO_ORDER = [
     "xformers",
     "sdpa-efficient",
 ]
+# run by the people who write this pack, on hardware that they are made for (benchmarks/results); all others are
+# experimental
+RUN_BY_AUTHORS = {"sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash4", "sage1"}
 
 _lock = threading.Lock()
 _modules = {}  # module name -> (module or None, error sentence)
-_probes = {}  # (slug, device, dtype, head size) -> list of sentences
+_passed = set()  # (slug, device, dtype, head size) of test calls that were right
 
 
 def row(slug):
     """The BackendRow of a slug. ValueError with the valid slugs for an unknown one."""
     if slug not in ROWS:
-        raise ValueError(f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.")
+        raise UserError(
+            f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.", "unknown-backend"
+        )
     return ROWS[slug]
 
 
@@ -291,10 +300,21 @@ def unavailable(slug, device):
     """
     entry = row(slug)
     reasons = entry.hardware.reasons(device)
+    if reasons:  # a library that could not run here is not imported: some end the process on a wrong card
+        return reasons
     module, error = _module(entry.module)
-    if error:
-        return reasons + [f"{entry.library} cannot be imported ({error})."]
-    return reasons + module.ADAPTERS[slug].missing()
+    return [f"{entry.library} cannot be imported ({error})."] if error else module.ADAPTERS[slug].missing()
+
+
+def how_to_get(slug, device):
+    """What to type to get a backend, for the Python that runs this; "" where installing would not help.
+
+    A portable ComfyUI has a Python of its own, and a bare `pip` would install into another one.
+    """
+    if row(slug).hardware.reasons(device):
+        return ""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    return re.sub(r"(?<=: )pip install", lambda _: f"{python} -m pip install", row(slug).install)
 
 
 def adapter(slug, device):
@@ -303,27 +323,28 @@ def adapter(slug, device):
     """
     reasons = unavailable(slug, device)
     if reasons:
-        raise AttentionRefused(slug, reasons, row(slug).install)
+        raise AttentionRefused(slug, reasons, how_to_get(slug, device) or f"{CHOOSE_ANOTHER}: auto finds one.")
     return _module(row(slug).module)[0].ADAPTERS[slug]
 
 
 def unsupported(slug, call):
     """Every reason why this backend cannot compute this AttentionCall; availability included."""
-    reasons = unavailable(slug, call.device)
-    module, _ = _module(row(slug).module)
-    return reasons + (module.ADAPTERS[slug].unsupported(call) if module else [])
+    return unavailable(slug, call.device) or _module(row(slug).module)[0].ADAPTERS[slug].unsupported(call)
 
 
 def probe(slug, device, dtype, head_dim):
     """Run a backend once on a small problem on the real device and compare with float32.
 
     device: torch.device. Returns reasons why it cannot be used for this dtype and head size; empty means it ran and was
-    right. Remembered.
+    right. Only that is remembered: a failure may pass (memory that another job held, say).
     """
     key = (slug, str(device), dtype, head_dim)
-    if key not in _probes:
-        _probes[key] = test_call(slug, device, dtype, head_dim)
-    return _probes[key]
+    if key in _passed:
+        return []
+    reasons = test_call(slug, device, dtype, head_dim)
+    if not reasons:
+        _passed.add(key)
+    return reasons
 
 
 # longer than any kernel's special case for short sequences, such as AITER's assembly (more than 128)

@@ -75,16 +75,18 @@ def dev(args):
     return model, capture.random_conditioning(model), None
 
 
-def candidates(args, nodes):
-    found = [nodes.backend_candidate(slug) for slug in args.candidates]
+def variants(args):
+    from flux2_pack.flux2.measuring import compare
+
+    found = [compare.backend_variant(slug) for slug in args.candidates]
     if args.edges:
         edge, count = args.edges[0], int(args.edges[1])
         found += [
-            nodes.backend_candidate(slug, edge, count, count)
+            compare.backend_variant(slug, edge, count, count)
             for slug in args.candidates
             if not registry.row(slug).exact
         ]
-    return nodes.unnamed_twice(found)
+    return compare.unnamed_twice(found)
 
 
 def shareable(script, arguments):
@@ -117,13 +119,14 @@ def main():
         borrow_aiter(args.aiter_source)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         folder_paths.set_user_directory(folder)
-        from flux2_pack.nodes import compare as nodes
+        from flux2_pack.attention.measuring.statistics import as_json
+        from flux2_pack.flux2.measuring import capture, compare
 
         model, positive, vae = globals()[args.weights](args)
-        job = nodes.model_bench.sampling_job(model, nodes.model_bench.Size(side, side), positive, steps, args.seed)
-        found, *_ = nodes.compare(model, job, args.reference, candidates(args, nodes), vae)
+        job = capture.sampling_job(model, capture.Size(side, side), positive, steps, args.seed)
+        found, *_ = compare.compare(model, job, args.reference, variants(args), vae)
         data = {
-            **nodes.statistics.as_json(found.as_data()),
+            **as_json(found.as_data()),
             "weights": TEXTS[args.weights],
             "command": shareable("accuracy.py", sys.argv[1:]),
         }

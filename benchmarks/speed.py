@@ -40,15 +40,16 @@ def parse(arguments=None):
 
 def measured(args):
     """(table, data) of one run."""
-    from flux2_pack.nodes import compare as nodes
+    from flux2_pack.attention.measuring.statistics import as_json
+    from flux2_pack.flux2.measuring import benchmark, capture
 
     model = full_size.build(getattr(full_size, WEIGHTS[args.weights]))
-    found = nodes.benchmark(
-        model, nodes.model_bench.sizes(args.sizes), None, args.backends, args.call_repeat, args.step_repeat
+    found = benchmark.benchmark(
+        model, capture.sizes(args.sizes), None, args.backends, args.call_repeat, args.step_repeat
     )
     borrowed = ", AITER's Triton kernels compiled for this card" if args.aiter_source else ""
     return found.as_text(), {
-        **nodes.statistics.as_json(found.as_data()),
+        **as_json(found.as_data()),
         "weights": f"random weights, FLUX.2 {args.weights}{borrowed}",
         "command": shareable("speed.py", sys.argv[1:]),
     }

@@ -8,15 +8,17 @@ model patcher of a clone: weights and modules are not touched, and a model witho
 before.
 """
 
-import torch
+import logging
 
 from comfy.patcher_extension import WrappersMP
 
-from ..attention.override import AttentionOverride, Observer
+from ..attention.device import synchronise
+from ..attention.override import AttentionOverride, Observer, name_of
 from . import error_links
 
 SLOT = "optimized_attention_override"
 KEY = "flux2_attention"
+log = logging.getLogger(__name__)
 
 
 # --- who is there ----------------------------------------------------------------------------------------------------
@@ -41,8 +43,11 @@ def dispatcher_behind(override):
 
 
 def dispatcher_of(model):
-    """The AttentionDispatcher of a MODEL, or None where no Select Attention node has been."""
-    return dispatcher_behind(override_of(model))
+    """The AttentionDispatcher of a MODEL, or None where no Select Attention node has been.
+
+    Also where another pack's override stands in front of ours, or took its place later: the report says so.
+    """
+    return dispatcher_behind(override_of(model)) or model.attachments.get(KEY)
 
 
 # --- put somebody there ----------------------------------------------------------------------------------------------
@@ -66,6 +71,7 @@ def select(model, dispatcher):
     ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
+    model.set_attachments(KEY, dispatcher)
 
 
 def observed(model, observer, key):
@@ -91,18 +97,28 @@ def during_sampling(dispatcher):
 
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         run = dispatcher.begin_run(max(0, len(sigmas) - 1))
+        guider = getattr(executor, "class_obj", None)
+        run.in_front = in_front(dispatcher, guider.model_options if guider is not None else {})
         try:
             output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException as error:  # a cancel is one too
             dispatcher.log.end(run, error=f"{type(error).__name__}: {error}".rstrip(": "))
             error_links.link(error)
             raise
-        if output.device.type == "cuda":
-            torch.cuda.synchronize(output.device)
-        dispatcher.log.end(run, output)
+        try:
+            synchronise(output.device)
+            dispatcher.log.end(run, output)
+        except Exception:  # the image is there: what was noted about it may be lost, the image may not
+            log.exception("Select Attention: the end of this sampling could not be noted.")
         return output
 
     return wrapper
+
+
+def in_front(dispatcher, model_options):
+    """The name of an override that holds the slot in the place of a dispatcher's, or None when nobody does."""
+    override = behind_observers(model_options.get("transformer_options", {}).get(SLOT))
+    return name_of(override) if override is not None and dispatcher_behind(override) is not dispatcher else None
 
 
 def during_forward(dispatcher):

@@ -1,24 +1,19 @@
 """Choose the attention kernel of a MODEL, and report which one ran."""
 
-import os
-
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..attention import registry, dispatch
-from ..attention.call import AttentionRefused
 from ..attention.override import AttentionOverride
 from ..attention.run_log import latent_fingerprint
 from ..flux2.compiled import blocks as compiled_blocks
 from ..flux2.loading import encoder_attention, lazy_clip
 from ..flux2.fused import blocks as fused_blocks
-from ..flux2 import attention_slot
+from ..flux2 import attention_slot, select_attention
+from ..flux2.select_attention import NO_SECOND, ROUNDINGS, tuner
 from ..flux2.parallel.workers import report as ranks_report
 from . import status
 
 CATEGORY = "Flux 2"
-NO_SECOND = "none"
-ROUNDINGS = ["nearest away", "nearest even", "toward zero"]
 # a text encoder's attention is float32 with a causal mask: no other exact kernel takes that
 ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-math"]
 
@@ -37,27 +32,9 @@ def known_slugs(*slugs):
     linked.
     """
     for slug in slugs:
-        if slug not in (None, NO_SECOND, registry.AUTO, *registry.ROWS):
+        if slug not in (None, NO_SECOND, *registry.SLUGS):
             return f"There is no attention backend '{slug}'. The backends are: {', '.join(registry.SLUGS)}."
     return True
-
-
-def tuner():
-    """auto's memory, in ComfyUI's user folder. Made when first needed: the folder is not known at import."""
-    file = os.path.join(folder_paths.get_user_directory(), "flux2_attention", "auto.json")
-    if dispatch.default_tuner().file is None or str(dispatch.default_tuner().file) != file:
-        dispatch.set_default_tuner(file)
-    return dispatch.default_tuner()
-
-
-def check(model, slug):
-    """Refuse now, before anything is sampled, a backend that cannot run this model here. Raises AttentionRefused."""
-    if slug in (registry.AUTO, NO_SECOND):
-        return
-    device, dtype, head_dim = attention_slot.attention_facts(model)
-    reasons = registry.probe(slug, device, dtype, head_dim or 128)
-    if reasons:
-        raise AttentionRefused(slug, reasons, registry.row(slug).install)
 
 
 def check_encoder_attention(device, backend):
@@ -204,23 +181,18 @@ class Flux2SelectAttention(io.ComfyNode):
         last_blocks=0,
         aiter_rounding=ROUNDINGS[0],
     ) -> io.NodeOutput:
-        for slug in (backend, edge_backend):
-            check(model, slug)
-        schedule = None
-        if edge_backend != NO_SECOND:
-            schedule = dispatch.Schedule(
-                edge_backend, first_steps, last_steps, first_blocks, last_blocks, attention_slot.block_kinds(model)
-            )
-        chosen = dispatch.AttentionDispatcher(
+        patched, dispatcher = select_attention.select(
+            model,
             backend,
-            unsupported=unsupported_calls,
-            schedule=schedule,
-            tuner=tuner(),
-            options={"aiter_rounding": aiter_rounding},
+            unsupported_calls,
+            edge_backend,
+            first_steps,
+            last_steps,
+            first_blocks,
+            last_blocks,
+            aiter_rounding,
         )
-        patched = model.clone()
-        attention_slot.select(patched, chosen)
-        return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(chosen)]})
+        return io.NodeOutput(patched, ui={status.UI_KEY: [status.follow(dispatcher)]})
 
 
 class Flux2AttentionReport(io.ComfyNode):

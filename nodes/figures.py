@@ -1,52 +1,29 @@
-"""Pictures for people: labelled pictures side by side, heat maps of differences, bar charts. IMAGE tensors (B, H, W,
-3), float32 from 0 to 1.
+"""Figures for people: labelled images side by side, heat maps of differences, bar charts. IMAGE tensors (B, H, W, 3),
+float32 from 0 to 1.
 
-matplotlib draws the charts and colours the heat maps, scikit-image computes SSIM; both are optional (pip install
-flux2-attention[compare], or pip install matplotlib scikit-image). Without them there is grey, a dash, and a sentence
-that says what to install.
+matplotlib draws the charts and colours the heat maps; it is optional (pip install flux2-attention[compare]). Without it
+there is grey, and a sentence that says what to install.
 """
+
+import importlib.util
 
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 import torch
 
-INSTALL = "pip install matplotlib scikit-image"
-NO_CHART = f"matplotlib is not installed, so there is no chart and heat maps are grey. Install it with: {INSTALL}"
-NO_SSIM = f"scikit-image is not installed, so there is no SSIM. Install it with: {INSTALL}"
+NO_CHART = (
+    "matplotlib is not installed, so there is no chart and heat maps are grey. Install it with: pip install matplotlib "
+    "scikit-image"
+)
 # pixels: height of a label, space between pictures, width below which a label cannot be read
 LABEL, GAP, LEAST_WIDTH = 34, 8, 192
+FLOOR = 1 / 255  # the smallest difference that an 8-bit image can hold
 EXACT, QUANTISED, BASELINE = "#3f789e", "#b06634", "#888888"
 
 
-def ssim(picture, reference):
-    """Structural similarity (Wang et al. 2004) of two pictures (B, H, W, 3) by scikit-image, the mean of the batch;
-    None without it or below 7 pixels.
-    """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError:
-        return None
-    if min(picture.shape[1:3]) < 7:
-        return None
-    return float(
-        numpy.mean(
-            [
-                structural_similarity(a.numpy(), b.numpy(), channel_axis=-1, data_range=1.0)
-                for a, b in zip(picture, reference)
-            ]
-        )
-    )
-
-
-def absent():
-    """Sentences about the optional libraries that are not installed."""
-    found = []
-    for name, sentence in (("matplotlib", NO_CHART), ("skimage", NO_SSIM)):
-        try:
-            __import__(name)
-        except ImportError:
-            found.append(sentence)
-    return found
+def has_chart():
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def side_by_side(titled):
@@ -92,22 +69,24 @@ def as_tensor(image):
 
 
 def heat_maps(reference, titled):
-    """IMAGE of |picture - reference|, the mean of the colours, one map per (title, picture) on one common scale, which
-    the titles state.
+    """IMAGE of |image - reference|, the mean of the colours, one map per (title, image) on one scale.
+
+    The scale ends at the largest difference, and not below FLOOR, one step of an 8-bit image: rounding noise is black.
+    Titles say both.
     """
-    gaps = [(title, (picture - reference).abs().nan_to_num(1.0).mean(dim=-1)) for title, picture in titled]
-    largest = max((gap.max().item() for _, gap in gaps), default=0.0)
+    gaps = [(title, (image - reference).abs().nan_to_num(1.0).mean(dim=-1)) for title, image in titled]
     if not gaps:
-        return message("There is no picture to compare: no candidate ran.")
-    return side_by_side(
-        [
-            (
-                f"{title}: up to {gap.max().item():.2g} (white: {largest:.2g})",
-                coloured(gap / largest if largest else gap),
-            )
-            for title, gap in gaps
-        ]
-    )
+        return message("There is no image to compare: no candidate ran.")
+    scale = max(FLOOR, *(gap.max().item() for _, gap in gaps))
+    return side_by_side([(f"{title}: {largest(gap, scale)}", coloured(gap / scale)) for title, gap in gaps])
+
+
+def largest(gap, scale):
+    """The title of a heat map: its largest difference, and where white is."""
+    most = gap.max().item()
+    if most == 0:
+        return "no difference"
+    return f"largest difference {most:.2g} (white: {scale:.2g})" + (", nothing visible" if most < FLOOR else "")
 
 
 def coloured(values):

@@ -1,18 +1,14 @@
 """Compile the blocks of a MODEL, and run it before the first image."""
 
-from collections import Counter
-from contextlib import contextmanager
 import os
 
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2.measuring import capture, warmup
+from ..flux2.measuring import capture, sampling, warmup
 from ..flux2.compiled import blocks as compiled_blocks, toolchain
-from ..flux2 import attention_slot
 from .attention import CATEGORY
-from .compare import stopper
 
 
 def cache_folder():
@@ -31,28 +27,6 @@ def teller(node_id):
             page.send_progress_text(text, node_id, page.client_id)
 
     return tell
-
-
-@contextmanager
-def unlogged(model):
-    """Leaves the attention log of a MODEL as it was; gives a list that afterwards says which kernels ran meanwhile."""
-    dispatcher, ran = attention_slot.dispatcher_of(model), []
-    kept = list(dispatcher.log.runs) if dispatcher else []
-    try:
-        yield ran
-    finally:
-        if dispatcher:
-            ran += kernels([run for run in dispatcher.log.runs if all(run is not old for old in kept)])
-            dispatcher.log.runs.clear()
-            dispatcher.log.runs.extend(kept)
-
-
-def kernels(runs):
-    """[sentence] of the kernels that computed attention in some runs of a log."""
-    calls = Counter()
-    for entry in (entry for run in runs for entry in run.kinds()):
-        calls[f"{entry.backend} ({entry.kernel or entry.library})"] += entry.calls
-    return [f"attention: {', '.join(f'{name}, {count} calls' for name, count in calls.most_common())}"] if calls else []
 
 
 class Flux2CompileBlocks(io.ComfyNode):
@@ -217,8 +191,8 @@ class Flux2WarmUp(io.ComfyNode):
             size if size.references else capture.Size(size.width, size.height, references)
             for size in capture.sizes(sizes)
         ]
-        tick = stopper(comfy.utils.ProgressBar(warmup.ticks(parsed, steps, clip, vae)))
-        with unlogged(model) as ran:
+        tick = sampling.stopper(comfy.utils.ProgressBar(warmup.ticks(parsed, steps, clip, vae)))
+        with warmup.unlogged(model) as ran:
             rows = warmup.warm_up(model, parsed, steps, positive, clip, vae, batch_size, tick)
         text = "\n".join(
             ["Warmed up.", *(row.as_text() for row in rows), *ran, *filter(None, [compiled_blocks.report(model)])]

@@ -63,17 +63,17 @@ def filled(args):
 
 def in_process(args):
     """(table, data) with random weights."""
-    with measuring.random_model(args.random_weights) as (model, nodes):
-        found = nodes.benchmark(
-            model,
-            nodes.model_bench.sizes(args.sizes),
-            None,
-            nodes.names(args.backends),
-            args.call_repeat,
-            args.step_repeat,
+    with measuring.random_model(args.random_weights) as model:
+        from flux2_pack.attention.measuring.statistics import as_json
+        from flux2_pack.flux2.measuring import benchmark, capture
+        from flux2_pack.nodes import figures
+        from flux2_pack.nodes.compare import names
+
+        found = benchmark.benchmark(
+            model, capture.sizes(args.sizes), None, names(args.backends), args.call_repeat, args.step_repeat
         )
-        images = measuring.write_pictures(args, nodes, [nodes.figures.chart(found)], FILES)
-        return found.as_text(), {**nodes.statistics.as_json(found.as_data()), "images": images}
+        images = measuring.write_pictures(args, [figures.chart(found)], FILES)
+        return found.as_text(), {**as_json(found.as_data()), "images": images}
 
 
 def main():

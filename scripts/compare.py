@@ -91,19 +91,20 @@ def filled(args):
 
 def in_process(args):
     """(table, data) with random weights."""
-    with measuring.random_model(args.random_weights) as (model, nodes):
-        size = nodes.model_bench.Size(args.width, args.height)
-        job = nodes.model_bench.sampling_job(
-            model, size, nodes.model_bench.random_conditioning(model), args.steps, args.seed
-        )
-        candidates = [
-            nodes.backend_candidate(slug, args.edge_backend, args.first_steps, args.last_steps)
-            for slug in args.candidate
-        ]
-        found, *images = nodes.compare(model, job, args.reference, nodes.unnamed_twice(candidates))
+    with measuring.random_model(args.random_weights) as model:
+        from flux2_pack.attention.measuring.statistics import as_json
+        from flux2_pack.flux2.measuring import capture, compare
+        from flux2_pack.nodes import figures
+
+        prompt = capture.random_conditioning(model)
+        job = capture.sampling_job(model, capture.Size(args.width, args.height), prompt, args.steps, args.seed)
+        edges = args.edge_backend, args.first_steps, args.last_steps
+        variants = compare.unnamed_twice([compare.backend_variant(slug, *edges) for slug in args.candidate])
+        found, ((name, base), *others) = compare.compare(model, job, args.reference, variants)
+        images = figures.side_by_side([(f"{name} (reference)", base), *others]), figures.heat_maps(base, others)
         return found.as_text(), {
-            **nodes.statistics.as_json(found.as_data()),
-            "images": measuring.write_pictures(args, nodes, images, FILES),
+            **as_json(found.as_data()),
+            "images": measuring.write_pictures(args, images, FILES),
         }
 
 

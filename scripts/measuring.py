@@ -137,8 +137,8 @@ def over_server(args, workflow, ui_key, files):
 
 @contextlib.contextmanager
 def random_model(name):
-    """(MODEL, the module nodes.compare): a FLUX.2 with random weights in this process. ComfyUI's folders are temporary
-    ones meanwhile.
+    """A MODEL: FLUX.2 with random weights in this process. From now on `flux2_pack` can be imported; ComfyUI's folders
+    are temporary ones meanwhile.
     """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import common
@@ -148,19 +148,20 @@ def random_model(name):
     full_size.import_comfyui()
     import folder_paths
     import torch
-    from flux2_pack.nodes import compare
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         folder_paths.set_user_directory(folder)
-        yield full_size.build(SMALL if name == "small" else getattr(full_size, RANDOM[name])), compare
+        yield full_size.build(SMALL if name == "small" else getattr(full_size, RANDOM[name]))
 
 
-def write_pictures(args, compare, images, files):
+def write_pictures(args, images, files):
     """IMAGE tensors as PNG files in --output-path; returns their paths."""
+    from flux2_pack.nodes import figures
+
     args.output_path.mkdir(parents=True, exist_ok=True)
     paths = [args.output_path / name for name in files]
     for path, image in zip(paths, images):
-        compare.figures.as_image(image[0]).save(path)
+        figures.as_image(image[0]).save(path)
     return [str(path) for path in paths]
 
 

@@ -5,6 +5,7 @@ on fakes.
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import types
 
@@ -340,7 +341,41 @@ def test_a_refusal_has_hardware_library_and_hint():
     with pytest.raises(AttentionRefused) as caught:
         registry.adapter("flash4", Device("amd", "gfx942", "AMD Instinct MI300X"))
     text = str(caught.value)
-    assert "NVIDIA" in text and "gfx942" in text and "cannot be imported" in text and "pip install" in text
+    assert "NVIDIA" in text and "gfx942" in text
+    assert "pip install" not in text and "auto finds one" in text, "installing would not help"
+    if not importlib.util.find_spec("flash_attn"):
+        with pytest.raises(AttentionRefused, match=r"cannot be imported.*\n.* -m pip install --pre flash-attn-4"):
+            registry.adapter("flash4", Device("nvidia", "sm90", "NVIDIA H100"))
+
+
+def test_a_library_of_other_hardware_is_not_imported(monkeypatch):
+    """Some of them end the process on a wrong card."""
+
+    def imported(name, package):
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr(registry.importlib, "import_module", imported)
+    monkeypatch.setattr(registry, "_modules", {})
+    for slug, row in registry.ROWS.items():
+        for device in (Device("amd", "gfx000", "x"), Device("nvidia", "sm30", "x"), Device("npu", "npu", "x")):
+            if row.hardware.reasons(device):
+                assert registry.unavailable(slug, device) == row.hardware.reasons(device)
+    assert registry._modules == {}
+
+
+def test_a_failure_of_a_test_call_is_not_remembered(monkeypatch):
+    """Memory that another job held is no verdict: the next question is answered anew."""
+    from flux2_pack.attention.backends import sdpa
+
+    monkeypatch.setattr(registry, "_passed", set())
+    with monkeypatch.context() as short:
+        short.setattr(sdpa, "public", lambda *_: torch.empty(2**50))
+        (reason,) = registry.probe("sdpa", "cpu", torch.float32, 64)
+        assert "can't allocate memory" in reason or "not enough memory" in reason
+    assert registry.probe("sdpa", "cpu", torch.float32, 64) == []
+    with monkeypatch.context() as remembered:
+        remembered.setattr(registry, "test_call", None)
+        assert registry.probe("sdpa", "cpu", torch.float32, 64) == []
 
 
 @pytest.mark.parametrize("slug", ["sdpa", "sdpa-flash", "sdpa-math"])
@@ -349,7 +384,7 @@ def test_the_probe_runs_a_real_call(slug):
 
 
 def test_the_probe_reports_failures_and_wrong_results(monkeypatch):
-    monkeypatch.setattr(registry, "_probes", {})
+    monkeypatch.setattr(registry, "_passed", set())
     adapters = registry._module("sdpa")[0].ADAPTERS
 
     class Broken(type(adapters["sdpa"])):

@@ -128,7 +128,7 @@ def test_every_backend_is_listed_once_with_a_reason_or_a_version():
 
 
 def test_an_install_command_names_the_python_that_runs_this(monkeypatch):
-    monkeypatch.setattr(backends_here.sys, "executable", "/opt/portable python/bin/python3")
+    monkeypatch.setattr(registry.sys, "executable", "/opt/portable python/bin/python3")
     monkeypatch.setattr(registry, "_modules", {"flash4": (None, "ModuleNotFoundError: No module named 'flash_attn'")})
     row = backends_here.entry("flash4", registry.describe("cpu").__class__("nvidia", "sm90", "NVIDIA H200"))
     assert (
@@ -151,9 +151,9 @@ def test_hardware_reads_like_the_table_of_backends(slug):
 
 
 def test_the_test_call_of_every_backend_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(registry, "_probes", {})
+    monkeypatch.setattr(registry, "_passed", set())
     found = backends_here.test_all(torch.device("cpu"))
-    assert found["tested"] == {"sdpa": [], "sdpa-flash": [], "sdpa-math": []} and registry._probes == {}
+    assert found["tested"] == {"sdpa": [], "sdpa-flash": [], "sdpa-math": []} and registry._passed == set()
     text = backends_here.as_text(found)
     assert (
         all(slug in text for slug in registry.ROWS)

@@ -33,12 +33,24 @@ def tools(comfy):
     from flux2_pack.attention.measuring import statistics
     from flux2_pack.flux2.measuring import capture, sampling
     from flux2_pack.flux2 import attention_slot as patch
+    from flux2_pack.flux2.select_attention import select
+    from flux2_pack.flux2.measuring import benchmark, compare, result_file
     from flux2_pack.nodes import compare as nodes
     from flux2_pack.nodes import figures
     import comfy
 
     return types.SimpleNamespace(
-        comfy=comfy, nodes=nodes, figures=figures, measure=statistics, bench=capture, runs=sampling, patch=patch
+        comfy=comfy,
+        nodes=nodes,
+        comparing=compare,
+        timing=benchmark,
+        kept=result_file,
+        figures=figures,
+        measure=statistics,
+        bench=capture,
+        runs=sampling,
+        patch=patch,
+        select=select,
     )
 
 
@@ -78,11 +90,23 @@ def job(tools, model, steps=STEPS, seed=0, positive=None):
     )
 
 
+def compare_with_figures(tools, *arguments, **options):
+    """(Comparison, images side by side, heat maps), as the node makes them."""
+    found, images = tools.comparing.compare(*arguments, **options)
+    (_, base), *others = images
+    return found, tools.figures.side_by_side(images), tools.figures.heat_maps(base, others)
+
+
 def compared(tools, model, slugs, reference="sdpa", vae=None, **options):
     """(Comparison, pictures, heat map) of backends by slug."""
     with torch.inference_mode():
-        return tools.nodes.compare(
-            model, job(tools, model, **options), reference, [tools.nodes.backend_candidate(s) for s in slugs], vae
+        return compare_with_figures(
+            tools,
+            model,
+            job(tools, model, **options),
+            reference,
+            [tools.comparing.backend_variant(s) for s in slugs],
+            vae,
         )
 
 
@@ -202,7 +226,7 @@ def test_a_schedule_without_steps_gets_no_verdict(tools, flux2):
         with pytest.raises(
             ValueError, match="schedule has no step, so there is nothing to compare with.*denoise above 0"
         ):
-            tools.nodes.compare(flux2, dataclasses.replace(job(tools, flux2), sigmas=sigmas), "sdpa", [])
+            compare_with_figures(tools, flux2, dataclasses.replace(job(tools, flux2), sigmas=sigmas), "sdpa", [])
 
 
 def test_a_reason_is_more_than_a_word(tools):
@@ -221,7 +245,7 @@ def test_a_cancel_is_not_a_row(tools, flux2):
         raise cancel
 
     with torch.inference_mode(), pytest.raises(cancel):
-        tools.nodes.compare(flux2, job(tools, flux2), "sdpa", [], tick=tick)
+        compare_with_figures(tools, flux2, job(tools, flux2), "sdpa", [], tick=tick)
 
 
 def test_a_quantised_reference_is_judged_by_two_exact_kernels(tools, flux2):
@@ -243,12 +267,13 @@ def test_a_quantised_reference_is_judged_by_two_exact_kernels(tools, flux2):
 
 def test_a_precision_schedule_is_exact_where_it_says_so(tools, flux2):
     with fakes.registered(), torch.inference_mode():
-        scheduled = tools.nodes.backend_candidate(slug(fakes.fp8_values_unscaled), "sdpa", 2, 1)
-        found, _, _ = tools.nodes.compare(
+        scheduled = tools.comparing.backend_variant(slug(fakes.fp8_values_unscaled), "sdpa", 2, 1)
+        found, _, _ = compare_with_figures(
+            tools,
             flux2,
             job(tools, flux2, steps=4),
             "sdpa",
-            [scheduled, tools.nodes.backend_candidate(slug(fakes.fp8_values_unscaled))],
+            [scheduled, tools.comparing.backend_variant(slug(fakes.fp8_values_unscaled))],
         )
     with_edges, without = found.rows
     assert "sdpa in 2 first and 1 last steps" in with_edges.name and "; " in with_edges.ran
@@ -268,7 +293,7 @@ def progress(tools, monkeypatch):
 
 def test_a_prepared_model_and_a_guider_are_candidates_like_any(tools, flux2, monkeypatch):
     nodes, moved = tools.nodes, progress(tools, monkeypatch)
-    prepared = nodes.Flux2SelectAttention.execute(flux2, "sdpa-math").args[0]
+    prepared = tools.select(flux2, "sdpa-math")[0]
     base = job(tools, flux2)
     with torch.inference_mode():
         output = nodes.Flux2CompareAttention.execute(
@@ -327,13 +352,13 @@ def test_a_compiled_model_still_draws_the_same_afterwards(tools, flux2, node):
     model = compiled_as_by_core(flux2)
     with torch.inference_mode():
         if node == "benchmark":
-            found = tools.nodes.benchmark(
+            found = tools.timing.benchmark(
                 model, [tools.bench.Size(*PIXELS)], wanted=["sdpa-math"], call_repeat=1, step_repeat=1
             )
             assert next(row for row in found.rows if row.backend == "as connected" and row.call == "step").timing
         else:
-            prepared = [tools.nodes.model_candidate("a", model)] if node != "compare" else []
-            tools.nodes.compare(flux2 if prepared else model, job(tools, flux2, steps=2), "sdpa-math", prepared)
+            prepared = [tools.comparing.model_variant("a", model)] if node != "compare" else []
+            compare_with_figures(tools, flux2 if prepared else model, job(tools, flux2, steps=2), "sdpa-math", prepared)
         assert torch.equal(
             tools.runs.run(model, job(tools, model, steps=2), None),
             tools.runs.run(flux2, job(tools, flux2, steps=2), None),
@@ -361,18 +386,18 @@ def test_a_model_compiled_before_the_selection_is_not_believed(tools, flux2):
 
 def test_calls_that_went_elsewhere_are_said(tools):
     found = tools.runs.Recording("sdpa-math", calls=8)
-    assert "Only 8 of 12 attention calls" in tools.nodes.elsewhere(found, 12) and tools.nodes.elsewhere(
+    assert "Only 8 of 12 attention calls" in tools.comparing.missed_calls(found, 12) and tools.comparing.missed_calls(
         found, 8
-    ) == "" == tools.nodes.elsewhere(found, None)
-    assert "Only 0 of its" in tools.nodes.elsewhere(tools.runs.Recording("x", calls=0), None)
-    assert tools.nodes.elsewhere(tools.runs.Recording("a model without a log"), 12) == ""
+    ) == "" == tools.comparing.missed_calls(found, None)
+    assert "Only 0 of its" in tools.comparing.missed_calls(tools.runs.Recording("x", calls=0), None)
+    assert tools.comparing.missed_calls(tools.runs.Recording("a model without a log"), 12) == ""
 
 
 def test_the_model_is_left_as_it_was(tools, flux2):
     options, wrappers, patches = json.dumps(flux2.model_options, default=str), dict(flux2.wrappers), dict(flux2.patches)
     compared(tools, flux2, ["sdpa-math"])
     with torch.inference_mode():
-        tools.nodes.benchmark(flux2, tools.bench.sizes("64x64"), wanted=["sdpa"], call_repeat=1, step_repeat=1)
+        tools.timing.benchmark(flux2, tools.bench.sizes("64x64"), wanted=["sdpa"], call_repeat=1, step_repeat=1)
     assert (
         json.dumps(flux2.model_options, default=str) == options
         and flux2.wrappers == wrappers
@@ -444,7 +469,7 @@ def hide_calls(tools, monkeypatch):
 def test_the_benchmark_says_when_attention_calls_are_hidden(tools, flux2, monkeypatch):
     hide_calls(tools, monkeypatch)
     with torch.inference_mode():
-        found = tools.nodes.benchmark(flux2, tools.bench.sizes("64x64"), wanted=["sdpa"], call_repeat=1, step_repeat=1)
+        found = tools.timing.benchmark(flux2, tools.bench.sizes("64x64"), wanted=["sdpa"], call_repeat=1, step_repeat=1)
     calls, connected, *selected = found.rows
     assert (
         calls.timing is None
@@ -464,21 +489,21 @@ def test_results_never_replace_one_another(tools, monkeypatch, tmp_path):
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    monkeypatch.setattr(tools.nodes.time, "strftime", lambda _: "20260101-000000")
-    said = [tools.nodes.save({"run": number}) for number in range(3)]
+    monkeypatch.setattr(tools.kept.time, "strftime", lambda _: "20260101-000000")
+    said = [tools.kept.save({"run": number}) for number in range(3)]
     files = sorted((tmp_path / "flux2_attention").iterdir())
     assert sorted(json.loads(file.read_text())["run"] for file in files) == [0, 1, 2] and all(
         file.name in "".join(said) for file in files
     )
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(files[0]))
-    assert "could not be saved" in tools.nodes.save({}) and "Not a directory" in tools.nodes.save({})
+    assert "could not be saved" in tools.kept.save({}) and "Not a directory" in tools.kept.save({})
 
 
 def test_the_benchmark_stops_when_it_is_cancelled(tools, flux2):
     tools.comfy.model_management.interrupt_current_processing()
-    tick = tools.nodes.stopper(tools.comfy.utils.ProgressBar(3))
+    tick = tools.runs.stopper(tools.comfy.utils.ProgressBar(3))
     with torch.inference_mode(), pytest.raises(tools.comfy.model_management.InterruptProcessingException):
-        tools.nodes.benchmark(flux2, tools.bench.sizes("64x64"), tick=tick)
+        tools.timing.benchmark(flux2, tools.bench.sizes("64x64"), tick=tick)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +653,7 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
 
     found, _, _ = compared(tools, flux2, ["sdpa-math", "flash4"], steps=1)
     with torch.inference_mode():
-        speed = tools.nodes.benchmark(
+        speed = tools.timing.benchmark(
             flux2, tools.bench.sizes("64x64"), wanted=["sdpa", "flash4"], call_repeat=1, step_repeat=1
         )
     for name, result in (("accuracy-a", found), ("speed-b", speed)):

@@ -538,10 +538,10 @@ def test_an_async_node_is_linked_too():
 
 
 def test_a_comparison_shows_reasons_without_addresses(tools):
-    from flux2_pack.nodes import compare
+    from flux2_pack.flux2.measuring import compare
 
-    candidate = compare.backend_candidate("flash3")
-    found = compare.runs.record(candidate, tools.model, SimpleNamespace(steps=1), None)
+    candidate = compare.backend_variant("flash3")
+    found = compare.sampling.record(candidate, tools.model, SimpleNamespace(steps=1), None)
     assert "cannot run here" in found.error and "More:" not in found.error
 
 

@@ -17,6 +17,12 @@ from ..adapter import Adapter, lse_bhs, repeat_heads
 from ..call import Limits
 
 aten = torch.ops.aten
+ENABLED = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALF)
 KERNEL_NAMES = {
@@ -139,11 +145,20 @@ class Chosen(Adapter):
     limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)
 
     def choice(self, q, k, v, mask):
+        """Number of the kernel that PyTorch takes; None on devices where it has one and no choice (Apple, others)."""
         qt, kt, vt = bhsd(q, k, v)
-        return int(torch._fused_sdp_choice(qt, kt, vt, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]))
+        try:
+            return int(torch._fused_sdp_choice(qt, kt, vt, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]))
+        except (NotImplementedError, AttributeError):
+            return None
 
     def kernel(self, q, k, v, mask=None):
-        return f"PyTorch {KERNEL_NAMES.get(self.choice(q, k, v, mask), 'unnamed')}"
+        choice = self.choice(q, k, v, mask)
+        return f"PyTorch {KERNEL_NAMES.get(choice, f'for {q.device.type}')}"
+
+    def chosen_by(self):
+        """Which kernels are allowed: another pack may run the model inside torch.nn.attention.sdpa_kernel."""
+        return tuple(enabled() for enabled in ENABLED), torch.is_grad_enabled()
 
     def run(self, q, k, v, mask, scale, need_lse):
         if not need_lse:

@@ -8,6 +8,7 @@ what people find better or worse.
 
 from dataclasses import asdict, dataclass
 import importlib.metadata
+import importlib.util
 import math
 import platform
 import statistics
@@ -15,7 +16,7 @@ import time
 
 import torch
 
-from ..device import describe
+from ..device import describe, synchronise
 
 NOISE, SLIGHT, DIFFERENT, NO_VERDICT = (
     "same as rounding noise",
@@ -24,6 +25,7 @@ NOISE, SLIGHT, DIFFERENT, NO_VERDICT = (
     "no verdict",
 )
 MOST_AT_A_TIME = 50
+NO_SSIM = "scikit-image is not installed, so there is no SSIM. Install it with: pip install matplotlib scikit-image"
 PACKAGES = (
     "triton",
     "flash-attn",
@@ -85,6 +87,23 @@ def psnr(picture, reference):
     """
     error = (picture.double() - reference.double()).square().mean().item()
     return math.inf if error == 0 else -10 * math.log10(error) if error == error else math.nan
+
+
+def ssim(image, reference):
+    """Structural similarity (Wang et al. 2004) of two images (B, H, W, 3) from 0 to 1 by scikit-image, the mean of the
+    batch; None without it or below 7 pixels.
+    """
+    if not has_ssim() or min(image.shape[1:3]) < 7:
+        return None
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(image.numpy(), reference.numpy())
+    return statistics.fmean(float(structural_similarity(a, b, channel_axis=-1, data_range=1.0)) for a, b in pairs)
+
+
+def has_ssim():
+    """Whether scikit-image is installed."""
+    return importlib.util.find_spec("skimage") is not None
 
 
 # --- control and verdict ---------------------------------------------------------------------------------------------
@@ -281,13 +300,6 @@ class Timing:
 
     def __str__(self):
         return f"{self.ms:.3f} ms ({self.min_ms:.3f} to {self.max_ms:.3f})"
-
-
-def synchronise(device):
-    """Wait until a torch.device has done its work; a CPU has when the call returns."""
-    module = getattr(torch, torch.device(device).type, None)
-    if hasattr(module, "synchronize") and torch.device(device).type != "cpu":
-        module.synchronize()
 
 
 def timed(work, device, repeat, warm_up=2, tick=lambda: None, least_ms=0):

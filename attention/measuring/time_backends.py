@@ -10,6 +10,7 @@ from ..call import AttentionRefused, call_of
 from .results import BenchmarkRow
 from .accuracy_probe import call_error
 from ..dispatch import AttentionDispatcher
+from ..override import name_of
 
 REPEAT, WARM_UP = 9, 3
 # of a GPU's work per timed run: calls are queued back to back, as in a model, so that the host's part does not count
@@ -39,14 +40,14 @@ def math_bytes(elements):
     return 3 * 4 * elements
 
 
-def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes=float("inf")):
+def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes=float("inf"), own=None):
     """The row (BenchmarkRow) of a backend on one captured call: an object with q, k, v (B, H, S, D), mask, scale and
-    text.
+    text. own: ComfyUI's own attention function, which computes where slug is "comfyui".
     """
     heads_first = call.q, call.k, call.v
     q, k, v = (t.transpose(1, 2) for t in heads_first)  # (B, S, H, D)
     dispatcher = AttentionDispatcher(slug)
-    row = BenchmarkRow(size, slug, call.text, exact=registry.row(slug).exact)
+    row = BenchmarkRow(size, slug, call.text, exact=slug == registry.COMFYUI or registry.row(slug).exact)
 
     if slug == "sdpa-math" and math_bytes(q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]) > free_bytes:
         row.reason = (
@@ -56,6 +57,10 @@ def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes
         return row
 
     def work():
+        if slug == registry.COMFYUI:
+            scale = {} if call.scale is None else {"scale": call.scale}
+            out = own(*heads_first, call.q.shape[1], mask=call.mask, skip_reshape=True, **scale)
+            return out.unflatten(-1, (call.q.shape[1], -1))
         return dispatcher.attend(q, k, v, mask=call.mask, scale=call.scale, heads_first=heads_first)[0]
 
     try:
@@ -67,6 +72,9 @@ def bench_backend(size, call, slug, repeat=REPEAT, tick=lambda: None, free_bytes
     except Exception as error:  # out of memory, a kernel that does not launch: this row has a reason, the others go on
         row.reason = f"{type(error).__name__}: {error}"
     row.tflops = call_of(q, k, v).flops / row.timing.ms / 1e9 if row.timing else None
+    if slug == registry.COMFYUI:
+        row.library, row.kernel = "ComfyUI", name_of(own)
+        return row
     ran = dispatcher.log.current.kinds() if dispatcher.log.current else []
     row.library, row.kernel = (ran[0].library, ran[0].kernel or "") if ran else ("", "")
     return row

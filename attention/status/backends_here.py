@@ -7,7 +7,6 @@ Asking imports the libraries of the backends that fit the hardware, once per pro
 
 import platform
 import re
-import sys
 
 import torch
 
@@ -15,20 +14,58 @@ from .. import registry
 from ..device import PLATFORM_NAMES, describe
 
 HERE, MISSING, ELSEWHERE = "runs here", "to install", "other hardware"
-PIP = re.compile(r": pip install (.+)$")
+GROUPS = {HERE: "here", MISSING: "not installed", ELSEWHERE: "other hardware"}
+PIP = re.compile(r": (\S.* -m pip install .+)$")
 HEAD_DIM = 128  # of FLUX.2
 SHORT_NAMES = {"nvidia": "NVIDIA", "amd": "AMD", "cpu": "CPU", "apple": "Apple", "intel": "Intel"}
 
 
 def list_backends(device):
-    """{"machine", "backends"} for a torch.device. backends: one dict per row of the registry, those that run here
-    first.
+    """{"machine", "backends", "choices"} for a torch.device.
+
+    backends: one dict per row of the registry (see `entry`), those that run here first. choices: one dict per entry of
+    a backend combo, in the order in which to offer them: `auto`, `comfyui`, then the backends as above; each with
+      backend       the slug, the combo's value
+      group         "here", "not installed" or "other hardware": `auto` and `comfyui` are always "here"
+      marks         what to say behind the slug, a list of "not installed", "needs NVIDIA", "needs gfx950" (or other
+                    hardware), "approximate" and "experimental" (no author of this pack has run it on its hardware)
+      label_suffix  the marks in one text, "" where there is nothing to say: "needs AMD \u00b7 approximate"
+      reason        the first sentence why it cannot run here, or ""
     """
-    rows = [entry(slug, describe(device)) for slug in registry.ROWS]
+    about = describe(device)
+    rows = sorted(
+        (entry(slug, about) for slug in registry.ROWS),
+        key=lambda row: (HERE, MISSING, ELSEWHERE).index(row["state"]),
+    )
+    always = [choice(slug, "here", [], "") for slug in (registry.AUTO, registry.COMFYUI)]
+    choices = always + [choice(r["backend"], r["group"], r["marks"], "".join(r["reasons"][:1])) for r in rows]
+    return {"machine": machine(device), "backends": rows, "choices": choices}
+
+
+def choice(slug, group, marks, reason):
     return {
-        "machine": machine(device),
-        "backends": sorted(rows, key=lambda row: (HERE, MISSING, ELSEWHERE).index(row["state"])),
+        "backend": slug,
+        "group": group,
+        "marks": marks,
+        "label_suffix": " \u00b7 ".join(marks),
+        "reason": reason,
     }
+
+
+def marks_of(slug, state, device):
+    """What a combo says behind a slug: why it does not run here, and what to know before choosing it."""
+    row = registry.row(slug)
+    found = ["not installed"] if state == MISSING else []
+    found += [f"needs {needed(row.hardware, device)}"] if state == ELSEWHERE else []
+    found += [] if row.exact else ["approximate"]
+    return found + ([] if slug in registry.RUN_BY_AUTHORS else ["experimental"])
+
+
+def needed(hardware, device):
+    """The hardware that is missing, short: the platforms, or on the right platform the architectures."""
+    if device.platform in hardware.archs:
+        return " or ".join(hardware.archs[device.platform])
+    return " or ".join(SHORT_NAMES.get(name, name) for name in hardware.archs)
 
 
 def machine(device):
@@ -68,16 +105,19 @@ def entry(slug, device):
         "experimental": registry.experimental(slug),
         "hardware": hardware_text(row.hardware),
         "state": state,
+        "group": GROUPS[state],
+        "marks": marks_of(slug, state, device),
+        "experimental": slug not in registry.RUN_BY_AUTHORS,
         "reasons": reasons,
         "version": "" if reasons else registry.adapter(slug, device).version(),
-        "install": row.install if state == MISSING else "",
-        "command": pip_command(row.install) if state == MISSING else "",
+        "install": registry.how_to_get(slug, device) if state == MISSING else "",
+        "command": pip_command(registry.how_to_get(slug, device)) if state == MISSING else "",
     }
 
 
 def hardware_text(hardware):
     """ "NVIDIA sm8x, sm9x; AMD gfx942"; "any" for all platforms."""
-    if set(hardware.archs) >= set(PLATFORM_NAMES):
+    if hardware.archs is None:
         return "any"
     return "; ".join(
         " ".join([SHORT_NAMES.get(name, name), ", ".join(archs)]).strip() for name, archs in hardware.archs.items()
@@ -85,13 +125,9 @@ def hardware_text(hardware):
 
 
 def pip_command(install):
-    """The pip command of an install sentence for the Python that runs this, ready to paste; "" where there is none.
-
-    A portable ComfyUI has a Python of its own, and a bare `pip` would install into another one.
-    """
+    """The pip command of an install sentence (registry.how_to_get), ready to paste; "" where there is none."""
     found = PIP.search(install)
-    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-    return f"{python} -m pip install {found[1]}" if found else ""
+    return found[1] if found else ""
 
 
 def test_all(device):

@@ -13,9 +13,11 @@ import comfy.samplers
 import torch
 
 from . import sampling
+from ...attention.errors import UserError
 from ...attention.override import Observer
 from .. import attention_slot
 
+TOPIC = "compare-and-benchmark"
 TEXT_TOKENS, LARGEST_SIDE, PATCH = 512, 16384, 16
 SIZE_HELP = (
     "Sizes are written like 1024x1024, with +1 behind it for one reference picture of 1024 x 1024, and "
@@ -39,20 +41,21 @@ def sizes(text):
     """[Size] of a text such as "1024x1024, 1024x1024+1". ValueError with the rule."""
     parts = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
     if not parts:
-        raise ValueError(f"There is no size to measure. {SIZE_HELP}")
+        raise UserError(f"There is no size to measure. {SIZE_HELP}", TOPIC)
     return [one_size(part) for part in parts]
 
 
 def one_size(text):
     found = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)\s*(?:\+\s*(\d))?", text)
     if not found:
-        raise ValueError(f"'{text}' is not a size. {SIZE_HELP}")
+        raise UserError(f"'{text}' is not a size. {SIZE_HELP}", TOPIC)
     width, height, references = (int(n or 0) for n in found.groups())
     for side in (width, height):
         if not PATCH <= side <= LARGEST_SIDE or side % PATCH:
-            raise ValueError(
-                f"'{text}' is not a size that can be drawn: both sides must be multiples of {PATCH} from {PATCH} to "
-                f"{LARGEST_SIDE}."
+            raise UserError(
+                f"'{text}' is not a size that can be generated: both sides must be multiples of {PATCH} from {PATCH} "
+                f"to {LARGEST_SIDE}.",
+                TOPIC,
             )
     return Size(width, height, references)
 
@@ -61,8 +64,8 @@ def random_conditioning(model, seed=0):
     """A CONDITIONING of noise for models of Flux's shape. ValueError for others: they need a real one."""
     width = getattr(getattr(model.model.diffusion_model, "params", None), "context_in_dim", None)
     if width is None:
-        raise ValueError(
-            "This model does not say how wide its prompts are. Connect a conditioning (any prompt will do)."
+        raise UserError(
+            "This model does not say how wide its prompts are. Connect a conditioning (any prompt will do).", TOPIC
         )
     return [[torch.randn(1, TEXT_TOKENS, width, generator=torch.Generator().manual_seed(seed)), {"guidance": 4.0}]]
 

@@ -16,7 +16,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from .. import error_links, attention_slot
+from ...attention.device import synchronise
+from ...attention.errors import UserError
+from .. import attention_slot, error_links
 
 KEY = "flux2_compare"
 COMPILED = "torch_compile_kwargs"  # what core's helper for compiling leaves in model_options
@@ -123,12 +125,17 @@ def reason_of(error):
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
+def is_compiled(model):
+    """Whether core's helper for torch.compile has been at work on a MODEL."""
+    return COMPILED in model.model_options
+
+
 def settle(model, job):
     """Run one step of a MODEL that core's helper has compiled, as it came. Its graphs are traced in the first run and
     never look at transformer_options again: traced with an observer of ours they would keep it, and the user's next
     picture would fail or come from another kernel.
     """
-    if COMPILED in model.model_options:
+    if is_compiled(model):
         run(model, replace(job, sigmas=job.sigmas[:2]), None)
 
 
@@ -156,8 +163,9 @@ def run(model, job, callback):
     ratios = (job.latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
     latent = comfy.sample.fix_empty_latent_channels(model, job.latent["samples"], *ratios)
     if latent.is_nested:
-        raise ValueError(
-            "This compares pictures: a latent with several parts (video with sound, say) cannot be compared yet."
+        raise UserError(
+            "This compares images: a latent with several parts (video with sound, say) cannot be compared yet.",
+            "compare-and-benchmark",
         )
     noise = comfy.sample.prepare_noise(latent, job.seed, job.latent.get("batch_index"))
     samples = guided(job.guider, model).sample(
@@ -173,19 +181,14 @@ def run(model, job, callback):
     return samples.detach().float().cpu()
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def decode(vae, latent):
     """Pictures (B, H, W, 3), float32 from 0 to 1 on the CPU."""
     pictures = vae.decode(latent)
     return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu().clamp(0, 1)
 
 
-def rough_picture(model, latent):
-    """A small picture (B, h, w, 3) of a latent without its VAE, by the colour table that ComfyUI previews with; its
+def rough_image(model, latent):
+    """A small image (B, h, w, 3) of a latent without its VAE, by the colour table that ComfyUI previews with; its
     mean as grey for formats without one.
     """
     formats = model.model.latent_format
@@ -203,3 +206,13 @@ def stretched(values):
     """Values to the range from 0 to 1."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low).clamp(min=1e-12)
+
+
+def stopper(bar):
+    """A tick that moves the progress bar and raises when the user cancels."""
+
+    def tick():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return tick

@@ -6,6 +6,8 @@ are not changed, and random numbers go on afterwards as if nothing had run. A te
 given. Not covered: guiders with a negative prompt.
 """
 
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 import statistics
 import time
@@ -14,6 +16,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
+from .. import attention_slot
 from . import capture, sampling
 
 # about as long as prompts are: encoders compile for lengths too
@@ -138,3 +141,25 @@ def decoded(rows, model, vae, size, batch):
             "VAE, encoding a reference",
             lambda: vae.encode(torch.full((1, REFERENCE_SIDE, REFERENCE_SIDE, 3), 0.5)),
         )
+
+
+@contextmanager
+def unlogged(model):
+    """Leaves the attention log of a MODEL as it was; gives a list that afterwards says which kernels ran meanwhile."""
+    dispatcher, ran = attention_slot.dispatcher_of(model), []
+    kept = list(dispatcher.log.runs) if dispatcher else []
+    try:
+        yield ran
+    finally:
+        if dispatcher:
+            ran += kernels([run for run in dispatcher.log.runs if all(run is not old for old in kept)])
+            dispatcher.log.runs.clear()
+            dispatcher.log.runs.extend(kept)
+
+
+def kernels(runs):
+    """[sentence] of the kernels that computed attention in some runs of a log."""
+    calls = Counter()
+    for entry in (entry for run in runs for entry in run.kinds()):
+        calls[f"{entry.backend} ({entry.kernel or entry.library})"] += entry.calls
+    return [f"attention: {', '.join(f'{name}, {count} calls' for name, count in calls.most_common())}"] if calls else []

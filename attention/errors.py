@@ -1,0 +1,29 @@
+"""Errors whose text is for the user, with the section of the documentation that explains them."""
+
+
+class Explained:
+    """An error that knows its section. topic: a heading's anchor in docs/troubleshooting.md; "" for none.
+
+    A class of errors sets it once; one that is raised for several causes hands it over.
+    """
+
+    topic = ""
+
+
+class UserError(Explained, ValueError):
+    """What the user gave does not work: what was expected, what was found, what to do, in sentences."""
+
+    def __init__(self, text, topic=""):
+        super().__init__(text)
+        if topic:
+            self.topic = topic
+
+
+MEMORY = ("out of memory", "can't allocate memory", "OUT_OF_MEMORY")  # PyTorch on GPUs, on a CPU, and its libraries
+
+
+def is_out_of_memory(error):
+    """True for an error that says that memory is short, whichever library raises it: it may pass."""
+    return isinstance(error, MemoryError) or any(
+        words in f"{type(error).__name__}: {error}" for words in (*MEMORY, "OutOfMemoryError")
+    )
