@@ -11,6 +11,8 @@ import numpy
 from PIL import Image, ImageDraw, ImageFont
 import torch
 
+from ..attention.measuring.results import named
+
 NO_CHART = (
     "matplotlib is not installed, so there is no chart and heat maps are grey. Install it with: pip install matplotlib "
     "scikit-image"
@@ -134,19 +136,16 @@ def chart(benchmark):
 
 def bars(axis, title, rows):
     """One set of bars; whiskers from the fastest to the slowest run."""
-    names, times = [r.backend for r in rows], [r.timing.ms for r in rows]
+    names, times = [named(r) for r in rows], [r.timing.ms for r in rows]
     spread = [[r.timing.ms - r.timing.min_ms for r in rows], [r.timing.max_ms - r.timing.ms for r in rows]]
-    colours = [BASELINE if " " in r.backend else EXACT if r.exact else QUANTISED for r in rows]
+    colours = [BASELINE if " " in named(r) else EXACT if r.exact else QUANTISED for r in rows]
     drawn = axis.barh(names, times, xerr=spread, color=colours, ecolor="#333333", capsize=2)
     axis.bar_label(drawn, [f" {t:,.0f} ms" if t >= 1000 else f" {t:.3g} ms" for t in times], fontsize=8)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel(
-        (
-            "milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: the model "
-            "as "
-            "connected"
-        ),
+        "milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: ComfyUI's own and "
+        "the model as connected",
         fontsize=7,
     )
     axis.tick_params(labelsize=8)

@@ -4,9 +4,11 @@ nothing is measured here.
 
 from dataclasses import dataclass, field
 
-from .statistics import Evidence, Thresholds, Verdict, as_json
+from ..registry import COMFYUI
+from .statistics import DIFFERENT, NO_VERDICT, NOISE, SLIGHT, Evidence, Thresholds, Verdict, as_json
 
 NOT_MEASURED = "-"
+OWN = "ComfyUI's own"
 
 
 def number(value, form=".2e"):
@@ -29,6 +31,13 @@ def table(header, rows):
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
         for line in cells
     ]
+
+
+def compared(time, base):
+    """A time against another one, in words."""
+    if round(time / base, 2) == 1:
+        return "as long as the reference"
+    return f"{abs(1 - time / base):.0%} {'less' if time < base else 'more'} than the reference"
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------
@@ -94,6 +103,12 @@ class ComparisonRow:
         }
 
 
+IN_SHORT = {
+    NOISE: "same image as {}",
+    SLIGHT: "slightly different image than {}",
+    DIFFERENT: "different image than {}",
+    NO_VERDICT: "no verdict, because there is nothing to tell rounding noise by",
+}
 COMPARE_HEADER = [
     "candidate",
     "verdict",
@@ -127,8 +142,17 @@ class Comparison:
         """Rows that have figures, the control first."""
         return ([self.control] if self.control else []) + self.rows
 
+    def answer(self, row):
+        """One candidate in one line: whether the image is the same, and whether it came faster."""
+        if row.evidence is None:
+            return f"{row.name}: did not run. {row.reason}"
+        said = f"{row.name}: {IN_SHORT[row.verdict.word].format(self.reference.name)}"
+        time, base = row.seconds_per_step, self.reference.seconds_per_step
+        return f"{said}, {time:.3f} s per step, {compared(time, base)} ({base:.3f} s)" if time and base else said
+
     def as_text(self):
-        lines = [f"Compared with {self.reference.name} on {where(self.machine, self.settings)}"]
+        lines = [*(self.answer(row) for row in self.rows), ""]
+        lines += [f"Compared with {self.reference.name} on {where(self.machine, self.settings)}"]
         lines += table(COMPARE_HEADER, [r.figures() for r in self.shown()])
         lines += [
             (
@@ -230,9 +254,9 @@ class Benchmark:
         return list(dict.fromkeys(r.size for r in self.rows))
 
     def groups(self):
-        """{(size, call): rows}, the fastest first, those without a time last; whole steps after the calls."""
+        """{(size, call): rows}, the fastest first, those without a time last; whole steps before single calls."""
         keys = dict.fromkeys((r.size, r.call) for r in self.rows)
-        ordered = sorted(keys, key=lambda key: (key[1] == STEP, self.sizes().index(key[0])))
+        ordered = sorted(keys, key=lambda key: (key[1] != STEP, self.sizes().index(key[0])))
         return {
             key: sorted(
                 (r for r in self.rows if (r.size, r.call) == key),
@@ -241,27 +265,37 @@ class Benchmark:
             for key in ordered
         }
 
+    def answers(self):
+        """A line per size: the fastest backend, and against ComfyUI's own; of single calls where no step was timed."""
+        groups = {key: [r for r in rows if r.timing] for key, rows in self.groups().items()}
+        whole = {size for (size, call), rows in groups.items() if call == STEP and rows}
+        return [
+            f"{size}: {fastest(rows, call)}"
+            for (size, call), rows in groups.items()
+            if rows and (call == STEP or size not in whole)
+        ]
+
     def as_text(self):
-        lines = [f"Benchmark on {where(self.machine, self.settings)}"]
+        lines = [*self.answers(), "", f"Benchmark on {where(self.machine, self.settings)}"]
         for (size, call), rows in self.groups().items():
             lines += [
                 "",
                 f"{size}, {'a whole step of the model' if call == STEP else f'one attention call: {call}'}",
                 *self.group_lines(call, rows),
             ]
-        lines += (
-            ["", "Cannot run here:", *(f"  {slug}: {' '.join(reasons)}" for slug, reasons in self.missing.items())]
-            if self.missing
-            else []
-        )
-        return "\n".join(lines + self.notes)
+        causes = {}
+        for slug, reasons in self.missing.items():
+            causes.setdefault(" ".join(reasons), []).append(slug)
+        lines += ["", "Cannot run here:"] if causes else []
+        lines += [f"  {', '.join(slugs)}: {cause}" for cause, slugs in causes.items()]
+        return "\n".join(lines + self.notes).lstrip("\n")
 
     @staticmethod
     def group_lines(call, rows):
         timed = [r for r in rows if r.timing]
         cells = [
             [
-                r.backend,
+                named(r),
                 f"{r.timing.ms:.3f}",
                 f"{r.timing.min_ms:.3f} to {r.timing.max_ms:.3f}",
                 str(r.timing.runs),
@@ -278,7 +312,7 @@ class Benchmark:
             *([] if call == STEP else ["TFLOP/s", "error"]),
             "what ran",
         ]
-        return (table(header, cells) if timed else []) + [f"{r.backend}: {r.reason}" for r in rows if not r.timing]
+        return (table(header, cells) if timed else []) + [f"{named(r)}: {r.reason}" for r in rows if not r.timing]
 
     def as_data(self):
         return {
@@ -289,3 +323,22 @@ class Benchmark:
             "missing": self.missing,
             "notes": self.notes,
         }
+
+
+def named(row):
+    """What a benchmark calls a row's backend."""
+    return OWN if row.backend == COMFYUI else row.backend
+
+
+def duration(row):
+    return f"{row.timing.ms / 1e3:.3f} s per step" if row.call == STEP else f"{row.timing.ms:.3f} ms per attention call"
+
+
+def fastest(rows, call):
+    """The fastest of some timed rows in words; rows: fastest first."""
+    first, own = rows[0], next((r for r in rows if r.backend == COMFYUI), None)
+    said = f"fastest: {named(first)}{'' if first.exact else ' (approximate)'}, {duration(first)}"
+    if own is not None and own is not first:
+        said += f", {1 - first.timing.ms / own.timing.ms:.0%} less than {OWN} ({duration(own).split(' per')[0]})"
+    exact = next((r for r in rows if r.exact), None)
+    return said if exact in (None, first) else f"{said}; fastest exact: {named(exact)}, {duration(exact)}"

@@ -12,6 +12,7 @@ from . import capture, sampling
 from .compare import backend_variant, log_of, model_text
 
 AS_CONNECTED = "as connected"
+HIDDEN = "No attention call of this model could be seen"
 COMPILED_BEFORE = (
     "No attention call reached this backend: a model that was compiled keeps the kernels it was "
     "compiled with. Measure it before it is compiled."
@@ -39,15 +40,17 @@ def benchmark(
     for size in sizes:
         found.rows += call_rows(model, size, positive, slugs, call_repeat, tick)
     for size in sizes if step_repeat else ():
-        found.rows += [step_row(model, size, positive, slug, step_repeat, tick) for slug in step_slugs(model, slugs)]
+        hidden = any(HIDDEN in row.reason for row in found.rows)
+        for slug in step_slugs(model, slugs, hidden):
+            found.rows.append(step_row(model, size, positive, slug, step_repeat, tick))
     return found
 
 
-def step_slugs(model, slugs):
+def step_slugs(model, slugs, hidden=False):
     """Whose steps are timed: ComfyUI's own attention first, then the model as it came if somebody has changed how it
-    attends, then `auto` and the backends.
+    attends or its calls are hidden, then `auto` and the backends.
     """
-    changed = attention_slot.override_of(model) is not None or sampling.is_compiled(model)
+    changed = hidden or attention_slot.override_of(model) is not None or sampling.is_compiled(model)
     return [registry.COMFYUI, *([AS_CONNECTED] if changed else []), registry.AUTO, *slugs]
 
 
@@ -73,8 +76,7 @@ def call_rows(model, size, positive, slugs, repeat, tick):
                 str(size),
                 AS_CONNECTED,
                 "attention",
-                reason="No attention call of this model could be seen, as in compiled blocks. Measure the model "
-                "before it is compiled.",
+                reason=f"{HIDDEN}, as in compiled blocks. Measure the model before it is compiled.",
             )
         ]
     free = comfy.model_management.get_free_memory(model.load_device) / 2

@@ -16,6 +16,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ...attention.call import AttentionRefused
 from ...attention.device import synchronise
 from ...attention.errors import UserError
 from .. import attention_slot, error_links
@@ -121,6 +122,10 @@ def record(candidate, model, job, make_probe, on_step=lambda: None):
 
 def reason_of(error):
     """Why something did not run: the error's sentence; with its type where it is a mere word, as a KeyError's is."""
+    if isinstance(error, AttentionRefused):
+        return " ".join(
+            error.reasons + ([error.hint] if error.call is None and "install" in error.hint.lower() else [])
+        )
     text = error_links.bare(str(error).strip())
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 

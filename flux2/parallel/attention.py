@@ -108,13 +108,7 @@ class ShardedAttention:
         known = "block_type" in options and "block_index" in options
         block = (options["block_type"], options["block_index"]) if known else None
         precise = rest.get("low_precision_attention", True) is False
-        result = dispatcher.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
-        if result is None:
-            raise ValueError(
-                "This model asks for full precision in some calls, and the chosen attention is quantised: a ring "
-                "degree above 1 cannot delegate such a call. Choose an exact backend, or use a ring degree of 1."
-            )
-        return result
+        return dispatcher.attend(q, k, v, mask=mask, scale=scale, need_lse=True, block=block, full_precision=precise)
 
     def _in_rank_order(self, mask, queries, keys):
         """A mask over the whole sequence with its rows and columns in the order in which the ranks hold the tokens; (B
