@@ -284,7 +284,7 @@ class AttentionDispatcher:
 def hint_for(slug, call):
     """What to do about a refusal: install what is missing, or choose another backend or policy."""
     if registry.unavailable(slug, call.device):
-        return registry.how_to_get(slug, call.device) or f"{CHOOSE_ANOTHER}: auto finds one that runs here."
+        return registry.what_to_do(slug, call.device)
     return f"{CHOOSE_ANOTHER} (auto finds one), or set unsupported calls to '{USE_SDPA}'."
 
 

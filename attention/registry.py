@@ -317,13 +317,18 @@ def how_to_get(slug, device):
     return re.sub(r"(?<=: )pip install", lambda _: f"{python} -m pip install", row(slug).install)
 
 
+def what_to_do(slug, device):
+    """The last line of a refusal: how to get the backend, or where that would not help, to take another one."""
+    return how_to_get(slug, device) or f"{CHOOSE_ANOTHER}: auto finds one that runs here."
+
+
 def adapter(slug, device):
     """The Adapter of a slug that can run on `device`. AttentionRefused with every reason and the install hint
     otherwise.
     """
     reasons = unavailable(slug, device)
     if reasons:
-        raise AttentionRefused(slug, reasons, how_to_get(slug, device) or f"{CHOOSE_ANOTHER}: auto finds one.")
+        raise AttentionRefused(slug, reasons, what_to_do(slug, device))
     return _module(row(slug).module)[0].ADAPTERS[slug]
 
 

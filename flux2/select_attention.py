@@ -29,7 +29,7 @@ def check(model, slug):
     device, dtype, head_dim = attention_slot.attention_facts(model)
     reasons = registry.probe(slug, device, dtype, head_dim or 128)
     if reasons:
-        raise AttentionRefused(slug, reasons, registry.how_to_get(slug, registry.describe(device)))
+        raise AttentionRefused(slug, reasons, registry.what_to_do(slug, registry.describe(device)))
 
 
 def check_schedule(edge_backend, *counts):

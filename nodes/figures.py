@@ -144,8 +144,8 @@ def bars(axis, title, rows):
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel(
-        "milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: ComfyUI's own and "
-        "the model as connected",
+        "milliseconds, median; whiskers: fastest and slowest run. Blue: exact, orange: quantised, grey: ComfyUI's own "
+        "and the model as connected",
         fontsize=7,
     )
     axis.tick_params(labelsize=8)

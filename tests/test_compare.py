@@ -203,7 +203,7 @@ def test_nan_a_crash_and_an_absent_library_are_rows_with_reasons(tools, flux2):
     assert absent.evidence is None and "needs an NVIDIA GPU" in absent.reason and "pip install" not in absent.reason
     assert fine.verdict.word == tools.measure.NOISE and torch.isfinite(pictures).all()
     text = found.as_text()
-    assert text.count("did not run") == 2 and all(row.reason in text for row in found.rows)
+    assert text.count("did not run") == 4 and all(row.reason in text for row in found.rows)
     json.dumps(tools.measure.as_json(found.as_data()), allow_nan=False)
 
 
@@ -432,7 +432,7 @@ def test_the_benchmark_times_the_models_own_calls_and_steps(tools, flux2, monkey
         output = tools.nodes.Flux2BenchmarkAttention.execute(
             flux2, "64x48, 64x64", backends="sdpa, sdpa-math, flash4, fake-raises", call_repeat=2, step_repeat=1
         )
-    assert len(moved) > 5 and moved == sorted(moved) and {total for _, total in moved} == {50}
+    assert len(moved) > 5 and moved == sorted(moved) and {total for _, total in moved} == {60}
     chart, text = output.args
     data = json.loads(next((tmp_path / "flux2_attention").glob("benchmark-*.json")).read_text())
     assert data == output.ui["flux2_benchmark"][0] and data["machine"]["torch"] == torch.__version__
@@ -579,7 +579,7 @@ def test_compare_py_prints_the_table_and_one_json_line(server, model_files, tmp_
     ] == "same as rounding noise"
     assert data["candidates"][0]["ssim"] == pytest.approx(1) and "NVIDIA" in data["candidates"][1]["reason"]
     assert (
-        lines[0].startswith("sdpa: same image as sdpa-math")
+        lines[0].startswith("sdpa-flash: same image as sdpa-math")
         and all(os.path.getsize(path) > 500 for path in data["images"])
         and len(data["images"]) == 2
     )
@@ -671,7 +671,7 @@ def test_pages_are_made_from_results_alone(tools, flux2, tmp_path):
         and "small weights" in accuracy
         and "Thresholds: rounding noise up to 2 times" in accuracy
     )
-    assert "| `sdpa` |" in fast and "| `as connected` |" in fast and "- `flash4`: It needs an NVIDIA GPU" in fast
+    assert "| `sdpa` |" in fast and "| `comfyui` |" in fast and "- `flash4`: It needs an NVIDIA GPU" in fast
     assert measured_pages.pages(tmp_path / "docs", tmp_path) == []
 
 

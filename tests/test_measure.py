@@ -291,10 +291,9 @@ def test_a_benchmark_puts_the_fastest_first_and_reasons_last():
         BenchmarkRow("1x1", "fast", "step", Timing(9, 9, 9, 1)),
     ]
     found = Benchmark(rows, {"gone": ["It is not here."]}, statistics.machine("cpu"), {})
-    assert [r.backend for r in found.groups()["1x1", "c"]] == ["fast", "slow", "no"] and list(found.groups())[-1] == (
-        "1x1",
-        "step",
-    )
+    assert [r.backend for r in found.groups()["1x1", "c"]] == ["fast", "slow", "no"]
+    assert list(found.groups()) == [("1x1", "step"), ("1x1", "c")], "whole steps first"
     text = found.as_text()
+    assert text.startswith("1x1: fastest: fast, 0.009 s per step\n")
     assert "no: because" in text and "gone: It is not here." in text and text.index("fast") < text.index("slow")
     assert table(["a", "b"], [["x", "10"]]) == ["a   b", "x  10"]
