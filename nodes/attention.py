@@ -21,6 +21,7 @@ ENCODER_BACKENDS = ["default", registry.AUTO, "sdpa", "sdpa-efficient", "sdpa-ma
 BACKEND_TOOLTIP = (
     "Computes this model's attention. It runs, or the graph stops with the reason: nothing falls back silently.\n"
     "auto: the fastest exact one, measured on your GPU (recommended).\n"
+    "comfyui: ComfyUI's own attention, only counted and timed (the baseline).\n"
     "NVIDIA: flash4, sdpa-cudnn, flash2.\n"
     "AMD: aiter, aiter-triton.\n"
     "Faster but approximate: sage2, sage3, aiter-fp8, aiter-sage."

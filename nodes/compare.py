@@ -88,7 +88,7 @@ class Flux2CompareAttention(io.ComfyNode):
                 io.Combo.Input(
                     "reference",
                     options=registry.SLUGS,
-                    default="sdpa",
+                    default=registry.COMFYUI,
                     tooltip="What the candidates are compared with: an exact backend, unless you want to know how two "
                     "others differ.",
                 ),
