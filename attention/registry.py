@@ -257,9 +257,6 @@ AUTO_ORDER = [
     "xformers",
     "sdpa-efficient",
 ]
-# run by the people who write this pack, on hardware that they are made for (benchmarks/results); all others are
-# experimental
-RUN_BY_AUTHORS = {"sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash4", "sage1"}
 
 _lock = threading.Lock()
 _modules = {}  # module name -> (module or None, error sentence)

@@ -58,7 +58,7 @@ def marks_of(slug, state, device):
     found = ["not installed"] if state == MISSING else []
     found += [f"needs {needed(row.hardware, device)}"] if state == ELSEWHERE else []
     found += [] if row.exact else ["approximate"]
-    return found + ([] if slug in registry.RUN_BY_AUTHORS else ["experimental"])
+    return found + (["experimental"] if registry.experimental(slug) else [])
 
 
 def needed(hardware, device):
@@ -107,7 +107,6 @@ def entry(slug, device):
         "state": state,
         "group": GROUPS[state],
         "marks": marks_of(slug, state, device),
-        "experimental": slug not in registry.RUN_BY_AUTHORS,
         "reasons": reasons,
         "version": "" if reasons else registry.adapter(slug, device).version(),
         "install": registry.how_to_get(slug, device) if state == MISSING else "",
