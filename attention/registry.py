@@ -221,6 +221,14 @@ ROWS = {
         "Install sageattn3 from source (github.com/thu-ml/SageAttention, folder sageattention3_blackwell).",
         "SageAttention 3 (FP4) for Blackwell",
     ),
+    "cudnn-fp8": BackendRow(
+        "cudnn_fp8",
+        "cuDNN's Python front end",
+        Hardware({"nvidia": ("sm9x", "sm10x", "sm11x", "sm12x")}),
+        False,
+        "Install it with: pip install nvidia-cudnn-frontend",
+        "cuDNN's fp8 kernel: fp8 queries, keys and values",
+    ),
     "comfy-int8": BackendRow(
         "comfy_int8",
         "comfy-kitchen",

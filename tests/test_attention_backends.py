@@ -311,6 +311,7 @@ def test_slugs_are_a_contract():
         "sage1",
         "sage2",
         "sage3",
+        "cudnn-fp8",
         "comfy-int8",
         "xformers",
     } <= set(registry.SLUGS)

@@ -113,6 +113,7 @@ def test_every_quantised_and_exact_backend_that_others_have_is_named():
     assert set(registry.ROWS) - named <= {
         "aiter-triton",
         "comfy-int8",
+        "cudnn-fp8",
         "aiter-v4-mxfp8",
         "aiter-v4-f8f6",
         "aiter-v4-f6f6",

@@ -1,0 +1,285 @@
+"""cuDNN's fp8 attention through its graph API (nvidia-cudnn-frontend, module cudnn). Quantised; Hopper and newer.
+
+Read in nvidia-cudnn-frontend 1.32 (`pygraph.sdpa_fp8`): layout by strides, one float32 scale per tensor, read on the
+device; log-sum-exp natural and float32 (B, H, Sq, 1). Head size up to 128 and a multiple of 16; on Hopper the output is
+fp8 too. The softmax's probabilities are multiplied by 256, so that the smallest that fp8 can tell from 0 is 2**-17.
+
+What goes into fp8 is made to lose little. e4m3 has three bits of fraction at any size, so what counts is how large the
+numbers are beside the result that they make. Keys and values lose their mean over the tokens: the softmax does not see
+the first ("smoothing" in SageAttention, arXiv 2410.02367), the second is added to the output again. Queries and keys
+are turned by one Hadamard matrix, which leaves their products and spreads a channel of outliers over all channels
+(QuaRot, arXiv 2404.00456). Scales come from norms that bound what they scale: nothing is cut off, nothing depends on an
+earlier call, and the CPU never waits for them.
+
+On data center Blackwell the output is 16 bits, as cuDNN offers from 9.13 on: written from its documentation, run
+nowhere yet, and judged there by the test call that every backend has to pass. MXFP8, also offered there, is not used.
+"""
+
+import functools
+import threading
+
+import cudnn
+import torch
+import triton
+import triton.language as tl
+
+from ..adapter import Adapter, lse_bhs
+from ..call import Limits, arch_matches
+from ..device import describe
+
+OLDEST, BROKEN = 90100, (91000,)  # versions of cuDNN, as sdpa_fp8 itself says
+SOFTMAX_SCALE = 256.0
+PARTS = 16  # programs for a head that look for means and maxima
+TOKENS, WARPS = 64, 4  # of a program's tile
+FP8 = torch.float8_e4m3fn
+WIDE_OUTPUT, WIDE_SINCE = ("sm10x",), 91300  # where, and from which cuDNN on, the output can have 16 bits
+_local = threading.local()  # handles and graphs: a handle of cuDNN's serves one thread at a time
+
+
+@triton.jit
+def _tile(TENSOR, batch, head, token, lane, length, s_b, s_s, s_h):
+    at = TENSOR + batch * s_b + head * s_h + token[:, None] * s_s + lane[None, :]
+    return tl.load(at, mask=(token < length)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _observe(
+    Q, K, V, SUMS, LARGEST, q_len, kv_len, heads, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Of a part of the tokens of one head: sums of k and v, the largest row norm of q and k, the largest of v."""
+    part, parts, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    lane = tl.arange(0, D)
+    k_sum, v_sum = tl.zeros((TOKENS, D), tl.float32), tl.zeros((TOKENS, D), tl.float32)
+    q_norm, k_norm = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    v_top = tl.zeros((TOKENS, D), tl.float32)
+    first = part * TOKENS
+    while first < tl.maximum(q_len, kv_len):
+        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
+        q = _tile(Q, batch, head, token, lane, q_len, q_b, q_s, q_h)
+        k = _tile(K, batch, head, token, lane, kv_len, k_b, k_s, k_h)
+        v = _tile(V, batch, head, token, lane, kv_len, v_b, v_s, v_h)
+        k_sum += k
+        v_sum += v
+        q_norm = tl.maximum(q_norm, tl.sum(q * q, 1))
+        k_norm = tl.maximum(k_norm, tl.sum(k * k, 1))
+        v_top = tl.maximum(v_top, tl.abs(v))
+        first += parts * TOKENS
+    at = SUMS + (part * tl.num_programs(1) + row) * 2 * D + lane
+    tl.store(at, tl.sum(k_sum, 0))
+    tl.store(at + D, tl.sum(v_sum, 0))
+    largest = LARGEST + (part * tl.num_programs(1) + row) * 3
+    tl.store(largest, tl.sqrt(tl.max(q_norm, 0)))
+    tl.store(largest + 1, tl.sqrt(tl.max(k_norm, 0)))
+    tl.store(largest + 2, tl.max(tl.max(v_top, 1), 0))
+
+
+@triton.jit
+def _conclude(SUMS, LARGEST, MEANS, SCALES, kv_len, parts, rows, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Means of one head, and in the first program the scales: descale of q, k, v, and the scale of v and the output."""
+    row, lane, part = tl.program_id(0), tl.arange(0, 2 * D), tl.arange(0, P)
+    sums = tl.load(SUMS + (part[:, None] * rows + row) * 2 * D + lane[None, :], mask=(part < parts)[:, None], other=0.0)
+    tl.store(MEANS + row * 2 * D + lane, tl.sum(sums, 0) / kv_len)
+    if row == 0:
+        at = tl.arange(0, N)
+        for which in tl.static_range(3):
+            top = tl.max(tl.load(LARGEST + at * 3 + which, mask=at < parts * rows, other=0.0), 0)
+            # without its mean, a row of k or v may be twice as long as the longest
+            scale = tl.maximum(top * (1.0 if which == 0 else 2.0), 1e-12) / 448.0
+            tl.store(SCALES + which, scale)
+            if which == 2:
+                tl.store(SCALES + 3, 1.0 / scale)
+
+
+@triton.jit
+def _store(OUT, value, token, lane, batch, head, length, heads, D: tl.constexpr):
+    """value as e4m3 into (B, S, H, D). What rounding lifted above the largest is cut."""
+    value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    at = ((batch * length + token[:, None]) * heads + head) * D + lane[None, :]
+    tl.store(OUT + at, value.to(tl.float8e4nv), mask=(token < length)[:, None])
+
+
+@triton.jit
+def _quantise(
+    Q, K, V, MEANS, SCALES, ROTATION, Q8, K8, V8, q_len, kv_len, heads,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """q and k turned, k and v without their means, all as e4m3 of what they are over their scale."""
+    row = tl.program_id(1)
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    token, lane = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64), tl.arange(0, D)
+    turn = tl.load(ROTATION + lane[:, None] * D + lane[None, :])
+    q = _tile(Q, batch, head, token, lane, q_len, q_b, q_s, q_h)
+    q = tl.dot(q.to(turn.dtype), turn) / tl.load(SCALES)
+    _store(Q8, q, token, lane, batch, head, q_len, heads, D)
+    k = _tile(K, batch, head, token, lane, kv_len, k_b, k_s, k_h) - tl.load(MEANS + row * 2 * D + lane)[None, :]
+    k = tl.dot(k.to(turn.dtype), turn) / tl.load(SCALES + 1)
+    _store(K8, k, token, lane, batch, head, kv_len, heads, D)
+    v = _tile(V, batch, head, token, lane, kv_len, v_b, v_s, v_h) - tl.load(MEANS + row * 2 * D + D + lane)[None, :]
+    _store(V8, v * tl.load(SCALES + 3), token, lane, batch, head, kv_len, heads, D)
+
+
+@triton.jit
+def _restore(RAW, MEANS, SCALE, OUT, length, heads, D: tl.constexpr, TOKENS: tl.constexpr):
+    """cuDNN's output times its scale, plus the mean of the values."""
+    row = tl.program_id(1)
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    token, lane = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64), tl.arange(0, D)
+    at = ((batch * length + token[:, None]) * heads + head) * D + lane[None, :]
+    inside = (token < length)[:, None]
+    value = tl.load(RAW + at, mask=inside, other=0.0).to(tl.float32) * tl.load(SCALE)
+    value += tl.load(MEANS + row * 2 * D + D + lane)[None, :]
+    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=inside)
+
+
+@functools.lru_cache(maxsize=None)
+def rotation(size, dtype, device):
+    """Hadamard matrix (size, size) over sqrt(size): orthonormal, its own inverse. size: a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix * size**-0.5).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def constants(device):
+    """float32 (3, 1) on the device: the scale of the softmax's probabilities, its inverse, and one."""
+    return torch.tensor([[SOFTMAX_SCALE], [1 / SOFTMAX_SCALE], [1.0]], device=device)
+
+
+def output_dtype(q):
+    """What cuDNN writes: fp8 on Hopper, q's dtype where it can."""
+    wide = arch_matches(describe(q.device).arch, WIDE_OUTPUT) and cudnn.backend_version() >= WIDE_SINCE
+    return q.dtype if wide else FP8
+
+
+def quantise(q, k, v):
+    """(q8, k8, v8, scales, means) for cuDNN. q (B, Sq, H, D), k and v (B, Sk, H, D), last axis contiguous.
+
+    The first three are contiguous e4m3 of the same shapes. scales: float32 (4,), what q8, k8 and v8 have to be
+    multiplied with, and the inverse of the third. means: float32 (B * H, 2, D), of k and v over the tokens. q8 and k8
+    are turned by `rotation`; k8 and v8 lack their means.
+    """
+    batch, q_len, heads, size = q.shape
+    kv_len, rows, longest = k.shape[1], batch * heads, max(q_len, k.shape[1])
+    parts = min(PARTS, triton.cdiv(longest, TOKENS))
+    sums, means = (q.new_empty((n, rows, 2, size), dtype=torch.float32) for n in (parts, 1))
+    largest, scales = (q.new_empty(n, dtype=torch.float32) for n in (parts * rows * 3, 4))
+    lengths = (q_len, kv_len, heads, *(stride for t in (q, k, v) for stride in t.stride()[:3]))
+    tile = {"D": size, "TOKENS": TOKENS, "num_warps": WARPS}
+    _observe[(parts, rows)](q, k, v, sums, largest, *lengths, **tile)
+    block = triton.next_power_of_2(parts * rows)
+    _conclude[(rows,)](sums, largest, means, scales, kv_len, parts, rows, D=size, P=PARTS, N=block, num_warps=WARPS)
+    q8, k8, v8 = (torch.empty(t.shape, device=t.device, dtype=FP8) for t in (q, k, v))
+    turn = rotation(size, q.dtype, q.device)
+    _quantise[(triton.cdiv(longest, TOKENS), rows)](q, k, v, means, scales, turn, q8, k8, v8, *lengths, **tile)
+    return q8, k8, v8, scales, means[0]
+
+
+class Graph:
+    """cuDNN's plan for one shape, on one device and in one thread."""
+
+    def __init__(self, handle, batch, heads, q_len, kv_len, size, scale, need_lse, out_dtype):
+        kinds = cudnn.data_type
+        self.graph = graph = cudnn.pygraph(
+            io_data_type=kinds.FP8_E4M3,
+            intermediate_data_type=kinds.FLOAT,
+            compute_data_type=kinds.FLOAT,
+            handle=handle,
+        )
+
+        def heads_first(length):
+            """Sizes and strides of (B, H, S, D) that lies in memory as (B, S, H, D)."""
+            return {"dim": [batch, heads, length, size], "stride": [length * heads * size, size, heads * size, 1]}
+
+        def scalar(name):
+            return graph.tensor(name=name, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.FLOAT)
+
+        q, k, v = (
+            graph.tensor(name=name, data_type=kinds.FP8_E4M3, **heads_first(length))
+            for name, length in (("q", q_len), ("k", kv_len), ("v", kv_len))
+        )
+        names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        scales = [scalar(name) for name in names]
+        out, stats, *largest = graph.sdpa_fp8(
+            q, k, v, *scales, attn_scale=scale, generate_stats=need_lse, name="attention"
+        )
+        layout = heads_first(q_len)
+        out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(
+            {FP8: kinds.FP8_E4M3, torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[out_dtype]
+        )
+        for tensor in largest:  # of the probabilities and of the output; cuDNN wants room for them
+            tensor.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(kinds.FLOAT)
+        if need_lse:
+            stats.set_output(True).set_data_type(kinds.FLOAT)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+        self.tensors = (q, k, v, *scales, out, *largest, *([stats] if need_lse else []))
+        self.workspace = graph.get_workspace_size()
+
+    def run(self, handle, buffers):
+        """buffers: q8, k8, v8, six scalars, the output, two scalars, and the log-sum-exp where it was asked for."""
+        workspace = torch.empty(self.workspace, device=buffers[0].device, dtype=torch.uint8)
+        self.graph.execute(dict(zip(self.tensors, buffers)), workspace, handle=handle)
+
+
+def handle_of(device):
+    """This thread's handle of a device, on PyTorch's current stream."""
+    handles = _local.__dict__.setdefault("handles", {})
+    if device not in handles:
+        handles[device] = cudnn.create_handle()
+    cudnn.set_stream(handle=handles[device], stream=torch.cuda.current_stream(device).cuda_stream)
+    return handles[device]
+
+
+def graph_of(handle, device, *shape):
+    """This thread's Graph for (batch, heads, q_len, kv_len, size, scale, need_lse, output dtype) on a device."""
+    graphs, key = _local.__dict__.setdefault("graphs", {}), (device, *shape)
+    if key not in graphs:
+        graphs[key] = Graph(handle, *shape)
+    return graphs[key]
+
+
+class CudnnFp8(Adapter):
+    # head sizes: those of cuDNN's that are powers of two, which the rotation needs
+    limits = Limits(head_dims=(64, 128), lse=True, grouped_heads=False)
+    distribution = "nvidia-cudnn-frontend"
+
+    def missing(self):
+        version = cudnn.backend_version()
+        if version < OLDEST or version in BROKEN:
+            return [f"cuDNN {version} has no fp8 attention that works: 9.1.0 and newer have it, except 9.10.0."]
+        return [] if hasattr(cudnn.pygraph, "sdpa_fp8") else [f"The installed {self.version()} has no sdpa_fp8."]
+
+    def kernel(self, q, k, v, mask=None):
+        return f"cuDNN {cudnn.backend_version()} sdpa_fp8"
+
+    def run(self, q, k, v, mask, scale, need_lse):
+        batch, q_len, heads, size = q.shape
+        with torch.cuda.device(q.device):
+            q8, k8, v8, scales, means = quantise(q, k, v)
+            up, down, one = constants(q.device)
+            out_dtype = output_dtype(q)
+            # the output is a mean of values, so it fits into their scale
+            scale_out, descale_out = (scales[3:4], scales[2:3]) if out_dtype == FP8 else (one, one)
+            scalars = (scales[0:1], scales[1:2], scales[2:3], down, up, scale_out)
+            raw, largest = torch.empty(q.shape, device=q.device, dtype=out_dtype), scales.new_empty((2, 1))
+            lse = [scales.new_empty((batch, heads, q_len, 1))] if need_lse else []
+            handle = handle_of(q.device)
+            graph = graph_of(handle, q.device, batch, heads, q_len, k.shape[1], size, scale, need_lse, out_dtype)
+            graph.run(handle, (q8, k8, v8, *scalars, raw, *largest, *lse))
+            out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+            grid = (triton.cdiv(q_len, TOKENS), batch * heads)
+            _restore[grid](raw, means, descale_out, out, q_len, heads, D=size, TOKENS=TOKENS, num_warps=WARPS)
+        if not need_lse:
+            return out, None
+        # softmax of scores without the keys' mean: what the mean adds to all scores of a query
+        shift = torch.einsum("bqhd,bhd->bhq", q.float(), means[:, 0].view(batch, heads, size)) * scale
+        return out, lse_bhs(lse[0], q) + shift
+
+
+ADAPTERS = {"cudnn-fp8": CudnnFp8()}
