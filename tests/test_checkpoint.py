@@ -255,6 +255,27 @@ OTHERS = {
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 6144),
         "double_stream_modulation_img.lin.weight": (1, 1),
     },
+    "a LoRA for FLUX.1": {"lora_unet_single_blocks_0_modulation_lin.lora_down.weight": (4, 3072)},
+    "a LoRA (an addition": {"double_blocks.0.img_attn.qkv.diff": (9216, 3072)},
+    "a model compressed by DFloat11": {
+        "single_blocks.0.linear1.sign_mantissa": (9,),
+        "double_stream_modulation_img.lin.weight": (1, 1),
+    },
+    "a FLUX.2 ControlNet": {
+        "control_img_in.bias": (6144,),
+        "control_transformer_blocks.0.after_proj.weight": (6144, 6144),
+    },
+    "a ControlNet of another model": {"controlnet_x_embedder.weight": (3072, 64), "transformer_blocks.0.a": (1,)},
+    "a pi-Flow adapter": {
+        "transformer.proj_out_logweights.bias": (64,),
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 4096),
+    },
+    "PuLID": {"id_former.latents": (1, 4, 4096), "pulid_ca_double.0.to_q.weight": (4096, 4096)},
+    "taef2, the tiny": {"1.weight": (64, 32, 3, 3), "3.pool.0.weight": (256, 64, 1, 1)},
+    "Qwen3-VL": {
+        "model.visual.deepstack_merger_list.0.norm.weight": (4096,),
+        "model.language_model.layers.0.self_attn.q_norm.weight": (128,),
+    },
     "a FLUX.1 diffusion model": {"double_blocks.0.img_mod.lin.weight": (18432, 3072), "img_in.weight": (3072, 64)},
     "a VAE with 16 latent channels": {"decoder.conv_in.weight": (512, 16, 3, 3)},
     "the VAE of Stable Diffusion": {"decoder.conv_in.weight": (512, 4, 3, 3)},

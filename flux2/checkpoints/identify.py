@@ -8,6 +8,7 @@ KINDS is the table of everything that people put into these slots; a new kind is
 covered: proof that the weights are those the file's name promises.
 """
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -98,17 +99,17 @@ class Names:
 
 
 # parts that only an addition to a model has: the factors of LoRA, LoKr and LoHa, differences, lengths of DoRA
-LORA_PART = re.compile(
-    r"[._]lora[._](?:[AB]|up|down|linear_layer|magnitude_vector)|\.(?:lokr|hada)_|\.oft_blocks"
-    r"|\.(?:diff|diff_b|w_norm|b_norm|set_weight|dora_scale)$|^lora_unet_"
-)
+LORA_PARTS = (".lora_A", ".lora_B", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", "_lora.up.", "_lora.down.")
+LORA_PARTS += (".lora_linear_layer.", ".lora_magnitude_vector", ".lokr_", ".hada_", ".oft_blocks", "lora_unet_")
+LORA_ENDS = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight", ".dora_scale")
 
 
 def _lora(names):
-    name = next((name for name in names.tensors if LORA_PART.search(name)), None)
+    name = names.any(*LORA_PARTS) or names.ending(*LORA_ENDS)
     if not name:
         return None
-    other = lora_names.other_model({lora_names.plain(lora_names.split(name)[0]) for name in [*names.tensors][:2000]})
+    some = itertools.islice(names.tensors, 2000)
+    other = lora_names.other_model({lora_names.plain(lora_names.split(each)[0]) for each in some})
     return Identity(
         "lora",
         f"a LoRA {f'for {other[0]} ' if other else ''}(an addition to a model, not a model)",
@@ -116,6 +117,73 @@ def _lora(names):
         advice="Put it into the folder loras and load it with the node "
         f"{'Load LoRA' if other else 'Load FLUX.2 LoRA'}, behind the model.",
     )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Something that people put beside a FLUX.2 model. marks: parts of names that only it has."""
+
+    kind: str
+    marks: tuple
+    title: str
+    advice: str
+
+
+BESIDE = (
+    Beside(
+        "dfloat11",
+        (".sign_mantissa", ".encoded_exponent"),
+        "a model compressed by DFloat11",
+        "Neither ComfyUI nor this pack reads that: use the bf16 file, or the nodes of ComfyUI-DFloat11-Extended.",
+    ),
+    Beside(
+        "flux2-controlnet",
+        ("control_transformer_blocks.",),
+        "a FLUX.2 ControlNet (Fun-Controlnet-Union)",
+        "Put it where the pack that loads it looks for it, model_patches for the FLUX.2 nodes of VideoX-Fun; ComfyUI's "
+        "own node Load ControlNet Model does not know it yet.",
+    ),
+    Beside(
+        "controlnet",
+        ("controlnet_x_embedder.", "controlnet_blocks.", "control_img_in.", "control_blocks.", "control_model."),
+        "a ControlNet of another model",
+        "Put it into the folder controlnet and load it with the node Load ControlNet Model, with the model that it is "
+        "for.",
+    ),
+    Beside(
+        "piflow",
+        ("proj_out_logweights.", "proj_out_loggamma.", "proj_out_logstds."),
+        "a pi-Flow adapter, which samples in few steps with a sampler of its own",
+        "It is no LoRA, although it contains one: load it with the nodes of ComfyUI-piFlow.",
+    ),
+    Beside(
+        "pulid",
+        ("pulid_ca", "pulid_encoder.", "id_former."),
+        "PuLID, which carries a face into the image",
+        "Load it with the nodes of a PuLID pack, behind the model.",
+    ),
+    Beside(
+        "taef2",
+        ("3.pool.0.weight", "11.pool.0.weight"),  # of its decoder, of its encoder
+        "taef2, the tiny autoencoder of FLUX.2",
+        "Put taef2_encoder and taef2_decoder into the folder vae_approx: previews use them with --preview-method "
+        "taesd, and ComfyUI's node Load VAE offers them as taef2.",
+    ),
+    Beside(
+        "qwen3-vl",
+        ("visual.deepstack_merger_list.",),
+        "Qwen3-VL, a language model that also reads images",
+        "FLUX.2 klein was trained with the plain Qwen3 4B or 8B, whose weights differ. ComfyUI's node Load CLIP takes "
+        "it for the models that use it.",
+    ),
+)
+
+
+def _beside(names):
+    for row in BESIDE:
+        name = names.any(*row.marks)
+        if name:
+            return Identity(row.kind, row.title, f"it has the tensor {name}", advice=row.advice)
 
 
 def _flux2_original(names):
@@ -287,7 +355,7 @@ def _clip(names):
             "clip",
             "a CLIP text encoder (Stable Diffusion, SDXL and FLUX.1 use it)",
             f"it has {key}",
-            advice="Load it with the node Load CLIP.",
+            advice="FLUX.2 dev reads prompts from Mistral 3, klein from Qwen3. For FLUX.1 it goes into DualCLIPLoader.",
         )
 
 
@@ -298,7 +366,7 @@ def _t5(names):
             "t5",
             "a T5 text encoder (FLUX.1 and Stable Diffusion 3 use it)",
             f"it has {key}",
-            advice="Load it with the node Load CLIP.",
+            advice="FLUX.2 dev reads prompts from Mistral 3, klein from Qwen3. For FLUX.1 it goes into DualCLIPLoader.",
         )
 
 
@@ -333,6 +401,7 @@ def _other_model(names):
 
 
 RULES = (
+    _beside,
     _lora,
     _flux2_original,
     _flux2_diffusers,
