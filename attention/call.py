@@ -77,14 +77,18 @@ def call_of(q, k, v, mask_kind="none", need_lse=False):
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a backend can run: platform -> architectures (empty means any of that platform); None: on every device."""
+    """Where a backend can run: platform -> architectures (empty means any of that platform).
 
-    archs: dict | None
+    anywhere: on every device that PyTorch knows, those that are not named too.
+    """
+
+    archs: dict
     why: str = ""
+    anywhere: bool = False
 
     def reasons(self, device):
         """Sentences why this device cannot run it; empty means it can."""
-        if self.archs is None:
+        if self.anywhere:
             return []
         if device.platform not in self.archs:
             wanted = " or ".join(PLATFORM_NAMES.get(p, p) for p in self.archs)

@@ -31,7 +31,7 @@ class Device:
     name: str
 
     def __str__(self):
-        return f"{self.name} ({self.arch})"
+        return self.name if self.name == self.arch else f"{self.name} ({self.arch})"
 
 
 def is_rocm():

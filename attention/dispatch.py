@@ -251,7 +251,7 @@ class AttentionDispatcher:
         elif slug == registry.AUTO:
             normal = None if mask is None else normalise(mask, q.shape[1])
             slug, table = (self.tuner or default_tuner()).choose(call, q, k, v, normal, kept, scale)
-            why = f"auto: {table.why}"
+            why = f"auto on {call.device}: {table.why}"
         reasons = registry.unsupported(slug, call)
         if reasons and self.unsupported == REFUSE:
             raise AttentionRefused(slug, reasons, hint_for(slug, call), call)

@@ -18,7 +18,7 @@ from .call import CHOOSE_ANOTHER, AttentionRefused, Hardware, call_of, dtype_nam
 from .device import describe
 from .errors import UserError
 
-ANY = Hardware(None)  # PyTorch itself: every device that it knows
+ANY = Hardware({"nvidia": (), "amd": (), "cpu": (), "apple": (), "intel": ()}, anywhere=True)  # PyTorch itself
 GPU = Hardware({"nvidia": (), "amd": ()})
 NVIDIA = Hardware({"nvidia": ()})
 

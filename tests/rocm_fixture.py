@@ -69,7 +69,7 @@ def pretend(monkeypatch, arch, gpus=1):
         monkeypatch.setattr(target, name, value)
     monkeypatch.setattr(device, "_accelerator", device._accelerator.__wrapped__)  # asks anew in every test
     monkeypatch.setattr(registry, "_modules", {})
-    monkeypatch.setattr(registry, "_probes", {})
+    monkeypatch.setattr(registry, "_passed", set())
     card = device.describe("cuda")
     for module in (call, registry):
         monkeypatch.setattr(module, "describe", lambda _: card)

@@ -116,7 +116,7 @@ def entry(slug, device):
 
 def hardware_text(hardware):
     """ "NVIDIA sm8x, sm9x; AMD gfx942"; "any" for all platforms."""
-    if hardware.archs is None:
+    if hardware.anywhere:
         return "any"
     return "; ".join(
         " ".join([SHORT_NAMES.get(name, name), ", ".join(archs)]).strip() for name, archs in hardware.archs.items()
