@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/troubleshooting.md"
 MORE = "More: "
+PACKAGE, SHORT = __name__.rpartition(".flux2.")[0], "flux2_attention"
 NODE_METHODS = ("execute", "validate_inputs")  # of a node class: what raises, or answers in a sentence
 
 # (section, what its sentences contain); the first row that matches decides
@@ -161,8 +162,11 @@ def bare(text):
 
 def link(error):
     """The same error, its text with the address of its section. Errors that make their text from fields get it as their
-    `hint`.
+    `hint`. ComfyUI puts the module of an error in front of its text: of this pack that is the path of its folder, so
+    the errors of the pack are called after the pack alone.
     """
+    if type(error).__module__.startswith(f"{PACKAGE}."):
+        type(error).__module__ = SHORT
     line = more(str(error), type(error).__name__)[len(str(error)) + 1 :]
     if line and hasattr(error, "hint"):
         error.hint = f"{error.hint}\n{line}" if error.hint else line

@@ -27,7 +27,9 @@ let backends = null, asked = null;
 export function knowBackends() {
   asked ??= api.fetchApi("/flux2_attention/backends").then(async (answer) => {
     if (!answer.ok) throw new Error(`The server answered ${answer.status}.`);
-    backends = new Map((await answer.json()).backends.map((entry) => [entry.backend, entry]));
+    const found = await answer.json(), rows = new Map(found.backends.map((entry) => [entry.backend, entry]));
+    const choices = found.choices ?? found.backends; // with auto and comfyui, in the order in which to offer them
+    backends = new Map(choices.map((choice) => [choice.backend, { ...rows.get(choice.backend), ...choice }]));
   }).catch((error) => {
     console.warn("Flux 2 Attention: the list of backends could not be read.", error);
     asked = null; // the next node asks again
@@ -35,22 +37,18 @@ export function knowBackends() {
   return asked;
 }
 
-const runsHere = (entry) => !entry || entry.state === "runs here";
+const runsHere = (entry) => !entry || (entry.group ?? "here") === "here";
 
-// "flash4 · not installed", "aiter · needs AMD", "sage2 · approximate"
+// "flash4 · not installed", "aiter · needs AMD · experimental", "sage2 · approximate"
 export function labelOf(value) {
-  const entry = backends?.get(value), said = [];
-  if (entry?.state === "to install") said.push(t("not installed"));
-  if (entry?.state === "other hardware") said.push(t("needs $1", [...new Set(entry.hardware.split("; ").map((make) => make.split(" ")[0]))].join(", ")));
-  if (entry && !entry.exact) said.push(t("approximate"));
-  if (entry?.experimental) said.push(t("experimental"));
-  return [value, ...said].join(" · ");
+  const marks = backends?.get(value)?.marks ?? [];
+  return [value, ...marks.map((mark) => (mark.startsWith("needs ") ? t("needs $1", mark.slice(6)) : t(mark)))].join(" · ");
 }
 
-// Those that run here first, each group in the order of the server; "none" and "auto" stay in front.
+// In the order of the server, which begins with those that run here; what it does not name, such as "none", stays in front.
 function sorted(values) {
-  const rank = (value) => (runsHere(backends.get(value)) ? 0 : backends.get(value).state === "to install" ? 1 : 2);
-  return [...values].sort((a, b) => rank(a) - rank(b));
+  const order = [...backends.keys()];
+  return [...values].sort((a, b) => order.indexOf(a) - order.indexOf(b));
 }
 
 function offer(node) {
@@ -97,8 +95,8 @@ function judge(node) {
     const report = [`${found.text}${reasons ? ":" : ""}`, ...(found.entry?.reasons ?? []).map((one) => `- ${one}`), found.entry?.command || found.entry?.install || ""];
     show(node, { from: "choice", state: "failed", text: [found.text, reasons].filter(Boolean).join(": "), report: report.filter(Boolean).join("\n"),
       open: () => openReason(node.title, report.filter(Boolean).join("\n")) });
-  } else if (entry && stateOf(node)?.changed) {
-    const text = entry.exact ? t("runs here") : t("runs here, approximate");
+  } else if (entry?.library && stateOf(node)?.changed) {
+    const text = entry.marks?.includes("approximate") ? t("runs here, approximate") : t("runs here");
     show(node, { from: "choice", state: "fits", text: `${entry.backend}: ${text}`, open: () => openReason(node.title, [entry.summary, entry.version].filter(Boolean).join("\n")) });
   } else {
     forget(node, "choice");

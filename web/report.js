@@ -7,7 +7,7 @@ import { t } from "./texts.js";
 
 // node -> least [width, height] in pixels of a new one, as large as what it shows
 const SIZES = {
-  Flux2AttentionReport: [420, 320], Flux2CompareAttention: [520, 760], Flux2BenchmarkAttention: [520, 520], Flux2WarmUp: [420, 420], Flux2ModelInfo: [420, 320],
+  Flux2AttentionReport: [420, 320], Flux2CompareAttention: [520, 760], Flux2BenchmarkAttention: [520, 520], Flux2WarmUp: [420, 420], Flux2ModelInfo: [420, 320], Flux2LoadLoRA: [400, 320],
   Flux2EncodePrompt: [400, 380], Flux2EncodePrompts: [400, 480], Flux2UpsamplePrompt: [400, 560],
 };
 const WIDGET = "report", LEAST_HEIGHT = 90;
