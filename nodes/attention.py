@@ -67,21 +67,8 @@ class Flux2SelectAttention(io.ComfyNode):
             description="Chooses the kernel that computes attention for this model: FlashAttention, cuDNN, AITER on "
             "AMD, PyTorch. "
             "Works on any MODEL. Put it between the loader and the sampler; connect the report node to see what ran.",
-            # the page's search looks at the first 30 letters: see web/search.js
-            search_aliases=[
-                "rocm",
-                "amd",
-                "aiter",
-                "sdpa",
-                "sage",
-                "flashattention",
-                "sage attention",
-                "sageattention",
-                "cudnn",
-                "attention backend",
-                "xformers",
-                "nvidia",
-            ],
+            # web/search.js: the page's search looks at the first 30 letters of these
+            search_aliases=["rocm", "amd", "aiter", "sdpa", "sage", "cudnn", "flash attention"],
             inputs=[
                 io.Model.Input(
                     "model",

@@ -72,17 +72,8 @@ class Flux2LoadModel(io.ComfyNode):
             description="Loads a FLUX.2 diffusion model, the part that generates the image: dev, klein 4B or klein 9B. "
             "Takes the original file, ComfyUI's bf16 and fp8 files, and diffusers folders. A file of another kind is "
             "refused with what it is and where it belongs.",
-            # the page's search looks at the first 30 letters: see web/search.js
-            search_aliases=[
-                "vram",
-                "offload",
-                "low vram",
-                "klein",
-                "flux2 unet",
-                "flux 2 diffusion model",
-                "load unet",
-                "load diffusers transformer",
-            ],
+            # web/search.js: the page's search looks at the first 30 letters of these
+            search_aliases=["vram", "offload", "low vram", "klein", "flux2 unet"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -139,16 +130,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads the language model that reads the prompt: Mistral 3 for FLUX.2 dev, Qwen3 4B or 8B for "
             "klein. Takes ComfyUI's files and Hugging Face folders. Layers that FLUX.2 never reads are not loaded.",
-            search_aliases=[
-                "vram",
-                "offload",
-                "low vram",
-                "mistral",
-                "qwen3",
-                "flux2 clip",
-                "load clip",
-                "flux 2 text encoder",
-            ],
+            search_aliases=["vram", "offload", "low vram", "qwen3", "clip", "mistral"],
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
@@ -266,7 +248,7 @@ class Flux2LoadVAE(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description="Loads the FLUX.2 autoencoder, which turns images into latents and back. Takes the original "
             "file, the file with the small decoder, and diffusers folders.",
-            search_aliases=["vram", "offload", "low vram", "flux2 vae", "load vae", "flux 2 autoencoder"],
+            search_aliases=["vram", "offload", "low vram", "load vae"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",

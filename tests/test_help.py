@@ -24,6 +24,7 @@ import make_help
 import prompt_models
 import small_models as maker
 from flux2_pack.flux2 import error_links
+from flux2_pack.flux2.checkpoints.header import CheckpointError
 from pack import ROOT
 from make_locales import LANGUAGES
 from server_fixture import TEXT_FILE, run
@@ -173,7 +174,8 @@ def test_model_info_shows_its_text_on_the_node(shared_page, model_files):
     shared_page.run()
     shared_page.fit()
     shared_page.wait_for(
-        "[...document.querySelectorAll('textarea')].some(box => box.value.includes('Goes into: Load FLUX.2 VAE'))"
+        "[...document.querySelectorAll('.flux2-report')]"
+        ".some(box => box.innerText.includes('Goes into: Load FLUX.2 VAE'))"
     )
 
 
@@ -486,6 +488,13 @@ def test_an_error_keeps_its_type_and_its_first_lines():
     once = str(error)
     assert str(error_links.link(error)) == once, "the address is added once"
     assert error_links.bare(once) == "CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def test_an_error_is_called_after_the_pack_and_not_after_its_folder():
+    """ComfyUI shows module and class of an error in front of its text."""
+    with pytest.raises(CheckpointError) as caught, error_links.links():
+        raise CheckpointError("There is no such file.")
+    assert f"{caught.type.__module__}.{caught.type.__name__}" == "flux2_attention.CheckpointError"
 
 
 @pytest.mark.parametrize(
