@@ -110,22 +110,17 @@ def test_two_calls_without_a_mask_are_comfyuis_mask(load, kind, prompt, monkeypa
     from flux2_pack.flux2.loading.encoder_families import FAMILIES
 
     name, path, _ = kind
-    calls = []
-    monkeypatch.setattr(
-        encoder_precision.PromptLength,
-        "see_embeddings",
-        lambda self, module, args, kwargs: calls.append(self) or in_float32(self, args, kwargs),
-    )
+    passes = []
 
-    def in_float32(self, args, kwargs):
-        lengths = kwargs["num_tokens"]
-        self.length = lengths[0] if self.padded_behind and lengths[0] else None
-        return args, kwargs
+    def begin_in_float32(self, module, args, kwargs):
+        self.length = kwargs["num_tokens"][0] if self.padded_behind and kwargs["num_tokens"][0] else None
+        passes.append((self, self.length))
 
+    monkeypatch.setattr(encoder_precision.Pass, "begin", begin_in_float32)
     clip = load.load_text_encoder(path, precision="bf16")
     tokens = clip.tokenize(prompt)
     result = clip.encode_from_tokens(tokens)
-    assert calls and calls[0].length is None, "a prompt's length is forgotten with it"
+    assert passes[0][1] > 0 and passes[0][0].length is None, "a prompt's length is forgotten with it"
     expected = masked_by_comfyui(clip, FAMILIES[name].name).encode_from_tokens(tokens)
     assert relative_error(result, expected) <= 1e-5
 
@@ -151,6 +146,41 @@ def test_a_list_of_prompts_is_encoded_as_each_alone(load, kind):
         assert relative_error(together[0], alone[0]) <= 2e-2, "bf16 rounding"
 
 
+def test_hidden_states_are_joined_as_comfyui_joins_them(load, kind):
+    """And weighted prompts, which this pack's tokenizers never make, go ComfyUI's way."""
+    from flux2_pack.flux2.loading.encoder_families import FAMILIES
+
+    family = FAMILIES[kind[0]]
+    network = load.load_text_encoder(kind[1], precision="bf16").cond_stage_model
+    rows = [[(5, 1.0), (6, 1.0), (7, 1.0)], [(8, 1.0), (9, 1.0), (10, 1.0)]]
+    ours, none, extra = network.encode_token_weights({family.name: rows})
+    theirs, pooled, mask = super(type(network), network).encode_token_weights({family.name: rows})
+    assert torch.equal(ours, theirs) and none is pooled is None and ours.shape == (1, 6, 192)
+    assert torch.equal(extra["attention_mask"], mask["attention_mask"]) and extra.keys() == mask.keys()
+    heavier = network.encode_token_weights({family.name: [[(token, 1.5) for token, _ in rows[0]]]})[0]
+    assert not torch.equal(heavier, ours[:, :3])
+
+
+def test_weights_that_need_no_cast_are_not_asked_about(load, kind, monkeypatch):
+    """bf16 weights on the device of the pass: ComfyUI's casting is left out, and back afterwards. Others keep it."""
+    import comfy.ops
+    from flux2_pack.flux2.loading.encoder_families import FAMILIES
+
+    clip = load.load_text_encoder(kind[1], precision="bf16")
+    inner = getattr(clip.cond_stage_model, FAMILIES[kind[0]].name)
+    inner.transformer.to(torch.bfloat16)
+    layer = inner.transformer.model.layers[1]
+    layer.mlp.up_proj.float()  # as a weight that was kept in another format
+    asked, plain = [], comfy.ops.cast_bias_weight
+    monkeypatch.setattr(
+        comfy.ops, "cast_bias_weight", lambda module, *a, **kw: asked.append(module) or plain(module, *a, **kw)
+    )
+    clip.cond_stage_model.encode_token_weights(clip.tokenize(PROMPT))
+    assert {type(m).__name__ for m in asked} <= {"Linear", "Embedding"} and layer.mlp.up_proj in asked
+    assert layer.mlp.gate_proj not in asked
+    assert all(m.comfy_cast_weights for m in inner.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_an_error_in_a_pass_leaves_nothing_behind(load, kind, monkeypatch):
     """A cancel between two layers, then a prompt that ComfyUI's mask is for."""
     from flux2_pack.flux2.loading.encoder_families import FAMILIES
@@ -165,7 +195,7 @@ def test_an_error_in_a_pass_leaves_nothing_behind(load, kind, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             clip.encode_from_tokens(tokens)
     hook = next(iter(model.layers[0].self_attn._forward_pre_hooks.values()))
-    assert hook.__self__.length is None
+    assert hook.__self__.length is None and hook.__self__.weights is None
     assert torch.equal(clip.encode_from_tokens(tokens), expected)
 
 

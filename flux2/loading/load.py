@@ -229,7 +229,8 @@ def load_text_encoder(
             disable_dynamic=disable_dynamic or memory.needs_plain_patcher(memory_mode),
         ),
     )
-    encoder_precision.compute_in(clip, family, computed)
+    if computed == "bf16":
+        clip.patcher.set_model_compute_dtype(torch.bfloat16)  # of weights that ComfyUI casts or patches on their way
     clip.patcher = memory.manage(clip.patcher, memory_mode)
     if memory_mode == memory.ON_GPU:
         memory.start_on_gpu(clip.patcher)
@@ -249,8 +250,10 @@ def _text_devices(device, memory_mode):
 
 
 def _text_model(family, weights, padding, memory_mode, precision):
-    """The class of ComfyUI's text encoder, with what `padding` and the memory mode change."""
+    """The class of ComfyUI's text encoder, with what `padding`, the memory mode and the precision change."""
     text_model = family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights]))
+    if precision == "bf16":
+        text_model = encoder_precision.bf16_text_model(text_model, family)
     if padding == "reference":
         text_model = prompt_padding.like_the_reference(text_model, family, encoder_precision.PRECISIONS[precision])
     return memory.idle_text_model(text_model, memory_mode)

@@ -20,6 +20,7 @@ import torch
 from ..checkpoints import identify, keys
 from ..loading import load, memory
 from ..checkpoints.header import CheckpointError, open_checkpoint
+from ..loading.direct_weights import DirectWeights
 from ..loading.encoder_families import FAMILIES, dimensions
 from ..checkpoints.variants import HEAD_CHANNELS
 
@@ -214,42 +215,9 @@ class Writer:
             memory.free(clip.patcher)
 
 
-class direct:
-    """Inside a with block, the layers of a Writer whose weights lie on the device in the calculation's format use them
-    as they are.
-
-    ComfyUI's casting asks every layer at every token whether its weight must be fetched or changed: three quarters of a
-    token's time on an H200 (benchmarks/results/upsample-h200.json). Layers that are offloaded, quantised or patched at
-    call time keep it. Nothing is loaded or moved meanwhile: ComfyUI does that between nodes.
-    """
-
-    def __init__(self, writer):
-        self.modules = [
-            module for module in writer.network.modules() if as_it_is(module, writer.network.run_on, writer.dtype)
-        ]
-
-    def __enter__(self):
-        for module in self.modules:
-            module.comfy_cast_weights = False
-
-    def __exit__(self, *error):
-        for module in self.modules:
-            module.comfy_cast_weights = True
-
-
-def as_it_is(module, device, dtype):
-    """True for a layer of ComfyUI's that casts, and whose weights need none."""
-    if (
-        not getattr(module, "comfy_cast_weights", False)
-        or hasattr(module, "layout_type")
-        or hasattr(module, "_v")
-        or isinstance(module, torch.nn.Embedding)
-    ):
-        return False
-    weights = [w for w in (getattr(module, "weight", None), getattr(module, "bias", None)) if w is not None]
-    return not (module.weight_function or module.bias_function) and all(
-        w.device == device and w.dtype == dtype for w in weights
-    )
+def direct(writer):
+    """A with block in which the layers of a Writer use weights that need no cast as they are."""
+    return DirectWeights(writer.network, writer.network.run_on, writer.dtype)
 
 
 class Embedding(torch.nn.Module):
