@@ -48,7 +48,12 @@ def _path(folder, name):
 
 
 def _validate(folder, name):
-    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that a value is not in a list."""
+    """What validate_inputs returns: True, or a sentence where ComfyUI would only say that a value is not in a list.
+
+    A name of None is not known yet: another node gives it, or it is missing, which ComfyUI itself says.
+    """
+    if name is None:
+        return True
     try:
         if folder not in INFO_FOLDERS:
             return (
@@ -58,6 +63,12 @@ def _validate(folder, name):
         return bool(_path(folder, name))
     except CheckpointError as error:
         return str(error)
+
+
+def _parted(name):
+    """(folder, name in it) of a choice of FLUX.2 Model Info."""
+    folder, _, rest = str(name).partition("/")
+    return folder, rest
 
 
 class Flux2LoadModel(io.ComfyNode):
@@ -111,7 +122,7 @@ class Flux2LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name=None):
         return _validate("diffusion_models", model_name)
 
     @classmethod
@@ -207,7 +218,7 @@ class Flux2LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name):
+    def validate_inputs(cls, text_encoder_name=None):
         return _validate("text_encoders", text_encoder_name)
 
     @classmethod
@@ -289,7 +300,7 @@ class Flux2LoadVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name):
+    def validate_inputs(cls, vae_name=None):
         return _validate("vae", vae_name)
 
     @classmethod
@@ -323,12 +334,12 @@ class Flux2ModelInfo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file_name):
-        return _validate(*file_name.partition("/")[::2])
+    def validate_inputs(cls, file_name=None):
+        return True if file_name is None else _validate(*_parted(file_name))
 
     @classmethod
     def execute(cls, file_name) -> io.NodeOutput:
-        text = examine.describe_path(_path(*file_name.partition("/")[::2]))
+        text = examine.describe_path(_path(*_parted(file_name)))
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -78,7 +78,7 @@ class Flux2LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
+    def validate_inputs(cls, lora_name=None):
         try:
             return lora_name is None or bool(_path(lora_name))  # None: linked, known when the node runs
         except CheckpointError as error:

@@ -224,6 +224,9 @@ def encoder_evidence(graph, key, models):
         return f"its type is {kind}, not flux2"
     if OTHER_ENCODERS.search(str(name)):
         return f"{name} is the text encoder of another model"
+    readers = {other for edge in graph.edges if key in edge for other in edge}
+    if any(graph.nodes[reader].type.startswith("TextGenerate") for reader in readers):
+        return "Generate Text reads its CLIP too, and needs the layers that FLUX.2 and this pack's loader leave out"
     return without_model(graph, key, models)
 
 

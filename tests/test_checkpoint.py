@@ -181,6 +181,10 @@ def test_config_that_lies_is_said(tmp_path):
 def test_choices_show_a_model_folder_in_place_of_its_shards(tmp_path):
     (tmp_path / "dev" / "transformer").mkdir(parents=True)
     (tmp_path / "dev" / "transformer" / "config.json").write_text("{}")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (tmp_path / "dev" / "transformer" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}})
+    )
     files = [
         "a.safetensors",
         "dev/transformer/model-00001-of-00002.safetensors",
@@ -198,6 +202,23 @@ def test_choices_show_a_model_folder_in_place_of_its_shards(tmp_path):
         folders.pipeline_parts([tmp_path], "transformer") == ["dev/transformer"]
         and folders.pipeline_parts([tmp_path], "vae") == []
     )
+
+
+def test_a_folder_hides_only_the_files_that_it_is_made_of(tmp_path):
+    """Two models beside one config.json stay two choices; a third file beside a folder's own weights stays one."""
+    for folder, names in {"two": ["a", "b"], "one": ["model", "other"], "single": ["x"]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        for name in names:
+            save_file({"a": torch.zeros(1)}, tmp_path / folder / f"{name}.safetensors")
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.safetensors"))
+    assert folders.choices(files, [tmp_path]) == [
+        "one",
+        "one/other.safetensors",
+        "single",
+        "two/a.safetensors",
+        "two/b.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "c:\\x", "", "none.safetensors"])

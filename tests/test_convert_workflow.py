@@ -220,6 +220,13 @@ def test_what_stays_and_why(changes, left):
     assert all(why in plan.left["", key] for key, why in left.items())
 
 
+def test_an_encoder_that_also_writes_text_stays():
+    """Generate Text needs the layers above the last that FLUX.2 reads, which this pack's loader leaves out."""
+    before = api() | {"20": node("TextGenerate", clip=["2", 0], prompt="a cat")}
+    plan = decide(convert_api.graph(before))
+    assert set(plan.left) == {("", "2")} and "Generate Text reads its CLIP too" in plan.left["", "2"]
+
+
 def test_a_model_that_stays_for_its_number_format_gets_a_selector_all_the_same():
     before = api(_1={"weight_dtype": "fp8_e4m3fn_fast"})
     after, report = convert_workflow.convert(before)

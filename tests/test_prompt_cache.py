@@ -9,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 import pack  # noqa: F401
 from flux2_pack.flux2.prompts import text as prompt_text
-from flux2_pack.flux2.prompts.cache import PromptCache, name_of, packed
+from flux2_pack.flux2.prompts.cache import PromptCache, digest_of, name_of, packed
 
 KEY = {"prompt": "a cat", "limit": 512}
 
@@ -69,9 +70,25 @@ DAMAGE = {
     "another entry": lambda data: packed(name_of("other"), conditioning(), []),
     "one bit of a name": lambda data: data.replace(b"pooled_output", b"pooled_nutput"),
     "foreign metadata": lambda data: packed(name_of(KEY), conditioning(), []).replace(b'"format":"1"', b'"format":"2"'),
+    "conditioning of whole numbers": lambda data: packed(
+        name_of(KEY), [[torch.ones(1, 2, 3, dtype=torch.int32), {}]], []
+    ),
+    "conditioning without sides": lambda data: packed(name_of(KEY), [[torch.ones(()), {}]], []),
+    "conditioning that is no number": lambda data: packed(name_of(KEY), [[torch.full((1, 2, 3), torch.nan), {}]], []),
+    "notes that are no text": lambda data: packed(name_of(KEY), conditioning(), [3]),
+    "a list in place of a table": lambda data: with_texts("[]", "[]"),
+    "deep nesting": lambda data: with_texts("[" * 100_000, "[]"),
     "pickle": lambda data: b"\x80\x04." * 9,
     "huge header": lambda data: b"\xff" * 8 + data[8:],
 }
+
+
+def with_texts(plain, notes):
+    """An entry with a right digest and other texts than this pack writes."""
+    tensors = {"cond": conditioning()[0][0]}
+    texts = {"plain": plain, "notes": notes}
+    metadata = {"format": "1", "key": name_of(KEY), "digest": digest_of(tensors, plain, notes), **texts}
+    return safetensors.torch.save(tensors, metadata)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -91,6 +108,14 @@ def test_a_folder_in_the_place_of_an_entry_is_an_error_that_leaves_nothing(cache
     with pytest.raises(OSError):
         cache.write(KEY, conditioning())
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
+
+
+def test_clearing_counts_what_it_removed(cache, monkeypatch, tmp_path):
+    cache.write(KEY, conditioning())
+    monkeypatch.setattr("flux2_pack.flux2.prompts.cache._remove", lambda path: False)  # a folder that is read-only
+    assert cache.clear() == (0, 0) and cache.size()[0] == 1
+    (tmp_path / "file").write_text("in the place of the folder")
+    assert PromptCache(tmp_path / "file", 1).clear() == (0, 0)
 
 
 def test_the_least_recently_used_go_first(tmp_path):

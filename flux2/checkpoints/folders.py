@@ -1,26 +1,32 @@
 """Model folders inside ComfyUI's folders: a diffusers or transformers model is a folder with config.json and
 .safetensors files.
 
-Works on lists of names and root paths, so it needs no ComfyUI. In the lists, a folder replaces the shards inside it.
+Works on lists of names and root paths, so it needs no ComfyUI. In the lists, a folder replaces the files that it is
+made of, and no others.
 """
 
 import os
 from pathlib import Path, PurePosixPath
 
-from .header import CheckpointError
+from .header import CheckpointError, files_of
 
 
 def choices(files, roots):
-    """What a loader offers: `files` (names relative to the roots, as ComfyUI lists them), with shards replaced by their
-    folder.
+    """What a loader offers: `files` (names relative to the roots, as ComfyUI lists them), with the weights of a model
+    folder replaced by the folder.
     """
-    parents = {name: _parent(name) for name in files}
-    models = {
-        parent
-        for name, parent in parents.items()
-        if parent and name.endswith(".safetensors") and _find(parent, roots, _is_model_folder)
-    }
-    return sorted({name for name, parent in parents.items() if parent not in models} | models)
+    inside = {}
+    for name in files:
+        if name.endswith(".safetensors") and _parent(name):
+            inside.setdefault(_parent(name), []).append(name)
+    offered = set(files)
+    for parent in inside:
+        folder = _find(parent, roots, _is_model_folder)
+        made_of = files_of(folder) if folder else ()
+        if made_of:
+            offered -= {name for name in inside[parent] if PurePosixPath(name.replace("\\", "/")).name in made_of}
+            offered.add(parent)
+    return sorted(offered)
 
 
 def pipeline_parts(roots, part):
@@ -72,7 +78,7 @@ def _is_inside(name):
 
 
 def _is_model_folder(path):
-    return os.path.isfile(path / "config.json")
+    return os.path.isfile(Path(path) / "config.json")
 
 
 def _find(name, roots, test):

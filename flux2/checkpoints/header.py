@@ -328,6 +328,17 @@ def _index_file(folder):
     return min(found, key=lambda path: len(path.name)) if found else None
 
 
+def files_of(folder):
+    """Names of the files that a model folder is made of: those of its index, or its only weights. Empty where it is no
+    model as a whole, such as a folder with several models.
+    """
+    try:
+        index = _index_file(folder)
+        return set(map(str, read_json(index)["weight_map"].values())) if index else {_only_file(folder).name}
+    except (CheckpointError, KeyError, AttributeError):
+        return set()
+
+
 def _only_file(folder):
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != "consolidated.safetensors")
     standard = [path for path in files if path.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]

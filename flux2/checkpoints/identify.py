@@ -56,6 +56,7 @@ class Identity:
     variant: variants.Variant = None  # of a FLUX.2 diffusion model
     width: int = 0  # hidden width of a text encoder
     layers: int = 0  # layers of a text encoder
+    rope_theta: float = 0.0  # rotary base of a text encoder, where no config.json says it
 
 
 class Names:
@@ -283,16 +284,19 @@ def _qwen3(names):
         return None
     prefix = key.removesuffix("layers.0.self_attn.q_norm.weight")
     width, layers = names.shape(f"{prefix}embed_tokens.weight", 1), names.count(prefix, "layers")
-    title = {2560: "Qwen3 4B", 4096: "Qwen3 8B"}.get(width, f"a Qwen3 {width} wide")
+    sees = names.any("visual.") or "qwen3_vl" in str(names.config.get("model_type", ""))
+    family = "Qwen3-VL" if sees else "Qwen3"
+    title = {2560: f"{family} 4B", 4096: f"{family} 8B"}.get(width, f"a {family} {width} wide")
     # They differ in width alone; another width is loaded with its own dimensions, as if a Qwen3 4B.
     return Identity(
         "qwen3-8b" if width == 4096 else "qwen3-4b",
         f"{title} ({layers} layers)",
-        f"it normalises its queries and is {width} wide",
+        f"it normalises its queries and is {width} wide" + (", with a vision tower (visual.)" if sees else ""),
         TEXT_ENCODER,
         prefix=prefix,
         width=width,
         layers=layers,
+        rope_theta=5e6 if sees else 1e6,
     )
 
 
@@ -334,6 +338,7 @@ def _mistral3(names):
         prefix=key,
         width=width,
         layers=layers,
+        rope_theta=1e9,
     )
 
 

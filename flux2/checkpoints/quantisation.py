@@ -46,12 +46,16 @@ def _per_tensor_or_row(rows, columns):
     return {1, rows}
 
 
-def _per_group(group: int, *, tiled: bool) -> Callable:
-    """One scale for `group` columns; `tiled`: laid out in tiles of 128 x 4 of them, as the tensor cores read them."""
+def _per_row(rows, columns):
+    return {rows}
+
+
+def _per_group(group: int) -> Callable:
+    """One scale for `group` columns, also laid out in tiles of 128 x 4 of them, as the tensor cores read them."""
 
     def sizes(rows, columns):
         groups = -(-columns // group)
-        return {rows * groups} | ({_up(rows, 128) * _up(groups, 4)} if tiled else set())
+        return {rows * groups, _up(rows, 128) * _up(groups, 4)}
 
     return sizes
 
@@ -60,14 +64,10 @@ FP8 = {"weight_scale": _per_tensor}
 FORMATS = {
     "float8_e4m3fn": QuantFormat("fp8 scaled (e4m3)", ("F8_E4M3",), scales=FP8),
     "float8_e5m2": QuantFormat("fp8 scaled (e5m2)", ("F8_E5M2",), scales=FP8),
-    "mxfp8": QuantFormat("mxfp8", ("F8_E4M3",), multiple=32, scales={"weight_scale": _per_group(32, tiled=True)}),
-    "nvfp4": QuantFormat(
-        "nvfp4", ("U8",), 2, 16, {"weight_scale": _per_group(16, tiled=True), "weight_scale_2": _per_tensor}
-    ),
+    "mxfp8": QuantFormat("mxfp8", ("F8_E4M3",), multiple=32, scales={"weight_scale": _per_group(32)}),
+    "nvfp4": QuantFormat("nvfp4", ("U8",), 2, 16, {"weight_scale": _per_group(16), "weight_scale_2": _per_tensor}),
     "int8_tensorwise": QuantFormat("int8 scaled", ("I8",), scales={"weight_scale": _per_tensor_or_row}),
-    "convrot_w4a4": QuantFormat(
-        "int4 ConvRot (w4a4)", ("I8",), 2, scales={"weight_scale": _per_group(64, tiled=False)}
-    ),
+    "convrot_w4a4": QuantFormat("int4 ConvRot (w4a4)", ("I8",), 2, scales={"weight_scale": _per_row}),
     # computed by newer versions of ComfyUI; their scales are left to it
     "asym_w4a8_int8": QuantFormat("int4 with int8 products (w4a8)", ("I8", "U8"), 2),
     "awq_w4a16": QuantFormat("int4 AWQ (w4a16)", ("I8", "U8", "I32"), 2),

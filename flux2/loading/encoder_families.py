@@ -104,7 +104,8 @@ def dimensions(checkpoint, found, family, computed=tuple(quantisation.FORMATS)):
             f"{checkpoint.name} has an embedding quantised as {kind}, of which ComfyUI cannot read single rows. Use a "
             f"file whose embedding is bf16, fp8 or int8."
         )
-    return {**sizes, "final_norm": False, "lm_head": False, **_from_config(checkpoint, found, sizes)}
+    said = _from_config(checkpoint, found, sizes)
+    return {**sizes, "final_norm": False, "lm_head": False, "rope_theta": found.rope_theta, **said}
 
 
 EMBEDDING_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")

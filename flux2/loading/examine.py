@@ -102,7 +102,20 @@ def _on_this_machine(checkpoint, found):
             f"Loaded: {min(last, found.layers)} of {found.layers} layers, {gigabytes(kept)} of "
             f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads layers above {last}."
         )
+        lines.append(_rotary_base(checkpoint, found))
     return lines
+
+
+def _rotary_base(checkpoint, found):
+    """The rotary base of a text encoder, which no weight shows, and where it is from."""
+    base = dimensions(checkpoint, found, FAMILIES[found.kind])["rope_theta"]
+    origin = "from config.json" if base != found.rope_theta else "that of the published model"
+    if not checkpoint.config:
+        origin += (
+            ": a single file does not say it. If this model was made with another, load its folder with config.json"
+        )
+    foreign = " It is not the encoder that klein was trained with." if "Qwen3-VL" in found.title else ""
+    return f"Rotary base: {base:.0f}, {origin}.{foreign}"
 
 
 def quantised_products(marked):

@@ -124,6 +124,9 @@ def _model_weights(checkpoint, found):
             f"{checkpoint.name} is {found.title}, quantised so that its layers {error} cannot be joined to one, as "
             f"ComfyUI has them: they have scales or formats of their own. Use the bf16 file, or one made for ComfyUI."
         ) from None
+    if marked:  # ComfyUI's layers of mixed precision take the tensors of the state dict as they are
+        weights |= {name: torch.cat(list(parts)) for name, parts in joined.items()}
+        joined = {}
     return _add_marks(weights, marked), joined
 
 

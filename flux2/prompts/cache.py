@@ -21,7 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ..checkpoints.header import CheckpointError, read_header
+from ..checkpoints.header import CheckpointError, read_header, read_small
 
 FORMAT = "1"
 ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -45,19 +45,34 @@ class PromptCache:
         """
         path = self.path(key)
         try:
-            _, metadata = read_header(path)
-            tensors = safetensors.torch.load(path.read_bytes())
-            if (
-                metadata.get("format") != FORMAT
-                or metadata.get("key") != name_of(key)
-                or metadata.get("digest") != digest_of(tensors, metadata["plain"], metadata["notes"])
-            ):
-                return None
-            plain, notes = json.loads(metadata["plain"]), json.loads(metadata["notes"])
-            cond = tensors.pop(MAIN)
-        except (CheckpointError, OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+            entry = self._checked(path, name_of(key))
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
             return None
         _mark_used(path)
+        return entry
+
+    def _checked(self, path, name):
+        """(conditioning, notes) of a file. Raises one of many errors for what is no entry of this name."""
+        _, metadata = read_header(path)
+        data = read_small(path, self.limit)
+        tensors = safetensors.torch.load(data)
+        plain, notes = json.loads(metadata["plain"]), json.loads(metadata["notes"])
+        cond = tensors[MAIN]
+        whole = (
+            metadata.get("format") == FORMAT
+            and metadata.get("key") == name
+            and metadata.get("digest") == digest_of(tensors, metadata["plain"], metadata["notes"])
+            and isinstance(plain, dict)
+            and all(value is None or isinstance(value, (bool, int, float, str)) for value in plain.values())
+            and isinstance(notes, list)
+            and all(isinstance(note, str) for note in notes)
+            and cond.is_floating_point()
+            and cond.ndim == 3
+            and bool(cond.isfinite().all())
+        )
+        if not whole:
+            raise ValueError("not an entry of this name")
+        del tensors[MAIN]
         return [[cond, {**plain, **tensors}]], notes
 
     def write(self, key, conditioning, notes=()):
@@ -102,9 +117,9 @@ class PromptCache:
                 _remove(path)
 
     def clear(self):
-        """Remove every entry; returns what `size` was."""
-        found = self.entries()
-        return sum(_remove(path) for _, _, path in found), sum(size for _, size, _ in found)
+        """Remove every entry; returns how many could be removed, and their bytes."""
+        removed = [size for _, size, path in self.entries() if _remove(path)]
+        return len(removed), sum(removed)
 
 
 def name_of(key):
@@ -149,7 +164,7 @@ def _described(folder, pattern):
             for entry in os.scandir(folder)
             if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
         ]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
         try:

@@ -6,7 +6,7 @@
 import re
 import unicodedata
 
-from ..checkpoints.header import read_small
+from ..checkpoints.header import open_regular
 
 MOST_LETTERS = 200_000  # of a prompt: some 50,000 tokens, where FLUX.2 reads 512
 MOST_PROMPTS = 10_000  # of a list
@@ -91,7 +91,16 @@ def split(text, how):
 
 def read_file(path, limit=16 * 2**20):
     """The text of a file. ValueError with a sentence when it is not readable as text."""
-    data = read_small(path, limit)
+    try:
+        with open_regular(path) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.") from None
+    if len(data) > limit:
+        raise ValueError(
+            f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file "
+            f"or split it."
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
