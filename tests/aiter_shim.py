@@ -272,3 +272,74 @@ def is_code_object(binary, arch):
     if arch.startswith("sm"):
         return binary[:5] == b"\x7fELF\x02" and machine == EM_CUDA
     return binary[:5] == b"\x7fELF\x02" and machine == EM_AMDGPU and flags & 0xFF == MACH[arch]
+
+
+# llvm/docs/AMDGPUUsage.rst, "Code Object Metadata": what one wave, and one workgroup, of a kernel takes
+RESOURCES = {
+    "registers": ".vgpr_count",
+    "spilled": ".vgpr_spill_count",
+    "lds": ".group_segment_fixed_size",
+    "wave": ".wavefront_size",
+    "threads": ".max_flat_workgroup_size",
+}
+NT_AMDGPU_METADATA, SHT_NOTE = 32, 7
+
+
+def resources(binary):
+    """What the one kernel of a code object takes, by the names of RESOURCES: numbers, LDS in bytes."""
+    (kernel,) = metadata(binary)["amdhsa.kernels"]
+    return {name: kernel[key] for name, key in RESOURCES.items()}
+
+
+def metadata(binary):
+    """The metadata of a code object: the note of a 64-bit little-endian ELF, in MessagePack."""
+    import struct
+
+    at, size, count = struct.unpack_from("<Q10xHH", binary, 40)[0], *struct.unpack_from("<HH", binary, 58)
+    for header in range(at, at + size * count, size):
+        kind = struct.unpack_from("<I", binary, header + 4)[0]
+        place, length = struct.unpack_from("<QQ", binary, header + 24)
+        while kind == SHT_NOTE and length > 12:
+            name_size, content_size, note = struct.unpack_from("<III", binary, place)
+            content = place + 12 + (name_size + 3) // 4 * 4
+            if note == NT_AMDGPU_METADATA:
+                return unpack(memoryview(binary)[content : content + content_size])[0]
+            end = content + (content_size + 3) // 4 * 4
+            place, length = end, length - (end - place)
+    raise ValueError("this code object has no metadata")
+
+
+def unpack(data):
+    """(value, the bytes behind it) of MessagePack, as far as compilers write it: maps, lists, texts, numbers, bools."""
+    import struct
+
+    def collected(count, rest, pairs):
+        found = []
+        for _ in range(count * (2 if pairs else 1)):
+            value, rest = unpack(rest)
+            found.append(value)
+        return (dict(zip(found[::2], found[1::2])) if pairs else found), rest
+
+    def text(length, rest):
+        return bytes(rest[:length]).decode(), rest[length:]
+
+    numbers = {0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q", 0xD0: "b", 0xD1: "h", 0xD2: "i", 0xD3: "q"}
+    lengths = {0xD9: ("B", text), 0xDA: ("H", text), 0xDB: ("I", text), 0xDC: ("H", None), 0xDD: ("I", None)}
+    lengths |= {0xDE: ("H", None), 0xDF: ("I", None)}
+    first, rest = data[0], data[1:]
+    if first < 0x80:
+        return first, rest
+    if first < 0xA0:
+        return collected(first & 0x0F, rest, pairs=first < 0x90)
+    if first < 0xC0:
+        return text(first & 0x1F, rest)
+    if first in (0xC2, 0xC3):
+        return first == 0xC3, rest
+    if first in numbers:
+        form = ">" + numbers[first]
+        return struct.unpack_from(form, rest)[0], rest[struct.calcsize(form) :]
+    if first in lengths:
+        form, read = lengths[first]
+        (length,), rest = struct.unpack_from(">" + form, rest), rest[struct.calcsize(">" + form) :]
+        return read(length, rest) if read else collected(length, rest, pairs=first >= 0xDE)
+    raise ValueError(f"MessagePack of a kind that is not read here: {first:#x}")

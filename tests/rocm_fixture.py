@@ -48,6 +48,8 @@ class Rocm:
 
 def pretend(monkeypatch, arch, gpus=1):
     """Make torch claim this until the test ends. Returns a Rocm."""
+    import torch._dynamo  # noqa: F401  it looks at operators that are replaced here, so it is imported before
+
     claimed = properties(arch)
 
     def no_cudnn(*args, **kwargs):

@@ -205,10 +205,10 @@ def test_fast_blocks_decide_by_what_the_card_can(comfy, monkeypatch, rocm):
     )
     monkeypatch.setattr(management, "supports_fp8_compute", lambda device=None: rocm.arch in ("gfx950", "gfx1201"))
     reason = fp8_rowwise.unavailable_for(model)
-    if rocm.arch in ("gfx950", "gfx1201"):
-        assert reason is None
-    elif reason:  # gfx942 computes in a format of its own
-        assert "fp8" in reason
+    # gfx942 computes in a format of its own
+    formats = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn, "gfx1201": torch.float8_e4m3fn}
+    assert fp8_rowwise.fp8_dtype(model.load_device) == formats.get(rocm.arch)
+    assert reason is None if rocm.arch in formats else "no fp8 matrix products" in reason
 
 
 # --- several GPUs ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The matrix products of a bf16 checkpoint in fp8 e4m3, one scale per token and one per output of the weight
-(torch._scaled_mm's row-wise form).
+"""The matrix products of a bf16 checkpoint in fp8 (e4m3fn, on MI300 e4m3fnuz), one scale per token and one per output
+of the weight (torch._scaled_mm's row-wise form).
 
 The checkpoint's weights stay as they are. Their fp8 copies are made when a product first needs them, from what
 ComfyUI's casting returns, so patched (LoRA) and offloaded weights are right. A copy is kept until the sampling ends,
@@ -15,7 +15,7 @@ import comfy.model_management
 from comfy.ops import cast_bias_weight, uncast_bias_weight
 from comfy.patcher_extension import CallbacksMP
 
-from .kernels.formats import Quantised
+from .kernels.formats import FP8_ROW, Format, Quantised
 from .linear import FP8_LAYOUT
 
 KEY = "flux2_fp8_rowwise"
@@ -30,12 +30,16 @@ class RowwiseFp8:
     def __init__(self):
         self.copies, self.errors, self.left, self.kept = {}, {}, set(), (0, 0)
         self.names = WeakKeyDictionary()  # of the blocks' linear layers
+        self.format = Format(FP8_ROW)
 
     def forget(self, *_, **__):
         self.copies.clear()
 
     def install(self, model):
-        """Forget the copies whenever ComfyUI changes the weights of a MODEL clone, and when a sampling ends."""
+        """Forget the copies whenever ComfyUI changes the weights of a MODEL clone, and when a sampling ends. The number
+        format is that of the model's device.
+        """
+        self.format = Format(FP8_ROW, dtype=fp8_dtype(model.load_device) or torch.float8_e4m3fn)
         for kind in CHANGES:
             model.remove_callbacks_with_key(kind, KEY)
             model.add_callback_with_key(kind, KEY, self.forget)
@@ -65,7 +69,7 @@ class RowwiseFp8:
         """linear applied to x (B, S, K), a tensor or a Quantised with a scale per row, in fp8: (B, S, out)."""
         from .kernels.quantise import quantise_rows
 
-        given = x if isinstance(x, Quantised) else quantise_rows(x)
+        given = x if isinstance(x, Quantised) else quantise_rows(x, self.format)
         weight, weight_scale, bias = self.weight(linear, given.data.device, given.dtype)
         out = torch._scaled_mm(
             given.data.flatten(0, 1),
@@ -92,7 +96,7 @@ class RowwiseFp8:
         weight, bias, stream = cast_bias_weight(
             linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True, compute_dtype=dtype
         )
-        rows = quantise_rows(weight[None])
+        rows = quantise_rows(weight[None], self.format)
         made = rows.data[0], rows.scale[0].t(), bias if bias is None else bias.clone()
         uncast_bias_weight(linear, weight, bias, stream)
         if resident(linear, device) and comfy.model_management.get_free_memory(device) > ROOM:
@@ -139,10 +143,20 @@ def unsuitable(linear):
     return None
 
 
+def fp8_dtype(device):
+    """The fp8 type that a device's matrix units multiply: e4m3fn, or e4m3fnuz on MI300, where ComfyUI has no fp8
+    products of its own; None where there are none.
+    """
+    if torch.version.hip and device.type == "cuda":
+        if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94"):
+            return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn if comfy.model_management.supports_fp8_compute(device) else None
+
+
 def unavailable_for(model):
     """Why fp8 products cannot run for a MODEL on its device, as a sentence; None when they can."""
-    if not comfy.model_management.supports_fp8_compute(model.load_device):
-        return "this GPU has no fp8 matrix products (NVIDIA from Ada, AMD MI355X or Radeon RX 9000)."
+    if fp8_dtype(model.load_device) is None:
+        return "this GPU has no fp8 matrix products (NVIDIA from Ada, AMD MI300X, MI355X or Radeon RX 9000)."
     if model.model.get_dtype_inference() != torch.bfloat16:
         return f"row-wise fp8 products give bfloat16, and this model computes in {model.model.get_dtype_inference()}."
     return None

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from . import int8_rowwise
-from .kernels.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, Format, Quantised
+from .kernels.formats import FP8_TENSOR, INT8_ROW, Format, Quantised
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 
@@ -31,7 +31,7 @@ class Products:
         if group is not None:
             return Format(INT8_ROW, group=group)
         if self.fp8 and self.fp8.suits(linear) and self.fp8.measured(linear):
-            return Format(FP8_ROW)
+            return self.fp8.format
         return None
 
     def product(self, linear, x):
