@@ -11,10 +11,11 @@ what a picture takes on the GPU beside the weights; `stages` says what encoding,
 picture, with waits in between.
 
 core: the nodes of its klein template, called one after another as its executor does, with the encoder as ComfyUI loads
-it (36 layers, float32 activations). ours: the same nodes with Select Attention and Fast Blocks, and the encoder as our
-loader keeps it (27 layers: FLUX.2 reads no others). diffusers: Flux2KleinPipeline in bf16 with the fastest of its
-attention backends, its blocks eager and compiled; benchmarks/twins.py says how to get it. --small tries every path on a
-CPU.
+it (36 layers, float32 activations). ours: the same nodes with Select Attention and Fast Blocks, and encoder and VAE as
+our loaders make them: 27 layers (FLUX.2 reads no others) in bf16, fused blocks. ours-fp8: the same, products in fp8.
+ours-cudnn-fp8: the same, products in bf16 and attention by backend cudnn-fp8. diffusers: Flux2KleinPipeline in bf16
+with the fastest of its attention backends, its blocks eager and compiled; benchmarks/twins.py says how to get it.
+--small tries every path on a CPU.
 """
 
 import argparse
@@ -67,6 +68,7 @@ COLUMNS = {
     "diffusers_compiled_ms": ("diffusers-compiled",),
     "ours_ms": ("ours",),
     "ours_fp8_ms": ("ours-fp8",),
+    "ours_cudnn_fp8_ms": ("ours-cudnn-fp8",),
 }
 CHAT = (
     "{% for message in messages %}<|im_start|>user\n{{ message.content "
@@ -89,11 +91,13 @@ def encoder_weights(sizes, device, seed=2):
     return weights
 
 
-def clip_of(weights, kind, sizes, layers=None):
-    """ComfyUI's CLIP over these weights. layers: how many our loader keeps; None: all, as core loads them."""
+def clip_of(weights, kind, sizes, layers=None, precision="float32", tokenizer_data={}):
+    """ComfyUI's CLIP over these weights. layers: how many our loader keeps; None: all, as core loads them. precision:
+    one that encoder_precision knows, "bf16" or "float32".
+    """
     import comfy.sd
     import comfy.text_encoders.flux
-    from flux2_pack.flux2.loading import encoder_families, load
+    from flux2_pack.flux2.loading import encoder_families, encoder_precision, load
     from flux2_pack.flux2.checkpoints import keys
 
     family = encoder_families.FAMILIES[kind]
@@ -104,12 +108,13 @@ def clip_of(weights, kind, sizes, layers=None):
     }
     if layers:
         weights = {name: value for name, value in weights.items() if keys.encoder_name(name, "model.", layers)}
-    target = load.Target(
-        family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights])),
-        family.tokenizer(comfy.text_encoders.flux),
-    )
+    text_model = family.text_model(comfy.text_encoders.flux, comfy.sd.llama_detect([weights]))
+    if precision == "bf16":
+        text_model = encoder_precision.bf16_text_model(text_model, family)
+    target = load.Target(text_model, family.tokenizer(comfy.text_encoders.flux))
     clip = comfy.sd.CLIP(
         target,
+        tokenizer_data=tokenizer_data,
         parameters=sum(value.numel() for value in weights.values()),
         state_dict=[dict(weights)],
         model_options={f"{family.name}_model_config": kept},
@@ -130,12 +135,16 @@ def share(network, weights):
             parameter.data = source
 
 
-def vae_of():
-    """ComfyUI's VAE at full size with random weights."""
+def vae_of(fused_blocks="off"):
+    """ComfyUI's VAE at full size with random weights; fused_blocks: the input of our loader."""
     import comfy.sd
     import small_models
+    from flux2_pack.flux2.vae import prepare
 
-    return comfy.sd.VAE(sd=small_models.vae(decoder_channels=128))
+    vae = comfy.sd.VAE(sd=small_models.vae(decoder_channels=128))
+    if fused_blocks != "off":
+        prepare.prepare(vae, fused_blocks)
+    return vae
 
 
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
@@ -286,7 +295,8 @@ def world_of(name, options):
         compiler=options.compiler,
         encoder=encoder,
         kind=kind,
-        vae=vae_of(),
+        clips={},
+        vaes={},
         pixels=PIXELS // 16 if options.small else PIXELS,
     )
     if set(options.peers) & set(peers.DIFFUSERS):
@@ -308,13 +318,17 @@ def make(peer, world):
         "core-compiled": lambda: peers.compiled(peers.select(setting.patcher, setting.attention), setting.compiler),
         "ours": lambda: peers.fast(setting, "checkpoint"),
         "ours-fp8": lambda: peers.fast(setting, "fp8"),
+        "ours-cudnn-fp8": lambda: peers.fast(setting, "checkpoint", "cudnn-fp8"),
     }[peer]()
-    from flux2_pack.flux2.loading import encoder_families
+    from flux2_pack.flux2.loading import encoder_families, encoder_precision
 
-    layers = encoder_families.FAMILIES[world.kind].last_tap if ours else None
-    if (ours, "clip") not in vars(world).setdefault("clips", {}):
-        world.clips[ours, "clip"] = clip_of(world.encoder, world.kind, world.encoder_sizes, layers)
-    return Nodes(model, world.clips[ours, "clip"], world.vae, world.pixels)
+    if ours not in world.clips:
+        precision = encoder_precision.resolved("auto", world.device)
+        layers = encoder_families.FAMILIES[world.kind].last_tap
+        options = {"layers": layers, "precision": precision} if ours else {}
+        world.clips[ours] = clip_of(world.encoder, world.kind, world.encoder_sizes, **options)
+        world.vaes[ours] = vae_of("auto" if ours else "off")
+    return Nodes(model, world.clips[ours], world.vaes[ours], world.pixels)
 
 
 def first(peer, world):

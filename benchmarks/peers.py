@@ -11,7 +11,7 @@ import torch
 import twins
 from full_size import step
 
-OURS = ("ours", "ours-fp8")
+OURS = ("ours", "ours-fp8", "ours-cudnn-fp8")
 DIFFUSERS = ("diffusers", "diffusers-compiled")
 ALL = ("core", "core-attention", "core-compiled", *DIFFUSERS, *OURS)
 
@@ -43,6 +43,7 @@ def make(name, setting):
         "core-compiled": lambda: compiled(select(setting.patcher, setting.attention), setting.compiler),
         "ours": lambda: fast(setting, "checkpoint"),
         "ours-fp8": lambda: fast(setting, "fp8"),
+        "ours-cudnn-fp8": lambda: fast(setting, "checkpoint", "cudnn-fp8"),
     }.get(name)
     if model is None:  # core+SLUG: one more backend under core's blocks
         return prepared(select(setting.patcher, name.removeprefix("core+")))
@@ -66,10 +67,10 @@ def select(patcher, slug):
     return Flux2SelectAttention.execute(patcher, slug).args[0]
 
 
-def fast(setting, precision):
+def fast(setting, precision, slug=None):
     from flux2_pack.nodes.fast import Flux2FastBlocks
 
-    return Flux2FastBlocks.execute(select(setting.patcher, setting.attention), precision).args[0]
+    return Flux2FastBlocks.execute(select(setting.patcher, slug or setting.attention), precision).args[0]
 
 
 def compiled(patcher, compiler):

@@ -14,9 +14,9 @@ Work of a step in floating point operations, S tokens of which I are image, h = 
 products, 4 S^2 h for its attention, and 2 h (128 I + text width * text + 128 I) for in- and output. Products of
 modulations are left out (0.01 %). Ceiling: what torch.mm (bf16), torch._scaled_mm (fp8, e4m3) or torch._int_mm (int8)
 reach on the two large products of a single block at this length, measured in the same run; that of fp8 for fp8 weights
-and for ours-fp8, whose attention stays bf16. Peak: PyTorch's allocator; the model's weights, what the peer keeps beside
-them, and what a step takes. Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too. Not
-covered: sampler, text encoder and VAE (benchmarks/klein.py).
+and for ours-fp8, whose attention stays bf16. ours-cudnn-fp8 is ours with backend cudnn-fp8. Peak: PyTorch's allocator;
+the model's weights, what the peer keeps beside them, and what a step takes. Needs about 100 GB of GPU memory. --small
+tries every path in seconds, on a CPU too. Not covered: sampler, text encoder and VAE (benchmarks/klein.py).
 """
 
 import argparse
@@ -52,6 +52,7 @@ COLUMNS = {
     "diffusers_compiled_ms": ("diffusers-compiled",),
     "ours_ms": ("ours",),
     "ours_fp8_ms": ("ours-fp8",),
+    "ours_cudnn_fp8_ms": ("ours-cudnn-fp8",),
 }
 # --small: how many times smaller pictures are, and text tokens: Triton's interpreter takes a second for ten tokens
 SMALLER, SMALL_TEXT = 32, 8

@@ -155,3 +155,12 @@ def test_whole_pictures_of_klein(comfy, tmp_path):
     (case,) = data["cases"]
     assert case["name"] == "klein-9b-64" and all(case[column] > 0 for column in ("core_ms", "diffusers_ms")), said
     assert all(row["picture"] == [1, 64, 64, 3] and row["stages"]["encode"] > 0 for row in case["rows"])
+
+
+def test_one_prompt_through_every_encoder(comfy, tmp_path):
+    data, said = run("encode.py", "--rounds", "1", target=tmp_path / "encode.json")
+    for case in data["cases"]:
+        errors = {row["peer"]: row.get("error") for row in case["rows"]}
+        assert None not in errors.values(), said
+        assert errors["core"] == 0 and errors["diffusers"] < 1e-5, "float32 on a CPU"
+        assert 0 < errors["ours-bf16"] < 0.05 and case["ours_bf16_ms"] > 0 and case["diffusers_ms"] > 0

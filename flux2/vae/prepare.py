@@ -39,6 +39,8 @@ def prepare(vae, choice):
         )
     if choice == AUTO and torch.version.hip:
         reason = "on ROCm they have not been measured ('on' uses them)."
+    elif choice == AUTO and not reason and vae.device.type != "cuda":
+        reason = "this VAE does not compute on a GPU."
     fused = choice != OFF and not reason
     if choice == AUTO and not fused:
         log.info("The VAE is computed by ComfyUI's blocks, not fused ones: %s", reason)
