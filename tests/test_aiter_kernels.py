@@ -3,6 +3,7 @@ benchmarks/aiter_check.py, which does the same on an NVIDIA GPU (proof 3). The k
 set AITER_SOURCE to a checkout of ROCm/aiter for newer ones.
 """
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -114,6 +115,25 @@ def test_every_tile_that_is_tried_compiles_without_spilling(tmp_path, newer, arc
     assert len(cases) >= 2 and len({c["tile"] for c in cases}) == len(cases)
     for case in cases:
         assert case["spilled"] == case["scratch"] == 0 and case["groups"] >= 2, case
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_flydsl_attention_compiles_for_rdna4(dtype):
+    """AITER's kernel by FlyDSL's own compiler, without ROCm: no register is spilled, two work groups share the LDS."""
+    if not os.environ.get("AITER_SOURCE") or importlib.util.find_spec("flydsl") is None:
+        pytest.skip("AITER_SOURCE does not name a checkout of ROCm/aiter, or flydsl is not installed")
+    if not (Path(os.environ["AITER_SOURCE"]) / "aiter/ops/flydsl/kernels/flash_attn_func_gfx1201.py").is_file():
+        pytest.skip("this AITER has another FlyDSL kernel for gfx1201")
+    done = subprocess.run(
+        [sys.executable, SCRIPT.parent.parent / "tests" / "flydsl_compile.py", os.environ["AITER_SOURCE"], dtype],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    used = json.loads(done.stdout.splitlines()[-1])
+    assert used["code_object"] and used["wavefront_size"] == 32
+    assert used["vgpr_spill_count"] == used["private_segment_fixed_size"] == 0 and used["vgpr_count"] <= 256
+    assert 0 < 2 * used["group_segment_fixed_size"] <= 131072
 
 
 def test_a_code_object_is_told_from_other_files():
