@@ -26,7 +26,7 @@ TOPICS = tuple(
     for section, *parts in (
         ("out-of-memory", r"out of memory", r"OutOfMemoryError", r"can't allocate memory"),
         ("refused-call", r"cannot run for this call.*Choose another backend"),
-        ("aiter-on-rocm", r"Attention backend 'aiter"),
+        ("aiter-on-rocm", r"Attention backend 'aiter", r"has no FlyDSL kernel for this call"),
         ("quantised-backends", r"Attention backend '(sage|comfy-int8|cudnn-fp8)"),
         ("backend-unavailable", r"Attention backend '[^']*' cannot run"),
         ("unknown-backend", r"There is no attention backend", r"AITER's rounding can be", r"unsupported calls can be"),

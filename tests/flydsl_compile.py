@@ -31,7 +31,7 @@ open({kept!r}, "wb").write(open(sys.argv[out], "rb").read())
 
 
 def with_linker(folder, kept):
-    """A folder that FlyDSL takes for ROCm's: nothing in it but a linker, which writes what it made to `kept` as well."""
+    """A folder that FlyDSL takes for ROCm's: nothing in it but a linker, which also writes what it made to `kept`."""
     linker = Path(folder, "llvm", "bin", "ld.lld")
     linker.parent.mkdir(parents=True)
     linker.write_text(LINKER.format(python=sys.executable, kept=str(kept)))
