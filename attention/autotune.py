@@ -112,6 +112,11 @@ def bucket_key(call):
     )
 
 
+def signature(call):
+    """What calls have in common whatever their lengths are, in plain values."""
+    return (dtype_name(call.dtype), call.batch, call.heads, call.kv_heads, call.head_dim, call.mask, call.need_lse)
+
+
 def candidates(device):
     """Exact backends that are available on a device, in the registry's order."""
     return [slug for slug in registry.AUTO_ORDER if not registry.unavailable(slug, device)]
@@ -121,6 +126,9 @@ def can_time(device_type):
     return device_type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
+MOST_TAKEN = 1024  # calls of different shapes whose kernel is known to the other ranks
+
+
 class Tuner:
     """Chooses for `auto`. file: where choices are kept between processes, or None."""
 
@@ -128,21 +136,40 @@ class Tuner:
         self.file = Path(file) if file else None
         self._known = self._read()
         self._tables, self._variants = {}, {}
+        self._taken = {}  # {(what, signature, lengths): name}, newest last: for the other ranks of a parallel model
         self._lock = threading.RLock()  # choose measures backends, and of each its fastest variant
 
     def choose(self, call, q, k, v, mask=None, kept=None, scale=None):
         """(slug, AutoChoice) for these tensors. AttentionRefused with all reasons when none accepts them."""
         key = bucket_key(call)
         with self._lock:
-            found = self._tables.get(key) or self._remembered(key, call)
+            found, lasting = self._tables.get(key) or self._remembered(key, call), True
             if found is None:
                 found, lasting = self._decide(call, q, k, v, mask, kept, scale)
                 if lasting and found.timed:
                     self._remember(key, found)
-                if not lasting:  # memory was short: the next model that asks measures again
-                    return found.chosen, found
-            self._tables[key] = found
+            self._take(registry.AUTO, call, found.chosen)
+            if lasting:  # else memory was short: the next model that asks measures again
+                self._tables[key] = found
             return found.chosen, found
+
+    def _take(self, what, call, name):
+        key = (what, signature(call), (call.q_len, call.kv_len))
+        self._taken.pop(key, None)
+        self._taken[key] = name
+        if len(self._taken) > MOST_TAKEN:
+            del self._taken[next(iter(self._taken))]
+
+    def taken(self, what, kind, lengths, tolerance=0):
+        """What was last taken for calls of a signature and of lengths at most `tolerance` tokens off, or None: backend
+        for what = "auto", the name of a variant for a backend.
+        """
+        with self._lock:
+            for (one, same, (q_len, kv_len)), name in reversed(self._taken.items()):
+                near = abs(q_len - lengths[0]) <= tolerance and abs(kv_len - lengths[1]) <= tolerance
+                if one == what and same == tuple(kind) and near:
+                    return name
+        return None
 
     def variant(self, slug, adapter, call, q, k, v, mask=None, kept=None, scale=None):
         """The fastest of an adapter's variants on these tensors, itself an Adapter. Measured on the first call of a
@@ -157,7 +184,9 @@ class Tuner:
             if chosen not in variants:
                 chosen, lasting = self._fastest_variant(key, call, variants, q, k, v, mask, kept, scale)
                 if not lasting:
+                    self._take(slug, call, chosen)
                     return variants[chosen]
+            self._take(slug, call, chosen)
             self._variants[key] = chosen
             return variants[chosen]
 

@@ -318,6 +318,12 @@ def default_tuner():
     return _default_tuner
 
 
+def use_tuner(tuner):
+    """Let every dispatcher without a tuner of its own ask this one."""
+    global _default_tuner
+    _default_tuner = tuner
+
+
 def set_default_tuner(file):
     """Keep auto's measurements in `file` (None: in this process only)."""
     global _default_tuner

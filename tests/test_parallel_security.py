@@ -187,7 +187,7 @@ def test_a_worker_loads_only_what_its_own_table_names(tools, source, monkeypatch
 def test_what_a_worker_does_is_a_table(tools):  # noqa: F811
     from flux2_pack.flux2.parallel.workers import worker
 
-    assert set(worker.IN_TURN) == set(tools.answers.WORK) and set(worker.AT_ONCE) == {"interrupt", "end", "store"}
+    assert set(worker.IN_TURN) == set(tools.answers.WORK) and set(worker.AT_ONCE) == {"interrupt", "end", "answer"}
 
 
 # --- before the secret is proven -------------------------------------------------------------------------------------
@@ -265,7 +265,9 @@ NONSENSE = {
     "versions that are numbers": {**VERSIONS, "versions": {"PyTorch": 2}},
     "a cause that is none": {"failed": "configure", "number": 1, "cause": "bored", "text": "", "broken": False},
     "a text that is a list": {"failed": "configure", "number": 1, "cause": "error", "text": [], "broken": False},
-    "a store that is not asked like that": {"store": "delete", "id": 1, "key": "x"},
+    "a request that is none": {"request": "delete", "id": 1, "key": "x"},
+    "a request without a number": {"request": "get", "key": "x"},
+    "lengths that are texts": {"request": "kernel", "id": 1, "kernel": "auto", "signature": [], "lengths": ["1", "2"]},
 }
 
 
@@ -277,7 +279,7 @@ def test_an_answer_that_is_none_ends_the_prompt_with_a_sentence(tools, monkeypat
         channel.receive()
         channel.send(NONSENSE[what])
         begun = time.monotonic()
-        with pytest.raises(tools.pool.RanksFailed, match="Rank 1 .far GPU 0.* sent what is no answer to rank 0"):
+        with pytest.raises(tools.pool.RanksFailed, match="Rank 1 .far GPU 0.* sent what is no answer"):
             pool.done("configure", 1, 20)
         assert time.monotonic() - begun < 10
     finally:

@@ -64,6 +64,7 @@ def tools(comfy):
         serialize,
         install,
     )
+    from flux2_pack.flux2 import attention_slot
     from flux2_pack.nodes import attention, parallel
 
     return SimpleNamespace(**locals(), management=sys.modules["comfy.model_management"], core=sys.modules["comfy"])
@@ -327,6 +328,200 @@ def test_the_report_says_what_every_rank_did(tools, two):
     assert "Ulysses 2 x ring 1" in text and "rank 1 on this machine's CPU" in text and "560" not in text
     full = tools.attention.Flux2AttentionReport.execute(chosen, {"samples": sample(tools, chosen)})
     assert "Sequence parallel: 2 ranks" in full.args[1] and full.ui["flux2_attention"][0]["parallel"]["ulysses"] == 2
+
+
+# --- one state, one kernel, the same weights
+# -------------------------------------------------------------------------------
+
+
+def test_a_session_has_one_state_and_changes_it_along_its_table(tools, two, session, monkeypatch):
+    State, seen, become = tools.session.State, [], tools.session.ParallelSession._become
+    assert set(tools.session.TRANSITIONS) == set(State)
+    session.stop()
+    assert session.state is State.STOPPED
+
+    def watched(self, new, *only_from):
+        changed = become(self, new, *only_from)
+        if changed:
+            seen.append(new)
+        return changed
+
+    monkeypatch.setattr(tools.session.ParallelSession, "_become", watched)
+    sample(tools, two, callback=lambda step, *_: seen.append(session.state) if step == 1 else None)
+    assert seen == [State.STARTING, State.SAMPLING, State.SAMPLING, State.READY] and session.state is State.READY
+    tools.management.unload_all_models()
+    wait_until(lambda: session.state is State.DRAINING, 30)
+    session.prepare(two)
+    wait_until(lambda: session.state is State.LOADING, 30)
+    with pytest.raises(RuntimeError, match="that is loading cannot become starting"):
+        session._become(State.STARTING)
+    session.load(two), session.ready()
+    assert session.state is State.READY
+    session.stop()
+    assert session.state is State.STOPPED and seen[4:] == [State.DRAINING, State.LOADING, State.READY, State.STOPPED]
+
+
+def test_a_node_lets_the_ranks_load_before_the_sampler_asks(tools, small_models):
+    """While the text encoder runs. Nothing is left of them when no sampler comes."""
+    fresh = tools.load.load_model(str(small_models["model"]))
+    with ranks_on_cpu(2):
+        ours = tools.parallel.parallel(fresh)
+    session = tools.session.existing(fresh.model)
+    try:
+        wait_until(lambda: session.pool.workers and "load" in session.pool.workers[0].done, 60)
+        assert session.state is tools.session.State.LOADING
+        asked, ask = [], session.pool.ask
+        session.pool.ask = lambda what, *rest, **content: asked.append(what) or ask(what, *rest, **content)
+        sample(tools, ours, steps=1)
+        assert "load" not in asked and "forward" in asked
+    finally:
+        session.stop()
+
+
+def test_ranks_that_no_sampler_comes_for_end(tools, small_models, monkeypatch):
+    monkeypatch.setattr(tools.session, "PREPARED_S", 1)
+    fresh = tools.load.load_model(str(small_models["model"]))
+    with ranks_on_cpu(2):
+        tools.parallel.parallel(fresh)
+    session = tools.session.existing(fresh.model)
+    wait_until(lambda: session.state is tools.session.State.STOPPED, 60)
+    wait_until(lambda: not any(alive(worker.pid) for worker in session.pool.workers), 10)
+
+
+def test_a_single_pass_whose_start_fails_leaves_the_ranks_to_others(tools, model, two, session, expected, monkeypatch):
+    """A pack that calls the model itself, or a benchmark: no sampler is there to put things right."""
+    sample(tools, two)
+    with monkeypatch.context() as patch, pytest.raises(tools.pool.RanksFailed, match="no room"):
+
+        def refuse(self, size):
+            raise tools.pool.RanksFailed("no room")
+
+        patch.setattr(tools.session.ParallelSession, "_make_room", refuse)
+        session.drop(wait=True)
+        session.load(two)
+    assert session.state in (tools.session.State.DRAINING, tools.session.State.STARTING)
+    with pytest.raises(tools.pool.RanksFailed, match="have no model"):
+        session.ready()
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_every_rank_takes_the_kernel_that_auto_takes_on_rank_0(tools, two, monkeypatch):
+    """Another one than it would take itself."""
+    from flux2_pack.attention import autotune, dispatch
+
+    class Ours(autotune.Tuner):
+        def _decide(self, key, call, *tensors):
+            return autotune.AutoChoice(str(call), str(call.device), "sdpa-math", "measured", [])
+
+    monkeypatch.setattr(dispatch, "_default_tuner", Ours())
+    chosen = two.clone()
+    tools.attention_slot.select(chosen, dispatch.AttentionDispatcher("auto"))
+    sample(tools, chosen)
+    assert tools.report.report(chosen)[1]["ranks"][1]["attention"] == {"sdpa-math": 12}
+    monkeypatch.setattr(dispatch, "_default_tuner", autotune.Tuner())
+    again = two.clone()
+    tools.attention_slot.select(again, dispatch.AttentionDispatcher("auto", unsupported="use SDPA and report"))
+    sample(tools, again)
+    assert tools.report.report(again)[1]["ranks"][1]["attention"] == {"sdpa": 12}
+
+
+def test_a_kernel_that_a_rank_cannot_run_is_refused_by_its_name(tools):
+    from flux2_pack.attention import registry
+    from flux2_pack.attention.call import AttentionRefused
+    from flux2_pack.attention.dispatch import AttentionDispatcher
+    from flux2_pack.flux2.parallel.workers.kernel_choice import FollowingTuner
+
+    q = torch.zeros(1, 4, 2, 16)
+    following = AttentionDispatcher("auto", tuner=FollowingTuner(lambda request: "flash4"))
+    with pytest.raises(AttentionRefused, match="flash4"):
+        following.attend(q, q, q)
+    assert registry.AUTO not in registry.ROWS
+
+
+def test_a_cancel_is_heard_by_a_rank_that_waits_for_the_choice_of_rank_0(tools, two, session, expected, monkeypatch):
+    from flux2_pack.attention import autotune, dispatch
+
+    class Slow(autotune.Tuner):
+        def _decide(self, key, call, *tensors):
+            tools.management.interrupt_current_processing(True)
+            tools.management.throw_exception_if_processing_interrupted()
+
+    sample(tools, two)
+    pids = [worker.pid for worker in session.pool.workers]
+    chosen = two.clone()
+    tools.attention_slot.select(chosen, dispatch.AttentionDispatcher("auto"))
+    with monkeypatch.context() as patch, pytest.raises(tools.management.InterruptProcessingException):
+        patch.setattr(dispatch, "_default_tuner", Slow())
+        sample(tools, chosen)
+    assert difference(sample(tools, two), expected) < SAME and [worker.pid for worker in session.pool.workers] == pids
+
+
+def test_a_file_that_was_replaced_on_disk_is_refused_by_name(tools, small_models, tmp_path):
+    """Rank 0 has read the old one."""
+    path = tmp_path / "model.safetensors"
+    shutil.copyfile(small_models["model"], path)
+    fresh = tools.load.load_model(str(path))
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    os.replace(tmp_path / "other.safetensors", path)
+    with ranks_on_cpu(2):
+        ours = tools.parallel.parallel(fresh)
+    try:
+        with pytest.raises(
+            tools.pool.RanksFailed, match="Rank 1 .* loaded other weights than rank 0 from .*model.safetensors"
+        ):
+            sample(tools, ours)
+    finally:
+        tools.session.existing(fresh.model).stop()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_the_digest_of_weights_is_that_of_the_file_whatever_lora_rank_0_has(tools, model, strength):
+    plain = tools.replica.digest_of(model)
+    patched = lora(tools, model, strength)
+    sample(tools, patched, steps=1)
+    assert tools.replica.digest_of(patched) == tools.replica.digest_of(model) == plain
+
+
+def test_a_rank_that_stops_answering_is_named(tools, two, session, expected, monkeypatch):
+    """It runs and says nothing: stopped, as by a debugger or a machine that swaps."""
+    assert tools.pool.SILENCE < 60
+    sample(tools, two)
+    monkeypatch.setattr(tools.pool, "SILENCE", 8)
+    pid = session.pool.workers[0].pid
+    error, seconds = interrupted(tools, two, session, lambda: os.kill(pid, signal.SIGSTOP))
+    assert isinstance(error, tools.pool.RanksFailed) and "Rank 1 (this machine's CPU" in str(error)
+    assert "has not answered for 8 seconds" in str(error) and seconds < 25 and not alive(pid)
+    assert difference(sample(tools, two), expected) < SAME
+
+
+def test_what_ends_slowly_has_ended_before_the_process_does(comfy, tmp_path):
+    """A thread that is inside NCCL while the interpreter is torn down ends the process with an abort."""
+    script = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT / "tests")!r}, {comfy!r}]
+import pack, comfy.options
+comfy.options.enable_args_parsing(False)
+from comfy.cli_args import args
+args.cpu = True
+from flux2_pack.flux2.parallel.workers import process_groups, session
+from flux2_pack.flux2.parallel.workers.pool import ParallelPlan
+session.ParallelSession(ParallelPlan(2, 1, "cpu", (None, None)), "cpu")
+
+class Slow:
+    def __del__(self):
+        time.sleep(1)
+        open({str(tmp_path / "ended")!r}, "w").close()
+
+groups = process_groups.ProcessGroups(process_groups.RankZeroStore(None), "prefix", 0, "cpu")
+groups._made.append((None, Slow()))
+groups.end()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "ended").exists(), done.stderr[-3000:]
 
 
 # --- what changes nothing, and what is not sent again

@@ -28,7 +28,8 @@ DONE = {
     "room": {"free": (int, NONE)},
 }
 FAILED = {"cause": str, "text": str, "broken": bool}
-STORE = {
+REQUESTS = {  # to rank 0, answered while both compute: the store (rendezvous.py) and kernel_choice.py
+    "kernel": {"kernel": str, "signature": list, "lengths": list},
     "set": {"key": str, "value": str},
     "get": {"key": str},
     "add": {"key": str, "value": int},
@@ -48,8 +49,10 @@ def check(message, tensors, last):
     """A later message. last: number of the last thing that was asked for."""
     if not isinstance(message, dict) or tensors:
         raise ValueError("It is not a table of values.")
-    if "store" in message:
-        check_fields(message, {"id": int, **known(STORE, message["store"], "request to the store")}, "a request")
+    if "request" in message:
+        check_fields(message, {"id": int, **known(REQUESTS, message["request"], "request")}, "a request")
+        if not all(type(length) is int for length in message.get("lengths", ())):
+            raise ValueError("In a request, 'lengths' are no numbers.")
         return
     kind = "done" if "done" in message else "failed"
     what = message.get(kind)

@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 
-from . import answers, channel, launch, versions
+from . import answers, channel, kernel_choice, launch, versions
 from .answers import ALIVE, WORK
 from .rendezvous import Rendezvous
 
@@ -358,16 +358,29 @@ class WorkerPool:
                 worker.heard = time.perf_counter()
                 if message == ALIVE:
                     continue
-                answers.check(message, tensors, self._number)
-                if "store" in message:
-                    self.store.serve(worker, message)
+                try:
+                    answers.check(message, tensors, self._number)
+                except ValueError as error:
+                    worker.channel.close()
+                    self.fail(f"{worker} sent what is no answer: {error} The prompt was stopped.", worker=worker)
+                    return
+                if "request" in message:
+                    in_thread(self._answer, worker, message, name=f"request of rank {worker.rank}")
                 else:
                     self._note(worker, message)
         except OSError as error:
             self._lost(worker, error)
-        except ValueError as error:
-            worker.channel.close()
-            self.fail(f"{worker} sent what is no answer to rank 0: {error} The prompt was stopped.", worker=worker)
+
+    def _answer(self, worker, request):
+        """A worker asks while it and rank 0 compute."""
+        try:
+            if request["request"] == "kernel":
+                result = kernel_choice.answer_of_rank_0(request, self.plan.size, lambda: not self.started)
+            else:
+                result = self.store.answer(request)
+            worker.channel.send({"do": "answer", "id": request["id"], "result": result})
+        except (OSError, ValueError) as error:  # one that is gone is noticed elsewhere; the other waits, and says so
+            log.debug("Sequence parallel: a request of %s was not answered: %s", worker, error)
 
     def _note(self, worker, message):
         what = message.get("done") or message.get("failed")

@@ -78,6 +78,10 @@ class RankZeroStore(getattr(dist, "Store", object)):
         if not self.values.wait(keys, timeout.total_seconds()):
             raise RuntimeError(f"Another rank did not connect within {timeout.total_seconds():g} seconds.")
 
+    def clone(self):
+        """torch asks for one per thread; this one may be used by any."""
+        return self
+
 
 class WorkerStore(getattr(dist, "Store", object)):
     """The same on a worker, which asks rank 0. requests: rendezvous.Requests."""
@@ -87,7 +91,7 @@ class WorkerStore(getattr(dist, "Store", object)):
         self.requests = requests
 
     def _ask(self, kind, timeout=JOINING, **content):
-        return self.requests.ask(timeout.total_seconds() + 10, {"store": kind, **content})
+        return self.requests.ask(timeout.total_seconds() + 10, {"request": kind, **content})
 
     def set(self, key, value):
         value = value if isinstance(value, bytes) else value.encode()
@@ -107,6 +111,9 @@ class WorkerStore(getattr(dist, "Store", object)):
         seconds = timeout.total_seconds()
         if not self._ask("wait", timeout, keys=list(keys), seconds=seconds):
             raise RuntimeError(f"Another rank did not connect within {seconds:g} seconds.")
+
+    def clone(self):
+        return self
 
 
 class ProcessGroups:

@@ -5,13 +5,14 @@ torch's own TCPStore asks nobody for a secret: whoever reaches its port reads an
 and NCCL connect. So rank 0 keeps the values, and a worker asks for them by messages (channel.py). On top of both,
 process_groups.py uses torch's interface of a store.
 
-  store = RankZeroStore(rendezvous)      # rank 0; `rendezvous.serve(worker, message)` answers the others
-  store = WorkerStore(channel)           # a worker; `store.receive(message)` is told of each answer
+  store = RankZeroStore(rendezvous)      # rank 0; `rendezvous.answer(request)` is for the others
+  store = WorkerStore(requests)          # a worker; `requests.receive` is told of each answer
 """
 
 import base64
 import itertools
 import threading
+import time
 
 LONGEST_VALUE = 2**16  # bytes; NCCL's id has 128, an address of gloo about 200
 MOST_VALUES = 2**16
@@ -51,26 +52,19 @@ class Rendezvous:
         with self.changed:
             self.values = {}
 
-    def serve(self, worker, message):
-        """Answer one request of a worker (answers.STORE). Waits have a thread of their own: the reader goes on."""
-        threading.Thread(target=self._serve, args=(worker, message), name="flux2 ranks: store", daemon=True).start()
-
-    def _serve(self, worker, message):
-        kind, result = message["store"], None
-        try:
-            if kind == "set":
-                self.set(message["key"], base64.b64decode(message["value"]))
-            elif kind == "add":
-                result = self.add(message["key"], message["value"])
-            elif kind == "check":
-                result = self.check(message["keys"])
-            elif kind == "wait":
-                result = self.wait(message["keys"], message["seconds"])
-            elif self.check([message["key"]]):
-                result = base64.b64encode(self.values[message["key"]]).decode()
-            worker.channel.send({"do": "store", "id": message["id"], "result": result})
-        except (OSError, ValueError):
-            pass  # the worker waits until its time is over, and says so; one that is gone is noticed elsewhere
+    def answer(self, request):
+        """The result of a worker's request (answers.REQUESTS), in JSON. ValueError for values that do not fit."""
+        kind = request["request"]
+        if kind == "set":
+            return self.set(request["key"], base64.b64decode(request["value"], validate=True))
+        if kind == "add":
+            return self.add(request["key"], request["value"])
+        if kind == "check":
+            return self.check(request["keys"])
+        if kind == "wait":
+            return self.wait(request["keys"], request["seconds"])
+        with self.changed:
+            return base64.b64encode(self.values[request["key"]]).decode() if request["key"] in self.values else None
 
 
 class Requests:
@@ -86,11 +80,16 @@ class Requests:
             self.results[message["id"]] = message["result"]
             self.changed.notify_all()
 
-    def ask(self, patience, request):
-        """Rank 0's result for a request (answers.STORE); RuntimeError when it takes longer than `patience` seconds."""
-        number = next(self.ids)
+    def ask(self, patience, request, check=lambda: None):
+        """Rank 0's result for a request (answers.REQUESTS); RuntimeError when it takes longer than `patience` seconds.
+        check() is called while this waits, and may raise.
+        """
+        number, deadline = next(self.ids), time.monotonic() + patience
         self.send({"id": number, **request})
         with self.changed:
-            if not self.changed.wait_for(lambda: number in self.results, patience):
-                raise RuntimeError("Rank 0 did not answer while the ranks were being connected.")
+            while number not in self.results:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("Rank 0 did not answer this rank in time.")
+                self.changed.wait(0.05)
+                check()
             return self.results.pop(number)

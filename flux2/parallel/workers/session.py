@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class State(enum.Enum):
     """What the other ranks of a session are doing."""
 
-    STOPPED = "stopped"  # no process runs
+    STOPPED = "stopped"  # no process runs, or those that ran are ending
     STARTING = "starting"  # processes run or are being started, and have no model
     LOADING = "loading"  # they were told which model, and load it or are yet to be connected; no sampler waits
     READY = "ready"  # every rank has the model and is connected; nobody samples

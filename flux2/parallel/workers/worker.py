@@ -172,8 +172,17 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         pack("flux2.parallel.workers.replica")
+        pack("attention.dispatch").use_tuner(
+            pack("flux2.parallel.workers.kernel_choice").FollowingTuner(self.ask_kernel)
+        )
         facts = pack("flux2.parallel.workers.versions")
         return {"versions": facts.versions(), "name": facts.device_name(self.device)}
+
+    def ask_kernel(self, request):
+        """Which kernel rank 0 takes; a cancel is heard meanwhile."""
+        from comfy.model_management import throw_exception_if_processing_interrupted
+
+        return self.requests.ask(660, {"request": "kernel", **request}, throw_exception_if_processing_interrupted)
 
     def do_load(self, message, tensors):
         self.replica = None
@@ -293,7 +302,7 @@ class Worker:
 AT_ONCE = {
     "interrupt": Worker.interrupt,
     "end": Worker.end,
-    "store": lambda worker, message: worker.requests.receive(message),
+    "answer": lambda worker, message: worker.requests.receive(message),
 }
 IN_TURN = {
     "configure": Worker.do_configure,
