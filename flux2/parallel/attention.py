@@ -86,14 +86,18 @@ class ShardedAttention:
         rest = dict(kwargs, attn_precision=attn_precision, transformer_options=options)
 
         def local(q, k, v, *, mask, scale, need_lse):
-            if need_lse:
-                return self._with_lse(q, k, v, mask, scale, rest)
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            if self.inner:
-                out = self.inner(func, *heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
-            else:
-                out = func(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
-            return out.unflatten(-1, (q.shape[2], -1)), None
+            try:
+                if need_lse:
+                    return self._with_lse(q, k, v, mask, scale, rest)
+                heads_first = (t.transpose(1, 2) for t in (q, k, v))
+                if self.inner:
+                    out = self.inner(func, *heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
+                else:
+                    out = func(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
+                return out.unflatten(-1, (q.shape[2], -1)), None
+            except BaseException as error:  # it raises after the collectives: another rank may wait for this one before
+                self.state.sharded.failed(error)
+                raise
 
         return local
 

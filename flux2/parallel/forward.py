@@ -14,6 +14,7 @@ get; the slices are a list that is read after the patches; `control` is added to
 
 from contextlib import contextmanager
 import inspect
+import traceback
 
 import torch
 
@@ -51,7 +52,7 @@ def parameters(function):
 
 
 @contextmanager
-def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, around=None):
+def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, failed=lambda error: None):
     """Around ONE call of a diffusion model, which every rank of `mesh` (attention.parallel.Mesh) makes with the same
     inputs:
 
@@ -61,14 +62,14 @@ def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, a
     While the block runs, `forward_orig` of this network is a ShardedForward; afterwards it is what it was. The options
     are passed on as they are: who holds the attention slot and which post_input patches there are is looked up inside,
     so they may still change on the way. fallback: an AttentionOverride, used when the slot is empty and a ring degree
-    above 1 needs a log-sum-exp. around(forward_orig) -> a function called in its place, inside the sharding. ValueError
-    when the network cannot be sharded.
+    above 1 needs a log-sum-exp. failed(error): called as soon as something raises on this rank, before it takes part
+    in what is left of the pass; once or twice. ValueError when the network cannot be sharded.
     """
     reasons = unsupported(network, mesh.ulysses)
     if reasons:
         raise ValueError(" ".join(reasons))
     held = network.__dict__.get("forward_orig")  # an object patch of somebody else lies in the instance
-    network.forward_orig = ShardedForward(network, mesh, fallback, around)
+    network.forward_orig = ShardedForward(network, mesh, fallback, failed)
     try:
         yield transformer_options
     finally:
@@ -98,9 +99,9 @@ class ShardedForward:
     pass makes, as far as is known.
     """
 
-    def __init__(self, network, mesh, fallback=None, around=None):
-        self.names, self.mesh, self.fallback = parameters(network.forward_orig), mesh, fallback
-        self.inner = around(network.forward_orig) if around else network.forward_orig
+    def __init__(self, network, mesh, fallback=None, failed=lambda error: None):
+        self.inner, self.mesh, self.fallback, self.failed = network.forward_orig, mesh, fallback, failed
+        self.names = parameters(self.inner)
         self.heads, self.head_dim = network.num_heads, network.hidden_size // network.num_heads
         self.out_channels = network.out_channels
         self.calls = len(network.double_blocks) + len(network.single_blocks)
@@ -113,9 +114,18 @@ class ShardedForward:
         state = ForwardState(self, {**dict(zip(self.names, args)), **kwargs})
         try:
             with self.mesh.stats.forward():
-                return state.gather_output(self.inner(**state.arguments()))
+                return state.gather_output(self._call(state))
         except BaseException as error:  # ComfyUI's cancel comes out of any linear layer, and is no Exception
             state.drain(error)
+            raise
+
+    def _call(self, state):
+        try:
+            return self.inner(**state.arguments())
+        except BaseException as error:
+            # they hold the pass's tensors, and what went wrong may be that memory is short
+            traceback.clear_frames(error.__traceback__)
+            self.failed(error)
             raise
 
 

@@ -4,7 +4,6 @@
 
 from contextlib import contextmanager
 import inspect
-import traceback
 
 from ..forward import sharded_forward
 from . import dtypes
@@ -21,23 +20,8 @@ class StepExchange:
 
     @contextmanager
     def installed(self, network, failed=lambda error: None):
-        """The network computes its part of the tokens inside the block. failed(error): called when the pass raises,
-        before this rank takes part in what is left of it with zeros.
-        """
-
-        def around(forward_orig):
-            def call(*args, **kwargs):
-                try:
-                    return forward_orig(*args, **kwargs)
-                except BaseException as error:  # a cancel is no Exception
-                    # they hold the pass's tensors, and what went wrong may be that memory is short
-                    traceback.clear_frames(error.__traceback__)
-                    failed(error)
-                    raise
-
-            return call
-
-        with sharded_forward(network, self.mesh, fallback=self.fallback, around=around):
+        """The network computes its part of the tokens inside the block. failed(error): see sharded_forward."""
+        with sharded_forward(network, self.mesh, fallback=self.fallback, failed=failed):
             yield
 
     def send(self, tensors):
