@@ -72,7 +72,7 @@ def prepared(patcher, backend, fast):
 
 def split(model, gpus, ulysses=0, ring=0, overlap_chunks=1):
     """(the model on several GPUs, its ParallelPlan)."""
-    plan, why = devices.plan(
+    plan, why = devices.plan_ranks(
         model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring)
     )
     plan = type(plan)(**{**vars(plan), "overlap_chunks": overlap_chunks})

@@ -14,7 +14,7 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     """
     network = model.model.diffusion_model
     heads = getattr(network, "num_heads", 1)
-    plan, why = devices.plan(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
+    plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
     install.say(f"Changes nothing. {why}" if plan is None else f"Ulysses {plan.ulysses} x ring {plan.ring}. {why}")
     if plan is None:
         return model

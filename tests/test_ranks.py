@@ -825,6 +825,61 @@ def test_degrees_and_devices_that_do_not_work_are_refused_with_those_that_do(too
         tools.parallel.parallel(model, 4, ulysses=2, ring=1)
 
 
+@pytest.fixture
+def gpus(tools, monkeypatch):
+    """What PyTorch says of four GPUs that are not there."""
+    names, cuda = ["NVIDIA L40S", "NVIDIA L40S", "NVIDIA L4", "NVIDIA L40S"], torch.cuda
+    monkeypatch.setattr(cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "get_device_name", lambda index=0: names[torch.device(f"cuda:{index}").index])
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: 3 not in (a, b))
+    monkeypatch.setattr(tools.devices.process_groups, "unavailable", lambda device: None)
+    return names
+
+
+def test_gpus_that_gain_less_are_named(tools, gpus):
+    from flux2_pack.attention.parallel import degrees
+
+    def why(number):
+        return tools.devices.plan_ranks("cuda:0", number, lambda n: degrees(n, 48))[1]
+
+    assert "not alike" not in why(2) and "host memory" not in why(2)
+    assert "These GPUs are not alike (2 x NVIDIA L40S, 1 x NVIDIA L4): a step takes as long as the slowest" in why(3)
+    assert "cuda:0 and cuda:3 and 2 more pairs cannot read each other's memory" in why(4)
+    with pytest.raises(ValueError, match="5 GPUs were asked for, and there is 3 x NVIDIA L40S, 1 x NVIDIA L4"):
+        why(5)
+
+
+@pytest.mark.parametrize(
+    "free, total, said",
+    [
+        (
+            3,
+            48,
+            "has 3.0 of 48.0 GB free, and the model takes 20.0: another program uses that GPU.*CUDA_VISIBLE_DEVICES",
+        ),
+        (15, 16, "has 15.0 of 16.0 GB free, and the model takes 20.0: it does not fit on that GPU.*fp8 checkpoint"),
+        (24, 48, ""),
+    ],
+)
+def test_a_gpu_without_room_for_the_model_is_named(tools, two, session, expected, monkeypatch, free, total, said):
+    sample(tools, two)
+    answers = session._answers
+    monkeypatch.setattr(
+        session,
+        "_answers",
+        lambda what, *rest: (
+            {1: {"free": int(free * 1e9), "total": int(total * 1e9)}} if what == "room" else answers(what, *rest)
+        ),
+    )
+    if said:
+        with pytest.raises(tools.pool.RanksFailed, match=f"Rank 1 .this machine's CPU.* {said}"):
+            session._make_room(20e9)
+    else:
+        session._make_room(20e9)
+    assert difference(sample(tools, two), expected) < SAME
+
+
 # --- who may join
 # ----------------------------------------------------------------------------------------------------------
 

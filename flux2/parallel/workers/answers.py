@@ -25,7 +25,7 @@ DONE = {
     "weights": {"patched": int},
     "finish": {"times": {str: (*NUMBER, list)}, "attention": {str: int}},
     "drop": {"freed": bool},
-    "room": {"free": (int, NONE)},
+    "room": {"free": (int, NONE), "total": (int, NONE)},
 }
 FAILED = {"cause": str, "text": str, "broken": bool}
 REQUESTS = {  # to rank 0, answered while both compute: the store (rendezvous.py) and kernel_choice.py

@@ -133,10 +133,9 @@ class Replica:
     def _place(self, key):
         """Put one weight on the device, in the number format of the model, with the patches that are set for it."""
         root = self.model.model
-        module, name = comfy.utils.resolve_attr(root, key)
         original = self.originals[key]
-        if type(original) is torch.nn.Parameter:  # not ComfyUI's quantised tensors, which know their own format
-            value = original.data.to(self.device, getattr(module, f"{name}_comfy_model_dtype", original.dtype))
+        if type(original) is torch.nn.Parameter:
+            value = original.data.to(self.device, placed_dtype(root, key, original))
         else:
             value = original.to(self.device)
         comfy.utils.set_attr_param(root, key, value)
@@ -197,6 +196,24 @@ class Replica:
         return sum(weight.numel() * weight.element_size() for weight in self.model.model.parameters())
 
 
+def placed_dtype(root, key, weight):
+    """The number format in which a weight is put on the device: ComfyUI keeps files in theirs until then."""
+    if type(weight) is not torch.nn.Parameter:  # ComfyUI's quantised tensors know their own format
+        return weight.dtype
+    module, name = comfy.utils.resolve_attr(root, key)
+    return getattr(module, f"{name}_comfy_model_dtype", weight.dtype)
+
+
+def bytes_on_device(patcher):
+    """Bytes that the weights of a MODEL take on each GPU."""
+    total = 0
+    for key, weight in patcher.model.named_parameters():
+        stored = getattr(weight, "_qdata", weight)
+        size = placed_dtype(patcher.model, key, weight).itemsize if stored is weight else stored.element_size()
+        total += stored.numel() * size
+    return total
+
+
 def digest_of(patcher):
     """Of a MODEL's weights as they were loaded, without LoRA: 64 hexadecimal digits that are the same on every rank
     that loaded the same ones. Of each weight: name, shape, number format and SAMPLES numbers spread over it, the first
@@ -205,12 +222,11 @@ def digest_of(patcher):
     digest, backup = hashlib.sha256(), patcher.backup
     for key, weight in sorted(patcher.model.named_parameters()):
         weight = backup[key].weight if key in backup else weight  # where rank 0 has a LoRA in the weight itself
-        module, name = comfy.utils.resolve_attr(patcher.model, key)
         stored = getattr(weight, "_qdata", weight).detach().reshape(-1)  # of ComfyUI's quantised tensors
         at = torch.linspace(0, max(stored.numel() - 1, 0), min(SAMPLES, stored.numel()), dtype=torch.float64)
         values = stored.view(stored.numel(), 1)[at.long().to(stored.device)].cpu()
-        if type(weight) is torch.nn.Parameter:  # rank 0 may hold it as the file has it until it is on the GPU
-            values = values.to(getattr(module, f"{name}_comfy_model_dtype", values.dtype))
+        if stored.dtype == weight.dtype:  # rank 0 may hold it as the file has it until it is on the GPU
+            values = values.to(placed_dtype(patcher.model, key, weight))
         digest.update(f"{key} {tuple(weight.shape)} {values.dtype}\n".encode() + bytes(bytes_of(values)))
     return digest.hexdigest()
 

@@ -216,7 +216,7 @@ class ParallelSession:
         self._await("configure", 1, 660, "starting processes", progress)
         with self.turn:
             if source != self._source:
-                self._make_room(patcher.model_size())
+                self._make_room(replica.bytes_on_device(patcher))
                 self._source, self._load = source, self.pool.ask("load", source=source)
                 self._digest = replica.digest_of(patcher)
                 self._transferred = Transferred()
@@ -226,12 +226,30 @@ class ParallelSession:
         """Other models leave the other ranks' GPUs when this one, of `size` bytes, would not fit beside them. ComfyUI
         does the same for rank 0 a little later.
         """
-        answers = self._answers("room", self.pool.ask("room"))
-        free = [answer["free"] for answer in answers.values() if answer["free"] is not None]
-        if free and min(free) < ROOM * size:
+        if self._short_of(size, ROOM):
             for other in list(_sessions):
                 if other is not self:
                     other.drop(wait=True)
+            short = self._short_of(size, 1)
+            if short:
+                raise RanksFailed(short)
+
+    def _short_of(self, size, factor):
+        """A sentence about a rank whose GPU has less than factor * size bytes free; "" when all have."""
+        for rank, answer in sorted(self._answers("room", self.pool.ask("room")).items()):
+            free, total = answer["free"], answer["total"]
+            if free is not None and free < factor * size:
+                worker = next(worker for worker in self.pool.workers if worker.rank == rank)
+                there = (
+                    f"{worker} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, and the model takes {size / 1e9:.1f}"
+                )
+                if total < size:
+                    return f"{there}: it does not fit on that GPU. Use an fp8 checkpoint, or GPUs with more memory."
+                return (
+                    f"{there}: another program uses that GPU. End it, or leave that GPU out with CUDA_VISIBLE_DEVICES "
+                    "(HIP_VISIBLE_DEVICES on AMD) or fewer gpus."
+                )
+        return ""
 
     def ready(self, progress=no_progress):
         """Until every rank has the model and all are connected."""

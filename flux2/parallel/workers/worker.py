@@ -249,10 +249,11 @@ class Worker:
         return {"times": times, "attention": self.ran()}
 
     def do_room(self, message, tensors):
-        """Bytes that are free on this rank's GPU; None on the CPU."""
+        """Bytes of this rank's GPU that are free, and all; None on the CPU."""
         import torch
 
-        return {"free": torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None}
+        free, total = torch.cuda.mem_get_info(self.device) if self.device.type == "cuda" else (None, None)
+        return {"free": free, "total": total}
 
     def do_drop(self, message, tensors):
         """Give the GPU's memory back; the process stays. Says whether nothing holds the model any more."""
