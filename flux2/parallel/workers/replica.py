@@ -198,7 +198,7 @@ class Replica:
 
 def placed_dtype(root, key, weight):
     """The number format in which a weight is put on the device: ComfyUI keeps files in theirs until then."""
-    if type(weight) is not torch.nn.Parameter:  # ComfyUI's quantised tensors know their own format
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor):  # ComfyUI's quantised tensors know their own format
         return weight.dtype
     module, name = comfy.utils.resolve_attr(root, key)
     return getattr(module, f"{name}_comfy_model_dtype", weight.dtype)
@@ -224,7 +224,9 @@ def digest_of(patcher):
         weight = backup[key].weight if key in backup else weight  # where rank 0 has a LoRA in the weight itself
         stored = getattr(weight, "_qdata", weight).detach().reshape(-1)  # of ComfyUI's quantised tensors
         at = torch.linspace(0, max(stored.numel() - 1, 0), min(SAMPLES, stored.numel()), dtype=torch.float64)
-        values = stored.view(stored.numel(), 1)[at.long().to(stored.device)].cpu()
+        # by bytes: not every device picks numbers out of fp8
+        rows = stored.view(torch.uint8).view(stored.numel(), -1) if stored.numel() else stored.view(0, 1)
+        values = rows[at.long().to(stored.device)].cpu().view(stored.dtype)
         if stored.dtype == weight.dtype:  # rank 0 may hold it as the file has it until it is on the GPU
             values = values.to(placed_dtype(patcher.model, key, weight))
         digest.update(f"{key} {tuple(weight.shape)} {values.dtype}\n".encode() + bytes(bytes_of(values)))
