@@ -180,14 +180,12 @@ class Tuner:
             return adapter
         key = f"{slug}: {', '.join(variants)}|{bucket_key(call)}"
         with self._lock:
-            chosen = self._variants.get(key) or self._known.get(key, {}).get("chosen")
+            chosen, lasting = self._variants.get(key) or self._known.get(key, {}).get("chosen"), True
             if chosen not in variants:
                 chosen, lasting = self._fastest_variant(key, call, variants, q, k, v, mask, kept, scale)
-                if not lasting:
-                    self._take(slug, call, chosen)
-                    return variants[chosen]
             self._take(slug, call, chosen)
-            self._variants[key] = chosen
+            if lasting:
+                self._variants[key] = chosen
             return variants[chosen]
 
     def _fastest_variant(self, key, call, variants, q, k, v, mask, kept, scale):

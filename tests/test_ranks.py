@@ -410,8 +410,8 @@ def test_every_rank_takes_the_kernel_that_auto_takes_on_rank_0(tools, two, monke
     from flux2_pack.attention import autotune, dispatch
 
     class Ours(autotune.Tuner):
-        def _decide(self, key, call, *tensors):
-            return autotune.AutoChoice(str(call), str(call.device), "sdpa-math", "measured", [])
+        def _decide(self, call, *tensors):
+            return autotune.AutoChoice(str(call), str(call.device), "sdpa-math", "measured", []), True
 
     monkeypatch.setattr(dispatch, "_default_tuner", Ours())
     chosen = two.clone()
@@ -442,7 +442,7 @@ def test_a_cancel_is_heard_by_a_rank_that_waits_for_the_choice_of_rank_0(tools, 
     from flux2_pack.attention import autotune, dispatch
 
     class Slow(autotune.Tuner):
-        def _decide(self, key, call, *tensors):
+        def _decide(self, call, *tensors):
             tools.management.interrupt_current_processing(True)
             tools.management.throw_exception_if_processing_interrupted()
 
