@@ -212,8 +212,9 @@ def compiled(torch, adapters, arch, dtype):
 # Of one SIMD: vector registers a lane can have, and the step they are given in (LLVM's AMDGPU backend,
 # Utils/AMDGPUBaseInfo.cpp: getTotalNumVGPRs, getVGPRAllocGranule). LDS of a compute unit, and of RDNA's work group
 # processor of two, in bytes: ISA documents on gpuopen.com.
-REGISTERS = {"gfx90a": (512, 8), **dict.fromkeys(("gfx1100", "gfx1101", "gfx1151", "gfx1201"), (1536, 24))}
-LDS = {"gfx90a": 65536, **dict.fromkeys(("gfx1100", "gfx1101", "gfx1151", "gfx1201"), 131072)}
+RDNA = ("gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
+REGISTERS = {"gfx90a": (512, 8), **dict.fromkeys(RDNA, (1536, 24)), "gfx1102": (1024, 16)}
+LDS = {"gfx90a": 65536, **dict.fromkeys(RDNA, 131072)}
 SIMDS = 4  # of a compute unit or work group processor
 
 

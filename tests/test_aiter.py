@@ -442,7 +442,9 @@ def with_switch(library, device):
     return module, module.ADAPTERS["aiter-triton"]
 
 
-@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1151", "gfx1201"])
+@pytest.mark.parametrize(
+    "arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"]
+)
 def test_every_architecture_without_a_tuned_tile_has_several_to_try(dao, arch):
     device = Device("amd", arch, "AMD")
     _, adapter = with_switch(dao, device)

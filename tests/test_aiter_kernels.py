@@ -108,7 +108,9 @@ def test_newer_kernels_compile_for_amd(tmp_path, newer, arch, backends, kernels)
     assert {c["backend"] for c in cases} == set(backends) and kernels <= {c["kernel"] for c in cases}
 
 
-@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1151", "gfx1201"])
+@pytest.mark.parametrize(
+    "arch", ["gfx90a", "gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"]
+)
 def test_every_tile_that_is_tried_compiles_without_spilling(tmp_path, newer, arch):
     """And two work groups fit beside each other, by registers and by LDS."""
     cases = check(tmp_path, newer, "--compile", arch, "--tiles", "--backends", "aiter-triton")

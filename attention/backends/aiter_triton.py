@@ -76,8 +76,8 @@ def tiles(implementation, *sizes):
 # other (tests/test_aiter_kernels.py). On RDNA3 the first implementation spills with every tile worth trying.
 RDNA3 = tiles("dao_ai", (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 8), (64, 32, 4))
 TILES = {
-    **dict.fromkeys(("gfx1100", "gfx1101", "gfx1151"), RDNA3),
-    "gfx1201": RDNA3 + tiles("default", (128, 64, 8), (64, 32, 4)),
+    **dict.fromkeys(("gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151"), RDNA3),
+    **dict.fromkeys(("gfx1200", "gfx1201"), RDNA3 + tiles("default", (128, 64, 8), (64, 32, 4))),
     "gfx90a": tiles("dao_ai", (128, 64, 4), (64, 32, 4)) + tiles("default", (128, 64, 4), (64, 64, 4)),
 }
 
