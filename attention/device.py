@@ -20,6 +20,10 @@ PLATFORM_NAMES = {
 }
 
 
+PLATFORMS = {"mps": "apple", "xpu": "intel"}  # torch's device types by another name; CUDA and ROCm share one
+FLOAT64 = ("cpu", "nvidia", "amd")  # ComfyUI's supports_fp64 says the same: Apple, Intel and DirectML have none
+
+
 @dataclass(frozen=True)
 class Device:
     """platform: nvidia, amd, cpu, apple, intel or torch's own device type; arch: sm90, gfx942, x86_64 ...; name: as the
@@ -52,16 +56,15 @@ def describe(device):
     device = torch.device(device)
     if device.type == "cuda":
         return _accelerator(torch.cuda.current_device() if device.index is None else device.index)
-    kinds = {"mps": "apple", "xpu": "intel"}
-    name = platform.processor() or platform.machine()
+    known = PLATFORMS.get(device.type, device.type)
     if device.type not in ("cpu", "mps"):  # a device type that only some builds of PyTorch know
-        return Device(kinds.get(device.type, device.type), device.type, device.type)
-    return Device(kinds.get(device.type, device.type), platform.machine(), name)
+        return Device(known, device.type, device.type)
+    return Device(known, platform.machine(), platform.processor() or platform.machine())
 
 
 def as_float64(tensor):
     """A tensor in float64, on its own device where that is known to have the format, else on the CPU."""
-    return tensor.double() if tensor.device.type in ("cpu", "cuda") else tensor.cpu().double()
+    return tensor.double() if describe(tensor.device).platform in FLOAT64 else tensor.cpu().double()
 
 
 def synchronise(device):
