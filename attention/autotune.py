@@ -44,7 +44,8 @@ class TimedBackend:
     reason: str = ""
 
     def as_text(self):
-        figures = f"{self.ms:8.3f} ms  relative error {self.error:.1e}" if self.ms is not None else "not timed"
+        figures = f"{self.ms:8.3f} ms" if self.ms is not None else "not timed"
+        figures += f"  relative error {self.error:.1e}" if self.ms is not None and self.error is not None else ""
         return f"    {self.backend:<16}{figures}  {self.reason}".rstrip()
 
 

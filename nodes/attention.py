@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..attention import registry, dispatch
-from ..attention.override import AttentionOverride
+from ..attention.override import AttentionOverride, name_of
 from ..attention.run_log import latent_fingerprint
 from ..flux2.compiled import blocks as compiled_blocks
 from ..flux2.loading import encoder_attention, lazy_clip
@@ -232,25 +232,22 @@ class Flux2AttentionReport(io.ComfyNode):
 
 def report(model, samples):
     """(text, data) for the sampling that produced `samples`, or for the newest one of this model."""
-    override = attention_slot.override_of(model)
-    chosen = getattr(override, "dispatcher", None)
-    if chosen is None:
-        text = "No Select Attention node is on this model: ComfyUI's own attention runs, and it keeps no record."
-        return text + (
-            f" Another override is: {getattr(override, '__qualname__', type(override).__name__)}." if override else ""
-        ), {"backend": None, "calls": 0}
-    run, by_latent = chosen.log.find(None if samples.is_nested else latent_fingerprint(samples))
+    dispatcher, override = attention_slot.dispatcher_of(model), attention_slot.override_of(model)
+    if dispatcher is None:
+        text = (
+            "No Select Attention node is on this model: ComfyUI's own attention runs, and it keeps no record. Select "
+            "Attention with the backend 'comfyui' leaves attention as it is, and counts and times it."
+        )
+        text += f" Another override is: {name_of(override)}." if override else ""
+        return text, {"backend": None, "calls": 0}
+    run, by_latent = dispatcher.log.find(None if samples.is_nested else latent_fingerprint(samples))
     if run is None:
-        return f"Attention backend chosen: {chosen.describe()}\nNothing has been sampled with this model yet.", {
-            "backend": chosen.backend,
-            "calls": 0,
-        }
-    note = (
-        ""
-        if by_latent
-        else "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
-    )
-    return run.as_text() + note, run.as_data()
+        text = f"Attention backend chosen: {dispatcher.describe()}\nNothing has been sampled with this model yet."
+        return text, {"backend": dispatcher.backend, "calls": 0}
+    text = run.as_text()
+    if not by_latent:
+        text += "\nThis latent is not one that the model's last samplings produced: the newest sampling is reported."
+    return text, run.as_data()
 
 
 def encoder_report(clip):

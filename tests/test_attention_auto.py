@@ -137,3 +137,90 @@ def test_masks_take_part(timed):
     out, _ = dispatcher.attend(*QKV, mask=mask)
     expected, _ = AttentionDispatcher("sdpa").attend(*QKV, mask=mask)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- what is kept may not cost an image ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["a file in the way", "a folder that refuses", "a full disk"])
+def test_a_disk_that_refuses_costs_only_the_file(timed, tmp_path, monkeypatch, caplog, why):
+    file = tmp_path / "user" / "auto.json"
+    if why == "a file in the way":
+        file.parent.write_text("")
+    elif why == "a folder that refuses":
+        monkeypatch.setattr(autotune.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "in use")))
+    else:
+        monkeypatch.setattr(autotune.json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    chooser = Tuner(file)
+    assert chooser.choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
+    assert "cannot be kept" in caplog.text
+    assert not file.is_file() and (file.parent.is_file() or list(file.parent.iterdir()) == []), "nothing is left over"
+    timed[1].clear()
+    assert chooser.choose(call_of(*QKV), *QKV)[0] == "sdpa-math" and timed[1] == [], "this process remembers"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["candidates"][0].update(speedup=2.0),
+        lambda entry: entry["candidates"][0].pop("error"),
+        lambda entry: entry.update(version=7),
+    ],
+)
+def test_a_file_of_another_version_is_read_as_far_as_it_goes(timed, tmp_path, change):
+    file = tmp_path / "auto.json"
+    Tuner(file).choose(call_of(*QKV), *QKV)
+    known = json.loads(file.read_text())
+    for entry in known.values():
+        change(entry)
+    file.write_text(json.dumps(known))
+    timed[1].clear()
+    slug, found = Tuner(file).choose(call_of(*QKV), *QKV)
+    assert slug == "sdpa-math" and found.why.startswith("measured earlier") and timed[1] == []
+    assert "sdpa-math" in found.as_text()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"chosen": 3, "candidates": []},
+        {"chosen": "sdpa", "candidates": 3},
+        {"chosen": "sdpa", "candidates": [3]},
+        {"chosen": "sdpa", "candidates": [{"ms": 1.0}]},
+        {"chosen": "sdpa", "candidates": [{"backend": "sdpa", "ms": "fast"}]},
+        {"chosen": "sdpa", "candidates": [{"backend": "sdpa", "reason": None}]},
+    ],
+)
+def test_an_entry_of_another_shape_is_measured_again(timed, tmp_path, entry):
+    file = tmp_path / "auto.json"
+    Tuner(file).choose(call_of(*QKV), *QKV)
+    file.write_text(json.dumps({key: entry for key in json.loads(file.read_text())}))
+    timed[1].clear()
+    assert Tuner(file).choose(call_of(*QKV), *QKV)[0] == "sdpa-math" and timed[1]
+
+
+def test_a_file_that_is_no_file_is_not_waited_for(timed, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "auto.json")
+    assert Tuner(tmp_path / "auto.json").choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    assert Tuner(deep).choose(call_of(*QKV), *QKV)[0] == "sdpa-math"
+
+
+@pytest.mark.parametrize("when", ["while it is checked", "while it is timed"])
+def test_memory_that_is_short_for_a_moment_is_not_remembered(timed, tmp_path, monkeypatch, when):
+    math, file = type(registry._module("sdpa")[0].ADAPTERS["sdpa-math"]), tmp_path / "auto.json"
+    real, calls = math.run, []
+
+    def run(self, *arguments):
+        calls.append(1)
+        if len(calls) == (1 if when == "while it is checked" else 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(math, "run", run)
+    chooser = Tuner(file)
+    assert chooser.choose(call_of(*QKV), *QKV)[0] == "sdpa-flash" and not file.exists()
+    assert chooser.choose(call_of(*QKV), *QKV)[0] == "sdpa-math" and file.exists()

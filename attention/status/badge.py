@@ -1,5 +1,5 @@
-"""A run in one short line, for the badge of a node: what was chosen, what computed instead or for it, how many
-calls.
+"""A run in one short line, for the badge of a node: what was chosen, what computed instead or for it, how long a
+step takes.
 """
 
 from collections import Counter
@@ -41,7 +41,11 @@ def text(run, counts, chosen):
         return f"{name}{DOT}cancelled"
     if run.seconds is None:
         return f"{name}{DOT}running"
-    return f"{name}{DOT}{calls(counts.total())}" if counts else f"{chosen}{DOT}not asked by this model"
+    if not counts:
+        return f"{chosen}{DOT}not asked by this model"
+    if run.steps and run.seconds:
+        return f"{name}{DOT}{run.seconds / run.steps:.3g} s/step ({run.steps} step{'' if run.steps == 1 else 's'})"
+    return f"{name}{DOT}{calls(counts.total())}"
 
 
 def named(counts, chosen):
