@@ -2,29 +2,41 @@
 test_cudnn_fp8.py in a process of its own.
 
 What this shows is the adapter: layouts, scales, means, rotation, log-sum-exp. The tensors are float32, since the
-interpreter has no bfloat16, and errors are larger than on a GPU: where the rounding to fp8 reaches the next power of
-two, the interpreter loses the carry (31.2 becomes 16). cuDNN's own kernel and the true errors are measured on a GPU
-by benchmarks/attention.py and benchmarks/accuracy.py.
+interpreter has no bfloat16, and its rounding to fp8 is replaced by PyTorch's: it loses the carry where the next power
+of two is reached (31.2 becomes 16). cuDNN's own kernel is measured on a GPU by benchmarks/attention.py and
+benchmarks/accuracy.py.
 """
 
 import contextlib
 import os
 import sys
 
+import numpy
 import pytest
 import torch
+from triton.runtime import interpreter
 
 import cudnn_fake
 import pack  # noqa: F401
 from flux2_pack.attention import reference
 from flux2_pack.attention.device import Device
 
-LOSS = 0.16
+LOSS = 0.075  # cuDNN's on gaussian data on an H200 is 0.058
+
+plain_convert = interpreter._convert_float
+
+
+def convert_float(values, source, target, rounding):
+    """The interpreter's conversion between number formats, with PyTorch's rounding to e4m3."""
+    if str(target) != "fp8e4nv" or values.dtype != numpy.float32:
+        return plain_convert(values, source, target, rounding)
+    return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 @pytest.fixture
 def backend(monkeypatch):
     assert os.environ.get("TRITON_INTERPRET") == "1"
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
     monkeypatch.setitem(sys.modules, "cudnn", cudnn_fake.module())
     sys.modules.pop("flux2_pack.attention.backends.cudnn_fp8", None)
     from flux2_pack.attention.backends import cudnn_fp8
@@ -61,7 +73,7 @@ def test_error_and_log_sum_exp(backend, q_len, kv_len, views, size):
     out, found = backend.ADAPTERS["cudnn-fp8"].attend(q, k, v, need_lse=True)
     assert out.dtype == q.dtype and out.shape == q.shape and found.shape == lse.shape
     assert reference.relative_error(out, expected) < LOSS
-    assert (found - lse).abs().max() < 0.3
+    assert (found - lse).abs().max() < 0.15
     alone, none = backend.ADAPTERS["cudnn-fp8"].attend(q, k, v)
     assert none is None and torch.equal(alone, out), "nothing depends on an earlier call"
 
@@ -83,23 +95,42 @@ def test_means_and_rotation_pay_where_there_are_outliers(backend, monkeypatch):
     monkeypatch.setattr(backend, "rotation", lambda size, dtype, device: torch.eye(size))
     unturned = error()
     plain = reference.relative_error(reference.attend(*map(plain_fp8, (q, k, v)))[0], expected)
-    assert whole < 0.8 * unturned and whole < plain
+    assert whole < 0.8 * unturned and whole < 0.6 * plain
 
 
-def test_what_is_written_in_fp8(backend):
-    q, k, v = tensors(70, 90, size=64)
+@pytest.mark.parametrize("length", [90, 1500])
+def test_what_is_written_in_fp8(backend, length):
+    """Values all seen; of 1500 keys, 16 samples of 64."""
+    q, k, v = tensors(70, length, size=64)
+    k = k + 5
     q8, k8, v8, scales, means = backend.quantise(q, k, v)
     turn = backend.rotation(64, torch.float32, torch.device("cpu"))
     torch.testing.assert_close(turn @ turn.T, torch.eye(64))
+    k_mean, v_mean = means.view(2, 2, 2, 64).unbind(2)
+    torch.testing.assert_close(v_mean, v.mean(1), atol=1e-5, rtol=1e-5)
+    assert (k_mean - k.mean(1)).abs().max() < (1e-4 if length == 90 else 0.3)
     for stored, scale, exact in (
         (q8, scales[0], q @ turn),
-        (k8, scales[1], (k - k.mean(1, keepdim=True)) @ turn),
-        (v8, scales[2], v - v.mean(1, keepdim=True)),
+        (k8, scales[1], (k - k_mean[:, None]) @ turn),
+        (v8, scales[2], v - v_mean[:, None]),
     ):
-        assert stored.is_contiguous() and reference.relative_error(stored.float() * scale, exact) < 0.1
+        assert stored.is_contiguous() and reference.relative_error(stored.float() * scale, exact) < 0.03
         assert stored.float().abs().max() <= 448
     assert torch.allclose(scales[3], 1 / scales[2])
-    torch.testing.assert_close(means.view(2, 2, 2, 64)[:, :, 1], v.mean(1), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_no_sample_saw(backend):
+    """Ten times as long as any that was seen: still exact to fp8. Values 1000 times as large: always seen."""
+    q, k, v = tensors(1500, 1500, size=64, batch=1)
+    tiles = -(-1500 // backend.TOKENS)
+    seen = {part * tiles // backend.PARTS for part in range(backend.PARTS)}
+    token = next(t for t in range(tiles) if t not in seen) * backend.TOKENS + 3
+    v[:, token] *= 1000
+    k[:, token] *= 10
+    q8, k8, v8, scales, _ = backend.quantise(q, k, v)
+    assert max(t.float().abs().max().item() for t in (k8, v8)) < 448, "nothing was cut"
+    out, expected = backend.ADAPTERS["cudnn-fp8"].attend(q, k, v)[0], reference.attend(q, k, v)[0]
+    assert reference.relative_error(out, expected) < LOSS
 
 
 def test_zeros_and_a_large_tensor_stay_finite(backend):

@@ -4,12 +4,19 @@ Read in nvidia-cudnn-frontend 1.32 (`pygraph.sdpa_fp8`): layout by strides, one 
 device; log-sum-exp natural and float32 (B, H, Sq, 1). Head size up to 128 and a multiple of 16; on Hopper the output is
 fp8 too. The softmax's probabilities are multiplied by 256, so that the smallest that fp8 can tell from 0 is 2**-17.
 
-What goes into fp8 is made to lose little. e4m3 has three bits of fraction at any size, so what counts is how large the
-numbers are beside the result that they make. Keys and values lose their mean over the tokens: the softmax does not see
-the first ("smoothing" in SageAttention, arXiv 2410.02367), the second is added to the output again. Queries and keys
-are turned by one Hadamard matrix, which leaves their products and spreads a channel of outliers over all channels
-(QuaRot, arXiv 2404.00456). Scales come from norms that bound what they scale: nothing is cut off, nothing depends on an
-earlier call, and the CPU never waits for them.
+What goes into fp8 is made to lose little. e4m3 has three bits of fraction at any size from 2**-6 to 448, so what counts
+is how large the numbers are beside the result that they make, and scales only have to keep them in that range.
+
+- A mean is taken from all keys, which the softmax does not see ("smoothing" in SageAttention, arXiv 2410.02367), and
+  one from all values, which is added to the output again. Both are exact for any number in place of the mean, so that
+  of the keys is made from at most 16 evenly spaced samples of 64 tokens.
+- Queries and keys are turned by one Hadamard matrix, which leaves their products and spreads a channel of outliers
+  over all channels (QuaRot, arXiv 2404.00456).
+- The scale of the values, and of the output, which is a mean of values, is that of the largest value: nothing is cut.
+  Queries and keys, which models like FLUX.2 normalise, get 16 times what their longest row in the samples needs,
+  however it is turned.
+
+Nothing depends on an earlier call, and the CPU never waits for the GPU.
 
 On data center Blackwell the output is 16 bits, as cuDNN offers from 9.13 on: written from its documentation, run
 nowhere yet, and judged there by the test call that every backend has to pass. MXFP8, also offered there, is not used.
@@ -29,8 +36,8 @@ from ..device import describe
 
 OLDEST, BROKEN = 90100, (91000,)  # versions of cuDNN, as sdpa_fp8 itself says
 SOFTMAX_SCALE = 256.0
-PARTS = 16  # programs for a head that look for means and maxima
-TOKENS, WARPS = 64, 4  # of a program's tile
+PARTS = 16  # samples, at most
+TOKENS, WARPS = 64, 4  # of a sample, and of a program's tile
 FP8 = torch.float8_e4m3fn
 WIDE_OUTPUT, WIDE_SINCE = ("sm10x",), 91300  # where, and from which cuDNN on, the output can have 16 bits
 _local = threading.local()  # handles and graphs: a handle of cuDNN's serves one thread at a time
@@ -44,49 +51,47 @@ def _tile(TENSOR, batch, head, token, lane, length, s_b, s_s, s_h):
 
 @triton.jit
 def _observe(
-    Q, K, V, SUMS, LARGEST, q_len, kv_len, heads, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    Q, K, V, SUMS, LARGEST, q_len, kv_len, heads, tiles, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of the tokens of one head: sums of k and v, the largest row norm of q and k, the largest of v."""
-    part, parts, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    """Of one head: sums of k and the largest row norm of q and k in one tile of tokens, and in every so manieth tile
+    the sums of v and its largest magnitude, so that all programs together see all of v.
+    """
+    part, parts, row, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    lane = tl.arange(0, D)
-    k_sum, v_sum = tl.zeros((TOKENS, D), tl.float32), tl.zeros((TOKENS, D), tl.float32)
-    q_norm, k_norm = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
-    v_top = tl.zeros((TOKENS, D), tl.float32)
+    sample, lane = (part * tiles // parts * TOKENS + tl.arange(0, TOKENS)).to(tl.int64), tl.arange(0, D)
+    q = _tile(Q, batch, head, sample, lane, q_len, q_b, q_s, q_h)
+    k = _tile(K, batch, head, sample, lane, kv_len, k_b, k_s, k_h)
+    v_sum, v_top = tl.zeros((TOKENS, D), tl.float32), tl.zeros((TOKENS, D), tl.float32)
     first = part * TOKENS
-    while first < tl.maximum(q_len, kv_len):
-        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
-        q = _tile(Q, batch, head, token, lane, q_len, q_b, q_s, q_h)
-        k = _tile(K, batch, head, token, lane, kv_len, k_b, k_s, k_h)
-        v = _tile(V, batch, head, token, lane, kv_len, v_b, v_s, v_h)
-        k_sum += k
+    while first < kv_len:
+        v = _tile(V, batch, head, (first + tl.arange(0, TOKENS)).to(tl.int64), lane, kv_len, v_b, v_s, v_h)
         v_sum += v
-        q_norm = tl.maximum(q_norm, tl.sum(q * q, 1))
-        k_norm = tl.maximum(k_norm, tl.sum(k * k, 1))
         v_top = tl.maximum(v_top, tl.abs(v))
         first += parts * TOKENS
-    at = SUMS + (part * tl.num_programs(1) + row) * 2 * D + lane
-    tl.store(at, tl.sum(k_sum, 0))
+    at = SUMS + (part * rows + row) * 2 * D + lane
+    tl.store(at, tl.sum(k, 0))
     tl.store(at + D, tl.sum(v_sum, 0))
-    largest = LARGEST + (part * tl.num_programs(1) + row) * 3
-    tl.store(largest, tl.sqrt(tl.max(q_norm, 0)))
-    tl.store(largest + 1, tl.sqrt(tl.max(k_norm, 0)))
+    largest = LARGEST + (part * rows + row) * 3
+    tl.store(largest, tl.sqrt(tl.max(tl.sum(q * q, 1), 0)))
+    tl.store(largest + 1, tl.sqrt(tl.max(tl.sum(k * k, 1), 0)))
     tl.store(largest + 2, tl.max(tl.max(v_top, 1), 0))
 
 
 @triton.jit
-def _conclude(SUMS, LARGEST, MEANS, SCALES, kv_len, parts, rows, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """Means of one head, and in the first program the scales: descale of q, k, v, and the scale of v and the output."""
+def _conclude(
+    SUMS, LARGEST, MEANS, SCALES, sampled, kv_len, parts, rows, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Means of one head, and in the first program the scales, in the order of `quantise`."""
     row, lane, part = tl.program_id(0), tl.arange(0, 2 * D), tl.arange(0, P)
     sums = tl.load(SUMS + (part[:, None] * rows + row) * 2 * D + lane[None, :], mask=(part < parts)[:, None], other=0.0)
-    tl.store(MEANS + row * 2 * D + lane, tl.sum(sums, 0) / kv_len)
+    tl.store(MEANS + row * 2 * D + lane, tl.sum(sums, 0) / tl.where(lane < D, sampled, kv_len))
     if row == 0:
         at = tl.arange(0, N)
         for which in tl.static_range(3):
             top = tl.max(tl.load(LARGEST + at * 3 + which, mask=at < parts * rows, other=0.0), 0)
-            # without its mean, a row of k or v may be twice as long as the longest
-            scale = tl.maximum(top * (1.0 if which == 0 else 2.0), 1e-12) / 448.0
+            # of q and k only samples were seen; v without its mean is at most twice as large
+            scale = tl.maximum(top, 1e-12) * (2.0 if which == 2 else 16.0) / 448.0
             tl.store(SCALES + which, scale)
             if which == 2:
                 tl.store(SCALES + 3, 1.0 / scale)
@@ -94,7 +99,7 @@ def _conclude(SUMS, LARGEST, MEANS, SCALES, kv_len, parts, rows, D: tl.constexpr
 
 @triton.jit
 def _store(OUT, value, token, lane, batch, head, length, heads, D: tl.constexpr):
-    """value as e4m3 into (B, S, H, D). What rounding lifted above the largest is cut."""
+    """value as e4m3 into (B, S, H, D), cut where it is above the largest."""
     value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     at = ((batch * length + token[:, None]) * heads + head) * D + lane[None, :]
     tl.store(OUT + at, value.to(tl.float8e4nv), mask=(token < length)[:, None])
@@ -157,23 +162,26 @@ def output_dtype(q):
 def quantise(q, k, v):
     """(q8, k8, v8, scales, means) for cuDNN. q (B, Sq, H, D), k and v (B, Sk, H, D), last axis contiguous.
 
-    The first three are contiguous e4m3 of the same shapes. scales: float32 (4,), what q8, k8 and v8 have to be
-    multiplied with, and the inverse of the third. means: float32 (B * H, 2, D), of k and v over the tokens. q8 and k8
-    are turned by `rotation`; k8 and v8 lack their means.
+    The first three are contiguous e4m3 of the same shapes. scales: float32 (4,): what q8, k8 and v8 have to be
+    multiplied with, and the inverse of the third. means: float32 (B * H, 2, D), taken from k and v. q8 and k8 are
+    turned by `rotation`.
     """
     batch, q_len, heads, size = q.shape
-    kv_len, rows, longest = k.shape[1], batch * heads, max(q_len, k.shape[1])
-    parts = min(PARTS, triton.cdiv(longest, TOKENS))
+    kv_len, rows, tiles = k.shape[1], batch * heads, triton.cdiv(max(q_len, k.shape[1]), TOKENS)
+    parts = min(PARTS, tiles)
+    sampled = sum(min(TOKENS, max(0, kv_len - part * tiles // parts * TOKENS)) for part in range(parts))
     sums, means = (q.new_empty((n, rows, 2, size), dtype=torch.float32) for n in (parts, 1))
     largest, scales = (q.new_empty(n, dtype=torch.float32) for n in (parts * rows * 3, 4))
-    lengths = (q_len, kv_len, heads, *(stride for t in (q, k, v) for stride in t.stride()[:3]))
+    strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
     tile = {"D": size, "TOKENS": TOKENS, "num_warps": WARPS}
-    _observe[(parts, rows)](q, k, v, sums, largest, *lengths, **tile)
+    _observe[(parts, rows)](q, k, v, sums, largest, q_len, kv_len, heads, tiles, *strides, **tile)
     block = triton.next_power_of_2(parts * rows)
-    _conclude[(rows,)](sums, largest, means, scales, kv_len, parts, rows, D=size, P=PARTS, N=block, num_warps=WARPS)
+    _conclude[(rows,)](
+        sums, largest, means, scales, sampled, kv_len, parts, rows, D=size, P=PARTS, N=block, num_warps=WARPS
+    )  # fmt: skip
     q8, k8, v8 = (torch.empty(t.shape, device=t.device, dtype=FP8) for t in (q, k, v))
     turn = rotation(size, q.dtype, q.device)
-    _quantise[(triton.cdiv(longest, TOKENS), rows)](q, k, v, means, scales, turn, q8, k8, v8, *lengths, **tile)
+    _quantise[(tiles, rows)](q, k, v, means, scales, turn, q8, k8, v8, q_len, kv_len, heads, *strides, **tile)
     return q8, k8, v8, scales, means[0]
 
 
