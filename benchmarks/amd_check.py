@@ -5,9 +5,9 @@ No model and no ComfyUI needed. Writes amd-check.json, and amd-check.md to read 
 
 Parts: the machine; every attention backend at FLUX.2-dev's shape (B 1, 48 heads of 128, bf16; S = 4608 is 1024 x 1024
 pixels with 512 text tokens): error of the output and of the log-sum-exp, milliseconds; AITER's tiles; what `auto`
-chooses; the fused kernels of Fast Blocks; the exchange between GPUs where there are several. Each part runs in a
-process of its own with a time limit, so a kernel that crashes or hangs costs its own row only. What cannot run says
-why. --any-gpu: also on a GPU that is not AMD's, to try this out.
+chooses; the fused kernels of Fast Blocks and its fp8 products; the exchange between GPUs where there are several. Each
+part runs in a process of its own with a time limit, so a kernel that crashes or hangs costs its own row only. What
+cannot run says why. --any-gpu: also on a GPU that is not AMD's, to try this out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from flux2_pack.attention.device import describe  # noqa: E402
 from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 
 FORMAT = 1  # of the JSON; rises when a field changes its meaning
-HEAD_DIM, CHECKED_HEADS = 128, 2
+HEAD_DIM, CHECKED_HEADS, CHECKED_ROWS = 128, 2, 64
 WARM_UP, ROUNDS = 3, 10
 PART_SECONDS = 150  # AITER compiles a kernel when it is first called, which takes minutes where it comes from source
 SETTINGS = (  # environment variables that change what runs
@@ -185,6 +185,48 @@ def compared(name, ours, theirs, inputs, device):
         return {"kernel": name, "reasons": [f"{type(failure).__name__}: {failure}"]}
 
 
+def products(seq, heads, device):
+    """A block's largest kind of matrix product in bf16, and in both fp8 formats with a scale per row (Fast Blocks'
+    `precision: fp8`): error against float32 over some rows, and milliseconds, quantising the input included.
+    """
+    from flux2_pack.flux2.fused import kernels as fused
+
+    reason = fused.unavailable(device)
+    if reason:
+        return {"reasons": [reason]}
+    from flux2_pack.flux2.fused.kernels.formats import FP8_ROW, Format
+    from flux2_pack.flux2.fused.kernels.quantise import quantise_rows
+
+    width, generator = heads * HEAD_DIM, torch.Generator().manual_seed(0)
+    x = torch.randn(1, seq, width, generator=generator).to(device, torch.bfloat16)
+    weight = (torch.randn(3 * width, width, generator=generator) / width**0.5).to(device, torch.bfloat16)
+    exact = x[:, :CHECKED_ROWS].float() @ weight.float().t()
+    flops = 2 * seq * width * 3 * width
+
+    def fp8(dtype):
+        to = Format(FP8_ROW, dtype=dtype)
+        rows = quantise_rows(weight[None], to)
+        matrix, scales = rows.data[0].t(), rows.scale[0].t().contiguous()
+
+        def product():
+            given = quantise_rows(x, to)
+            scale = given.scale.flatten(0, 1)
+            return torch._scaled_mm(given.data.flatten(0, 1), matrix, scale, scales, out_dtype=x.dtype)[None]
+
+        return product
+
+    rows = []
+    for name, dtype in (("bf16", None), ("fp8 e4m3fn", torch.float8_e4m3fn), ("fp8 e4m3fnuz", torch.float8_e4m3fnuz)):
+        try:
+            work = fp8(dtype) if dtype else lambda: F.linear(x, weight)
+            row = {"product": name, "error": reference.relative_error(work()[:, :CHECKED_ROWS], exact)}
+            row["ms"] = milliseconds(work, device)
+            rows.append({**row, "tflops": flops / row["ms"] / 1e9})
+        except Exception as failure:  # each card has one of the two formats, or neither
+            rows.append({"product": name, "reasons": [f"{type(failure).__name__}: {last_line(str(failure))}"]})
+    return {"rows": rows}
+
+
 def several_gpus(seq, heads, device):
     """The exchange of Sequence Parallel over all GPUs of this machine (benchmarks/exchange.py)."""
     count = torch.cuda.device_count()
@@ -200,7 +242,7 @@ def several_gpus(seq, heads, device):
     return {"gpus": count, "text": done.stdout[-4000:]}
 
 
-PARTS = {"tiles": tiles, "auto": auto, "kernels": kernels, "several GPUs": several_gpus}
+PARTS = {"tiles": tiles, "auto": auto, "kernels": kernels, "products": products, "several GPUs": several_gpus}
 
 
 # --- the whole check -------------------------------------------------------------------------------------------------
@@ -332,7 +374,11 @@ def page(result):
     )
     lines += ["", "Not run:", ""]
     lines += [f"- `{slug}`: {' '.join(r['reasons'])}" for slug, r in result["backends"].items() if "reasons" in r]
-    for title, part, name in (("Tiles of aiter-triton", "tiles", "tile"), ("Fused kernels", "kernels", "kernel")):
+    for title, part, name in (
+        ("Tiles of aiter-triton", "tiles", "tile"),
+        ("Fused kernels", "kernels", "kernel"),
+        ("Matrix products", "products", "product"),
+    ):
         found = result[part]
         lines += ["", f"## {title}", ""]
         if "reasons" in found:

@@ -108,6 +108,25 @@ def test_the_fused_kernels_are_compared_with_pytorch():
     assert all(row.get("error", 1) < 1e-5 for row in rows), rows
 
 
+def test_the_products_are_timed_in_bf16_and_refused_by_format():
+    """A CPU has no fp8 products: each format has its reason. Triton's interpreter quantises."""
+    code = (
+        "import sys, json, torch; sys.path.insert(0, 'benchmarks'); import amd_check;"
+        "print(json.dumps(amd_check.products(24, 1, torch.device('cpu'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    rows = {row["product"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert rows["bf16"]["error"] < 0.01 and rows["bf16"]["ms"] > 0
+    for name in ("fp8 e4m3fn", "fp8 e4m3fnuz"):
+        assert rows[name].get("reasons") or rows[name]["error"] < 0.06, rows[name]
+
+
 # --- the whole check -------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +135,7 @@ def test_only_what_fits_the_card_is_started_and_exact_backends_first(monkeypatch
     monkeypatch.setattr(amd_check, "describe", registry.describe)
     started = []
     result = amd_check.check(arguments(), lambda part, slug, seconds: started.append(slug or part) or {"ms": 1.0})
-    assert started[:2] == ["sdpa", "sdpa-flash"] and started[-4:] == list(amd_check.PARTS)
+    assert started[:2] == ["sdpa", "sdpa-flash"] and started[-5:] == list(amd_check.PARTS)
     assert "aiter-flydsl" in started and "aiter" not in started
     assert "It needs one of the architectures" in result["backends"]["aiter"]["reasons"][0]
     assert result["refused"] is None and result["machine"]["arch"] == "gfx1201" and result["versions"]["hip"]
@@ -151,6 +170,7 @@ def test_the_page_shows_figures_reasons_and_nobodys_home(monkeypatch):
     answers = {
         "backend": {"ms": 12.5, "tflops": 41.0, "error": 2.3e-3, "lse_error": 1e-6, "kernel": "a|b", "library": "x 1"},
         "tiles": {"rows": [{"tile": "64x32", "ms": 1.5, "error": 2e-3}, {"tile": "64x64", "reasons": [f"{home}/x"]}]},
+        "products": {"rows": [{"product": "bf16", "ms": 2.5, "error": 1e-3}]},
         "kernels": {"rows": [{"kernel": "swiglu", "ms": 0.5, "pytorch_ms": 0.9, "error": 2e-3}]},
         "auto": {"text": "auto: sdpa"},
         "several GPUs": {"reasons": ["There is one GPU here."]},
