@@ -96,6 +96,13 @@ class Flux2SequenceParallel(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model=None, gpus=0, ulysses=0, ring=0):
+        """Nothing but the inputs decides. ComfyUI asks before it runs any node: the other ranks start now."""
+        if isinstance(gpus, int):
+            install.start_ahead(gpus)
+        return ""
+
+    @classmethod
     def execute(cls, model, gpus=0, ulysses=0, ring=0) -> io.NodeOutput:
         return io.NodeOutput(parallel(model, gpus, ulysses, ring))
 

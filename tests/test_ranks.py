@@ -378,6 +378,36 @@ def test_a_node_lets_the_ranks_load_before_the_sampler_asks(tools, small_models)
         session.stop()
 
 
+def test_processes_start_before_the_prompts_first_node_and_are_taken_by_its_model(tools, small_models, two, session):
+    """ComfyUI asks every node for a fingerprint before it runs the first."""
+    session.stop()  # else there are such processes
+    node = tools.parallel.Flux2SequenceParallel
+    with ranks_on_cpu(2):
+        assert node.fingerprint_inputs(gpus=1) == node.fingerprint_inputs(gpus=None) == "" and not tools.session._ahead
+        assert node.fingerprint_inputs(gpus=2) == node.fingerprint_inputs(gpus=0) == ""
+        (pool,) = tools.session._ahead
+        wait_until(lambda: pool.workers and "configure" in pool.workers[0].done, 60)
+        fresh = tools.load.load_model(str(small_models["model"]))
+        ours = tools.parallel.parallel(fresh)
+        new = tools.session.existing(fresh.model)
+        assert new.pool is pool and not tools.session._ahead
+        assert node.fingerprint_inputs(gpus=2) == "" and not tools.session._ahead, "a session has such processes"
+    try:
+        assert difference(sample(tools, ours, steps=1), sample(tools, fresh, steps=1)) < SAME
+    finally:
+        new.stop()
+    assert not any(alive(worker.pid) for worker in pool.workers)
+
+
+def test_processes_that_no_model_takes_end(tools, two, session, monkeypatch):
+    session.stop()
+    monkeypatch.setattr(tools.session, "PREPARED_S", 1)
+    with ranks_on_cpu(2):
+        tools.install.start_ahead(2)
+    (pool,) = tools.session._ahead
+    wait_until(lambda: not pool.started and pool.workers and not alive(pool.workers[0].pid), 60)
+
+
 def test_ranks_that_no_sampler_comes_for_end(tools, small_models, monkeypatch):
     monkeypatch.setattr(tools.session, "PREPARED_S", 1)
     fresh = tools.load.load_model(str(small_models["model"]))

@@ -17,7 +17,8 @@ from comfy.patcher_extension import WrappersMP
 import comfy.utils
 
 from ... import error_links, attention_slot
-from . import session as sessions
+from ....attention.parallel import Degrees
+from . import devices, session as sessions
 from .patch_transfer import encode_patches
 from .pool import ParallelPlan, RanksFailed
 from .step import bound_arguments
@@ -56,6 +57,18 @@ def install(model, request):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
     model.model_options.setdefault("transformer_options", {})[KEY] = request
+
+
+def start_ahead(gpus):
+    """Start the processes for so many GPUs (0: all of this machine), before it is known which model they will load.
+    What prevents it is said by the node when it runs.
+    """
+    try:
+        plan, _ = devices.plan_ranks(management.get_torch_device(), gpus, lambda number: Degrees(number, 1))
+        if plan is not None:
+            sessions.start_ahead(plan)
+    except (OSError, ValueError, RuntimeError) as error:
+        log.debug("Sequence parallel: the other ranks are not started before the node runs: %s", error)
 
 
 def request_of(model):

@@ -37,6 +37,7 @@ LOADERS = {
     "Load Checkpoint": ("comfy.sd", "load_checkpoint_guess_config"),
     "benchmark, bf16": (".benchmarks.full_size", "build"),  # random weights, for benchmarks/
     "benchmark, fp8": (".benchmarks.full_size", "build_fp8"),
+    "benchmark, int8": (".benchmarks.full_size", "build_int8"),
 }
 SAMPLES = 64  # numbers of each weight that are compared between ranks
 PLAIN = {"memory_mode": "auto"}  # arguments of our loader that concern rank 0's memory alone

@@ -20,6 +20,7 @@ import atexit
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import enum
+import functools
 import logging
 import secrets
 import threading
@@ -111,8 +112,7 @@ class ParallelSession:
         self.state, self._changing = State.STOPPED, threading.RLock()
         self.pool, self.seconds, self.last, self.turn = None, {}, {}, threading.RLock()
         self._forget()
-        if not _sessions:
-            atexit.register(stop_all)
+        _register_exit()
         _sessions.add(self)
 
     def _forget(self):
@@ -161,14 +161,11 @@ class ParallelSession:
             self.stop()  # what is left of those before
             self._forget()
             self.seconds, self._idle_since, self._patience = {}, time.perf_counter(), PREPARED_S
-            pool = WorkerPool(
-                self.plan,
-                on_failure=lambda: self._ended(pool),
-                look_after=self._look_after,
-                busy=lambda: self.state is State.SAMPLING,
-            )
-            self.pool = pool
-            pool.start()
+            self.pool = pool = taken_ahead(self.plan) or WorkerPool(self.plan)
+            pool.plan, pool.look_after = self.plan, self._look_after
+            pool.on_failure, pool.busy = lambda: self._ended(pool), lambda: self.state is State.SAMPLING
+            if not pool.started:
+                pool.start()
             self._become(State.STARTING, State.STOPPED)
 
     def prepare(self, patcher):
@@ -586,8 +583,47 @@ def existing(base):
     return _of_model.get(base)
 
 
+# --- processes before there is a model ------------------------------------------------------------------------------
+
+_ahead, _ahead_turn = [], threading.Lock()  # at most one WorkerPool that no session has yet
+
+
+def start_ahead(plan):
+    """Start the processes that a prompt is about to need, before its nodes load models and encode text: importing
+    PyTorch and ComfyUI takes them seconds. Nothing is started where a session has such processes, or for other hosts;
+    without a session they end after PREPARED_S. Raises OSError or ValueError when rank 0 cannot listen.
+    """
+    with _ahead_turn:
+        there = [session.plan for session in list(_sessions) if session.running]
+        there += [pool.plan for pool in _ahead if pool.started]
+        if plan.elsewhere or any(one.processes() == plan.processes() for one in there):
+            return
+        for pool in _ahead:
+            pool.stopping.set()
+        since = time.perf_counter()
+        pool = WorkerPool(plan)
+        pool.look_after = lambda: time.perf_counter() - since > PREPARED_S and pool.stopping.set()
+        _register_exit()
+        pool.start()
+        _ahead[:] = [pool]
+
+
+def taken_ahead(plan):
+    """The WorkerPool that `start_ahead` started for such a plan, or None. It is the caller's from then on."""
+    with _ahead_turn:
+        fitting = [pool for pool in _ahead if pool.started and pool.plan.processes() == plan.processes()]
+        if fitting:
+            _ahead.clear()
+        return fitting[0] if fitting else None
+
+
+@functools.cache
+def _register_exit():
+    atexit.register(stop_all)
+
+
 def stop_all():
     """At the end of the process: every worker, and every process group."""
-    for session in list(_sessions):
-        session.stop()
+    for one in (*list(_sessions), *_ahead):
+        one.stop()
     process_groups.wait_until_ended(10)
