@@ -34,7 +34,6 @@ from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 FORMAT = 1  # of the JSON; rises when a field changes its meaning
 HEAD_DIM, CHECKED_HEADS, CHECKED_ROWS = 128, 2, 64
 WARM_UP, ROUNDS = 3, 10
-ANSWER = "amd_check answer: "
 PART_SECONDS = 150  # AITER compiles a kernel when it is first called, which takes minutes where it comes from source
 SETTINGS = (  # environment variables that change what runs
     *("AITER_ENABLE_FMHA_OPUS", "ENABLE_CK", "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON"),
@@ -317,11 +316,11 @@ def in_a_process(args):
             )
         except subprocess.TimeoutExpired:
             return {"reasons": [f"It took longer than {seconds:.0f} seconds and was ended."]}
-        answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]  # libraries print as well
-        if answers:
-            return json.loads(answers[-1].removeprefix(ANSWER))
-        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        return {"reasons": [f"Its process ended with {ended}: {last_line(done.stderr)}"]}
+        try:
+            return json.loads(done.stdout.strip().splitlines()[-1])
+        except (IndexError, ValueError):
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+            return {"reasons": [f"Its process ended with {ended}: {last_line(done.stderr)}"]}
 
     return run
 
@@ -418,8 +417,11 @@ def main():
     args = parser.parse_args()
     if args.part:
         shape = args.seq, args.heads, torch.device("cuda")
-        found = backend(args.backend, *shape) if args.part == "backend" else PARTS[args.part](*shape)
-        print(ANSWER + json.dumps(found, default=str))
+        print(
+            json.dumps(
+                backend(args.backend, *shape) if args.part == "backend" else PARTS[args.part](*shape), default=str
+            )
+        )
         return
     out = Path(args.out)
     try:

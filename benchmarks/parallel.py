@@ -134,6 +134,7 @@ def measure(model, plan, inputs, repeat, one, expected):
         "overlap_chunks": plan.overlap_chunks,
         **summary(timed(lambda: step(model, inputs), repeat)),
         "one_gpu_ms": one["ms"],
+        "transport": session.connection.mesh.transport,
     }
     return {
         **row,
@@ -362,22 +363,18 @@ def checks(options):
     patcher, rows = made(build, {**SMALL, "hidden_size": 1536}, torch.float32), []
     for gpus in options.gpus:
         for name, kind in CHECKS.items():
-            single = prepared(with_lora(patcher) if name == "LoRA" else patcher, "sdpa-math", False)
+            single = prepared(with_lora(patcher) if name == "LoRA" else patcher, "sdpa-math", options.fast)
             expected = sample(single, 17, 2, **kind)
             for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, True):
                 model, plan = split(single, gpus, arranged.ulysses, arranged.ring)
-                rows.append(
-                    {
-                        "name": name,
-                        "gpus": gpus,
-                        "ulysses": plan.ulysses,
-                        "ring": plan.ring,
-                        "error": difference(sample(model, 17, 2, **kind), expected),
-                    }
-                )
+                error = difference(sample(model, 17, 2, **kind), expected)
+                row = {"name": name, "gpus": gpus, "ulysses": plan.ulysses, "ring": plan.ring, "error": error}
+                rows.append({**row, "transport": sessions.existing(model.model).connection.mesh.transport})
                 print(f"{name:<28} {gpus} GPUs, {arranged}: {rows[-1]['error']:.1e}", flush=True)
     end(patcher)
-    write({"model": "random weights, float32", "allowed": SAME, "checks": rows}, options.json)
+    write(
+        {"model": "random weights, float32", "fast_blocks": options.fast, "allowed": SAME, "checks": rows}, options.json
+    )
     wrong = [f"{row['name']} on {row['gpus']} GPUs" for row in rows if not row["error"] <= SAME]
     if wrong:
         raise SystemExit(f"Other latents than on one GPU: {', '.join(wrong)}.")

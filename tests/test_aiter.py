@@ -273,16 +273,6 @@ def test_the_first_flydsl_takes_only_lengths_without_padding(empty):
     ]
 
 
-def test_a_build_with_one_of_flydsls_functions_has_the_other_architecture_refused(empty):
-    """ROCm/aiter e404860 has that of gfx1201 alone."""
-    alone = [f for f in aiter_fakes.version("62c4b35") if f["name"] == "flydsl_flash_attn_func"]
-    adapters = empty.provide(alone).on(RX9070, "aiter_flydsl").ADAPTERS
-    assert adapters["aiter-flydsl"].missing() == [] and adapters["aiter-flydsl"].unsupported(call(RX9070)) == []
-    wanted = "This build of AITER's FlyDSL attention has no flydsl_flash_attn_batch_func."
-    assert adapters["aiter-flydsl"].unsupported(call(GFX1250)) == [wanted]
-    assert adapters["aiter-flydsl-fp8"].missing() == [wanted]
-
-
 def test_flydsl_that_has_no_kernel_says_so_instead_of_falling_through(library):
     adapter = library.on(GFX1250, "aiter_flydsl").ADAPTERS["aiter-flydsl"]
     q, k, v = (t[..., :64] for t in tensors())

@@ -158,9 +158,6 @@ def test_a_part_that_crashes_or_hangs_costs_its_own_row(monkeypatch):
     dies = [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"]
     monkeypatch.setattr(amd_check.subprocess, "run", lambda command, **rest: real(dies, **rest))
     assert run("tiles", None, 60)["reasons"][0].startswith("Its process ended with signal 11")
-    talks = [sys.executable, "-c", f"print('x'); print({amd_check.ANSWER!r} + '{{}}'); print('bye')"]
-    monkeypatch.setattr(amd_check.subprocess, "run", lambda command, **rest: real(talks, **rest))
-    assert run("tiles", None, 60) == {}, "what libraries print around it does not matter"
     hangs = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(amd_check.subprocess, "run", lambda command, **rest: real(hangs, **rest))
     assert run("tiles", None, 1)["reasons"] == ["It took longer than 1 seconds and was ended."]

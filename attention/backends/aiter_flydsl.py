@@ -36,33 +36,24 @@ class FlyDsl(Adapter):
 
     distribution = "amd-aiter"
     limits = Limits(head_dims=(64, 128), lse=True)
-    archs = ("gfx1201", "gfx1250")
 
     def version(self):
         return f"{super().version()}, {installed_version('flydsl')}"
 
     def missing(self):
-        """Builds differ in which functions they have: complete is one that has the function of one architecture."""
-        faults = [FMHA_WHY or self.faults(arch) for arch in self.archs]
-        return faults[0] if all(faults) else []
+        absent = FMHA_WHY or lacks(FMHA, "AITER's FlyDSL attention", RDNA4, BATCH)
+        return absent or self.unusable()
 
-    def faults(self, arch):
-        """Sentences about the function that computes on an architecture: not there, or not to be called like this."""
-        name = RDNA4 if arch == "gfx1201" else BATCH
-        absent = lacks(FMHA, "AITER's FlyDSL attention", name)
-        return absent or unbindable(getattr(FMHA, name), name, None, None, None, **self.arguments(arch))
-
-    def arguments(self, arch):
-        """Names of what is passed besides q, k and v, with any values."""
-        asked = {"causal": False} if arch == "gfx1201" else {"causal": False, "softmax_scale": 1.0, "return_lse": True}
-        return {**asked, "softmax_scale": 1.0} if MASKS_PADDING else asked
+    def unusable(self):
+        """Sentences about functions that cannot be called the way it is done here."""
+        batch = {"softmax_scale": 1.0, "causal": False, "return_lse": True}
+        return unbindable(getattr(FMHA, RDNA4), RDNA4, None, None, None, causal=False) + unbindable(
+            getattr(FMHA, BATCH), BATCH, None, None, None, **batch
+        )
 
     def unsupported(self, call):
-        reasons, arch = super().unsupported(call), call.device.arch
-        if FMHA is None or call.device.platform != "amd" or arch not in self.archs:
-            return reasons
-        refuse = {"gfx1201": self.refused_by_gfx1201, "gfx1250": self.refused_by_gfx1250}.get(arch, lambda call: [])
-        return reasons + (self.faults(arch) or refuse(call))
+        refuse = {"gfx1201": self.refused_by_gfx1201, "gfx1250": self.refused_by_gfx1250}.get(call.device.arch)
+        return super().unsupported(call) + (refuse(call) if FMHA is not None and refuse else [])
 
     def refused_by_gfx1201(self, call):
         """Sentences about what flydsl_flash_attn_func cannot take of a call."""
@@ -111,10 +102,12 @@ class FlyDslFp8(FlyDsl):
     """
 
     limits = Limits(head_dims=(128,))
-    archs = ("gfx950", "gfx1201")
 
-    def arguments(self, arch):
-        return {"causal": False, **{f"{n}_descale": None for n in "qkv"}}
+    def unusable(self):
+        scales = {f"{n}_descale": None for n in "qkv"}
+        return unbindable(getattr(FMHA, RDNA4), RDNA4, None, None, None, causal=False, **scales) + unbindable(
+            getattr(FMHA, BATCH), BATCH, None, None, None, causal=False, **scales
+        )
 
     def kernel(self, q, k, v, mask=None):
         rotated = ", queries and keys rotated" if self.quantiser(q) is not None else ""

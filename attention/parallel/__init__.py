@@ -2,6 +2,7 @@
 
   mesh.py            which ranks there are, their process groups, and every collective that attention uses
   usp.py             attend(...), and begin(...) for a caller that computes something else meanwhile
+  symmetric_memory.py  heads written straight into other GPUs' memory; symmetric_kernels.py: the Triton kernels of that
   ulysses.py         the two all-to-alls around a call;   ring.py, lse_merge.py: attention over keys that go round
   deferred_error.py  an exception on one rank waits until the collectives of the call are done;   timing.py: seconds
 

@@ -98,9 +98,10 @@ class Mesh:
     rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process
     groups; None where a group would have one member. overlap_chunks: into how many parts Ulysses cuts its heads so that
     one part is sent while another is computed; 1 does not overlap. abort: a callable asked before each collective, on
-    the CPU also during it; True raises Interrupted. broken: the exception after which nothing is sent any more, else
-    None. attention_calls: attention calls (usp.py) whose collectives are all done, failed ones included. stats: times
-    (Stats).
+    the CPU also during it; True raises Interrupted. symmetric: a SymmetricMemory of the Ulysses group, or None: then
+    its heads go through all_to_all. transport: which of the two, and why, a sentence. broken: the exception after which
+    nothing is sent any more, else None. attention_calls: attention calls (usp.py) whose collectives are all done,
+    failed ones included. stats: times (Stats).
     """
 
     rank: int = 0
@@ -113,6 +114,8 @@ class Mesh:
     ring_group: object = None
     overlap_chunks: int = 1
     abort: object = None
+    symmetric: object = None
+    transport: str = ""
     broken: BaseException | None = None
     attention_calls: int = 0
     stats: Stats = field(default=None, repr=False)
@@ -148,6 +151,25 @@ class Mesh:
             return self._until_done(work) if blocking and work is not None else work
 
         return self._collective(start, (rows.numel() - in_sizes[group.rank()]) * rows.element_size())
+
+    def write_to_peers(self, write, sent):
+        """write() enqueues kernels that write into other ranks' memory; then every rank waits for all. sent: bytes."""
+
+        def start():
+            write()
+            self.symmetric.barrier()
+
+        self._collective(start, sent)
+
+    def without_symmetric_memory(self, reason):
+        """From now on heads go through all_to_all; every rank of the group says so at the same time."""
+        self.symmetric, self.transport = None, transport_text(None, reason)
+
+    def end(self):
+        """From any thread: nothing waits any more, and nothing is sent. The groups are ended by whoever made them."""
+        self.abort = lambda: True
+        if self.symmetric is not None:
+            self.symmetric.abort()
 
     def rotate(self, outgoing, incoming):
         """Start sending a flat tensor to the next rank of the ring while receiving one from the rank before. Returns a
@@ -261,14 +283,15 @@ def no_wait():
     pass
 
 
-def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, overlap_chunks=1):
+def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, stores=None, overlap_chunks=1):
     """The Mesh of this rank. Every rank calls this at the same time with the same arguments: the process groups are
     made here.
 
     groups(name, ranks) -> a torch.distributed ProcessGroup in which ranks are numbered as they are listed, or None for
     a rank that is not among them; called on every rank for every group, in the same order. By default they are made
-    from torch.distributed's default group, which gives rank and size then. ValueError when ulysses * ring is not the
-    number of ranks.
+    from torch.distributed's default group, which gives rank and size then. stores(name) -> a torch.distributed Store
+    that the ranks share, under a name that is used once; without it no symmetric memory is tried. ValueError when
+    ulysses * ring is not the number of ranks.
     """
     rank, size = dist.get_rank() if rank is None else rank, dist.get_world_size() if size is None else size
     if ulysses * ring != size:
@@ -278,7 +301,22 @@ def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, overl
     rows = [list(range(r * ulysses, (r + 1) * ulysses)) for r in range(ring)]
     columns = [list(range(u, size, ulysses)) for u in range(ulysses)]
     parts = [partition("ulysses", rows, rank, groups, everybody), partition("ring", columns, rank, groups, everybody)]
-    return Mesh(rank, size, ulysses, ring, torch.device(device), everybody, *parts, overlap_chunks=overlap_chunks)
+    mesh = Mesh(rank, size, ulysses, ring, torch.device(device), everybody, *parts, overlap_chunks=overlap_chunks)
+    if ulysses > 1:
+        name, reason = f"symmetric memory {mesh.ring_rank}", "no store is shared."
+        if stores is not None:
+            from .symmetric_memory import connect
+
+            mesh.symmetric, reason = connect(stores(name), mesh.ulysses_rank, ulysses, mesh.device)
+        mesh.transport = transport_text(mesh.symmetric, reason)
+    return mesh
+
+
+def transport_text(symmetric, reason):
+    """How heads reach the GPU that computes them, a sentence."""
+    if symmetric is not None:
+        return "Kernels write heads straight into the memory of the GPU that computes them (symmetric memory)."
+    return f"Heads are exchanged by all-to-all; symmetric memory is not used: {reason}"
 
 
 def partition(name, parts, rank, groups, everybody):

@@ -36,8 +36,47 @@ def begin(local, q, k, v, mesh, lengths, *, kv_lengths=None, mask=None, scale=No
     """
     kv_lengths = lengths if kv_lengths is None else kv_lengths
     check(q, k, v, mesh, lengths, kv_lengths, mask)
-    kind = SingleRank if mesh.size == 1 else RingAttention if mesh.ulysses == 1 else UlyssesAttention
-    return kind(CallContext(local, mesh, lengths, kv_lengths, mask, scale, blocking, convert), q, k, v)
+    context = CallContext(local, mesh, lengths, kv_lengths, mask, scale, blocking, convert)
+    if mesh.size == 1:
+        return SingleRank(context, q, k, v)
+    if mesh.ulysses == 1:
+        return RingAttention(context, q, k, v)
+    buffers = symmetric_buffers(context, q.shape[0], q.shape[2], q.shape[3], q.dtype)
+    if buffers is None:
+        return UlyssesAttention(context, q, k, v)
+    return SymmetricUlysses(context, buffers, lambda: buffers.scatter(q, k, v))
+
+
+def begin_written(local, write, mesh, lengths, *, batch, heads, head_dim, dtype, scale=None, mask=None):
+    """`begin` for q, k and v that a kernel writes straight to where they are computed, or None where the mesh has no
+    symmetric memory for them: then nothing was sent.
+
+    write(buffers): enqueues kernels that write what UlyssesBuffers.scatter would, and takes no memory. The result is a
+    view that the next call overwrites.
+    """
+    if mesh.symmetric is None or heads % mesh.ulysses:
+        return None
+    context = CallContext(local, mesh, lengths, lengths, mask, scale, True, None)
+    buffers = symmetric_buffers(context, batch, heads, head_dim, dtype)
+    return buffers and SymmetricUlysses(context, buffers, lambda: write(buffers), borrow=True)
+
+
+def symmetric_buffers(context, batch, heads, head_dim, dtype):
+    """The UlyssesBuffers of a call, or None where its heads go through all_to_all. A collective when it needs more
+    memory than the calls before.
+    """
+    mesh = context.mesh
+    if mesh.symmetric is None:
+        return None
+    from .symmetric_memory import UlyssesBuffers
+
+    shape = (batch, heads, head_dim, dtype)
+    buffers = UlyssesBuffers(mesh.symmetric, *shape, context.lengths, context.kv_lengths)
+    reason = mesh.symmetric.reserve(buffers.bytes)
+    if reason is not None:
+        mesh.without_symmetric_memory(reason)
+        return None
+    return buffers
 
 
 def check(q, k, v, mesh, lengths, kv_lengths, mask):
@@ -77,6 +116,13 @@ class CallContext:
                 self.local, q, k, v, self.ring_lengths, self.mesh, buffers, self.deferred, scale=self.scale
             )
         return self.deferred(lambda: self.local(q, k, v, mask=mask, scale=self.scale, need_lse=False)[0])
+
+    def head_mask(self, heads=slice(None)):
+        """The mask of the heads that this rank computes; heads: a slice of them."""
+        mask, mesh = self.mask, self.mesh
+        if mask is None or mask.shape[1] == 1:
+            return mask
+        return mask.unflatten(1, (mesh.ulysses, -1))[:, mesh.ulysses_rank][:, heads]
 
 
 class PendingAttention:
@@ -169,6 +215,27 @@ class UlyssesAttention(PendingAttention):
         return self.context.deferred(lambda: join_heads(returned))
 
 
+class SymmetricUlysses(PendingAttention):
+    """Heads are written straight into the memory of the GPU that computes them, and their result back: see
+    symmetric_memory.py. No memory is taken but for the result, after the last barrier.
+    """
+
+    def __init__(self, context, buffers, write, borrow=False):
+        super().__init__(context)
+        mesh, self.buffers, self.borrow = context.mesh, buffers, borrow
+        like, self.ring_buffers = buffers.received()[1], None
+        if mesh.ring > 1:
+            self.ring_buffers = ring.buffers(like, context.ring_lengths, buffers.batch, buffers.each)
+        mesh.write_to_peers(write, buffers.scattered_bytes)
+
+    def _compute(self):
+        out = self.context.attend(*self.buffers.received(), self.ring_buffers, mask=self.context.head_mask())
+        self.context.mesh.write_to_peers(lambda: self.buffers.gather(out), self.buffers.gathered_bytes)
+
+    def _finish(self):
+        return self.context.deferred(lambda: self.buffers.result(self.borrow))
+
+
 def join_heads(returned):
     """(B, S, H, D) of all ranks' heads in the model's order, from [(slice of each rank's heads, (B, S, ranks, h,
     D))].
@@ -204,16 +271,9 @@ class HeadGroup:
         """Attend, and send back; after a failure what is sent back is memory at hand, for a call that will raise."""
         # (B, S of the group, h, D)
         q, k, v = (view for scatter in self.scatters for view in scatter.wait())
-        out = self.context.attend(q, k, v, self.buffers, mask=self._mask())
+        out = self.context.attend(q, k, v, self.buffers, mask=self.context.head_mask(self.heads))
         rows = self.context.deferred(lambda: out.transpose(0, 1).contiguous())
         if rows is None:
             rows = self.scatters[0].received.view(-1)[: q.numel()]
         self.scatters = ()  # the memory of what was received is free while the result is sent
         self.gather.start(rows, self.blocking)
-
-    def _mask(self):
-        """The mask of the heads that this rank computes."""
-        mask, mesh = self.context.mask, self.context.mesh
-        if mask is None or mask.shape[1] == 1:
-            return mask
-        return mask.unflatten(1, (mesh.ulysses, -1))[:, mesh.ulysses_rank][:, self.heads]

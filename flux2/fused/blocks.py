@@ -10,6 +10,7 @@ comfy/ldm/flux/layers.py (DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
 
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -19,7 +20,9 @@ from comfy.patcher_extension import WrappersMP
 
 from . import kernels
 from .linear import Products, norm_weights
+from .. import attention_slot
 from ..module_forward import forward_as
+from ..parallel.attention import ShardedAttention
 
 KEY = "flux2_fast_blocks"
 EPS = 1e-6  # of core's LayerNorms, and the kernels' default
@@ -43,18 +46,26 @@ def double_block(block, products, img, txt, vec, pe, attn_mask, segment, options
     to, product = products.input_format, products.product
 
     # what a product reads and writes is held by nobody else, and freed when the next operation has read it
-    q, k, v = joint_qkv(
-        product(txt_attn.qkv, norm_modulate(txt, txt_mod1.shift, txt_mod1.scale, to=to(txt_attn.qkv, txt))),
-        product(
-            img_attn.qkv, norm_modulate(img, img_mod1.shift, img_mod1.scale, segment=segment, to=to(img_attn.qkv, img))
+    tokens = txt.shape[1] + img.shape[1]
+    size = img_attn.norm.query_norm.weight.numel()
+    attn = attention(
+        partial(
+            joint_qkv,
+            product(txt_attn.qkv, norm_modulate(txt, txt_mod1.shift, txt_mod1.scale, to=to(txt_attn.qkv, txt))),
+            product(
+                img_attn.qkv,
+                norm_modulate(img, img_mod1.shift, img_mod1.scale, segment=segment, to=to(img_attn.qkv, img)),
+            ),
+            block.num_heads,
+            norm_weights(txt_attn.norm, txt),
+            norm_weights(img_attn.norm, img),
         ),
-        block.num_heads,
-        norm_weights(txt_attn.norm, txt),
-        norm_weights(img_attn.norm, img),
-        None if patched(options) else pe,
+        (img.shape[0], tokens, block.num_heads, size, img.dtype),
+        pe,
+        attn_mask,
+        options,
+        {"img_slice": [txt.shape[1], tokens]},
     )
-    attn = attention(q, k, v, pe, attn_mask, options, {"img_slice": [txt.shape[1], q.shape[1]]})
-    del q, k, v
 
     for x, attn, proj, mlp, mod1, mod2, segment, finite in (
         # core mends float16 images once, after the last double block
@@ -83,9 +94,10 @@ def single_block(block, products, x, vec, pe, attn_mask, segment, options):
 
     both = norm_modulate(x, mod.shift, mod.scale, segment=segment, to=to(block.linear1, x))
     both = product(block.linear1, both)
-    q, k, v = single_qkv(both, block.num_heads, norm_weights(block.norm, x), None if patched(options) else pe)
-    attn = attention(q, k, v, pe, attn_mask, options, {})
-    del q, k, v
+    qkv = partial(single_qkv, both, block.num_heads, norm_weights(block.norm, x))
+    shape = (*x.shape[:2], block.num_heads, block.norm.query_norm.weight.numel(), x.dtype)
+    attn = attention(qkv, shape, pe, attn_mask, options, {})
+    del qkv
     hidden = swiglu(both[..., 3 * block.hidden_size :], attn, to=to(block.linear2, x))
     del both, attn  # the largest tensors of a step: gone before the product's output is allocated
     hidden = product(block.linear2, hidden)
@@ -97,13 +109,28 @@ def patched(options):
     return "attn1_patch" in options.get("patches", {})
 
 
-def attention(q, k, v, pe, mask, options, extra):
-    """Attention (B, S, H*D) of q, k, v (B, S, H, D), through core's attention function and the patches around it.
+def attention(qkv, shape, pe, mask, options, extra):
+    """Attention (B, S, H*D), through core's attention function and the patches around it.
 
-    pe: of q and k that are not rotated yet, which are those that patches get; core rotates them then.
+    qkv(pe or None, place=None): the kernel that makes q, k, v (B, S, H, D), rotated where it gets pe. Patches get them
+    not rotated; core rotates them then. shape: (B, S, H, D, dtype). On several GPUs the kernel can write them straight
+    into the memory of the GPU that computes each head.
     """
-    patches, extra = options.get("patches", {}), {**options, **extra}
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    patches, extra, sharded = options.get("patches", {}), {**options, **extra}, options.get(attention_slot.SLOT)
+    if isinstance(sharded, ShardedAttention) and not patches.keys() & {"attn1_patch", "attn1_output_patch"}:
+        write = partial(qkv, pe)
+        attn = sharded.attend_written(
+            lambda place: write(place=place),
+            flux_math.optimized_attention,
+            *shape,
+            mask=mask,
+            transformer_options=options,
+            _inside_attn_wrapper=True,  # as core's wrapper says it: the function is not to look into the slot again
+        )
+        if attn is not None:
+            return attn
+    q, k, v = (t.transpose(1, 2) for t in qkv(None if patched(options) else pe))
+    del qkv  # and with it the products' outputs, which nobody else holds
     if patched(options):
         for patch in patches["attn1_patch"]:
             out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)

@@ -79,6 +79,34 @@ class ShardedAttention:
         )
         return self.state.pending
 
+    def attend_written(self, write, func, batch, tokens, heads, head_dim, dtype, mask=None, **kwargs):
+        """The same call for q, k and v (B, tokens, H, D) that a kernel can write to where they are computed: the result
+        (B, tokens, H*D), which the next call overwrites, or None where they have to be given to this object instead.
+
+        write(place): enqueues that kernel; see usp.begin_written.
+        """
+        shards, mesh = self.state.shards, self.state.mesh
+        lengths, keys = shards.lengths(), shards.lengths(references=True)
+        if tokens != lengths[mesh.rank] or (keys != lengths and tokens == keys[mesh.rank]):
+            return None
+        call = usp.begin_written(
+            self._local(func, None, kwargs),
+            write,
+            mesh,
+            lengths,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            mask=self._in_rank_order(mask, lengths, lengths),
+            scale=kwargs.get("scale"),
+        )
+        if call is None:
+            return None
+        self.state.pending = call
+        call.compute()
+        return call.finish().flatten(2)
+
     def _local(self, func, attn_precision, kwargs):
         """(q, k, v, *, mask, scale, need_lse) -> (out, lse) in (B, S, H, D), computed by the override behind this."""
         # img_slice counts tokens of another sequence

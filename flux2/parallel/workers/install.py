@@ -18,7 +18,7 @@ import comfy.utils
 
 from ... import error_links, attention_slot
 from ....attention.parallel import Degrees
-from . import ahead, devices, session as sessions
+from . import devices, session as sessions
 from .patch_transfer import encode_patches
 from .pool import ParallelPlan, RanksFailed
 from .step import bound_arguments
@@ -66,7 +66,7 @@ def start_ahead(gpus):
     try:
         plan, _ = devices.plan_ranks(management.get_torch_device(), gpus, lambda number: Degrees(number, 1))
         if plan is not None:
-            ahead.start_ahead(plan, sessions.running_plans())
+            sessions.start_ahead(plan)
     except (OSError, ValueError, RuntimeError) as error:
         log.debug("Sequence parallel: the other ranks are not started before the node runs: %s", error)
 
@@ -89,13 +89,14 @@ def around_sampling(request):
     def wrapper(executor, *args, **kwargs):
         guider = executor.class_obj
         patcher = guider.model_patcher
-        # refused before anything is started
-        encode_patches(patcher, guider.model_options.get("transformer_options", {}))
+        encode_patches(
+            patcher, guider.model_options.get("transformer_options", {})
+        )  # refused before anything is started
         session = request.session(patcher.model, patcher.load_device)
         try:
-            translate_cancel(lambda: session.begin(patcher, Progress()))
+            heard(lambda: session.begin(patcher, Progress()))
             output = executor(*args, **kwargs)
-            translate_cancel(session.finish)
+            heard(session.finish)
             return output
         except BaseException:
             end_early(session)
@@ -118,7 +119,7 @@ def end_early(session):
         pass
 
 
-def translate_cancel(work):
+def heard(work):
     """Run work; a failure that the user's cancel brought about is a cancel."""
     try:
         return work()
@@ -150,9 +151,7 @@ def shared_pass(request, base, patcher):
     def wrapper(executor, *args, **kwargs):
         inputs, options = bound_arguments(executor.class_obj, args, kwargs)
         session = request.session(base, patcher.load_device)
-        return translate_cancel(
-            lambda: run_pass(session, executor, patcher, inputs, options, lambda: executor(*args, **kwargs))
-        )
+        return heard(lambda: run_pass(session, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
 
     return wrapper
 

@@ -131,6 +131,8 @@ class ProcessGroups:
             torch.device(device),
             host,
         )
+        # PyTorch calls its methods as long as a store of this one is used, and does not keep the Python object
+        self._shared = store
         self.ended = False
         self._made = []
 
@@ -149,6 +151,10 @@ class ProcessGroups:
         group._register_backend(torch.device(self.device.type), kind, backend)
         self._made.append((group, backend))
         return group
+
+    def shared_store(self, name):
+        """A torch.distributed Store that all ranks share, under a name that is used once."""
+        return dist.PrefixStore(name, self.store)
 
     def _nccl(self, store, rank, size):
         options = dist.ProcessGroupNCCL.Options()

@@ -18,13 +18,14 @@ def as_data(request, ranks):
     if ranks is None or not ranks.last:
         return data
     names = {0: ranks.name, **{worker.rank: (worker.where, worker.device) for worker in ranks.pool.workers}}
+    data["transport"] = ranks.connection.mesh.transport if ranks.connection else ""
     data["seconds_to_start"] = {name: round(seconds, 2) for name, seconds in ranks.seconds.items()}
     data["ranks"] = [row(rank, *names.get(rank, ("", "")), **ranks.last[rank]) for rank in sorted(ranks.last)]
     return data
 
 
 def row(rank, where, device, times, attention):
-    """One rank. tokens: of the image, the text and the references together, in its share; sent: bytes."""
+    """One rank. tokens: of the picture, the text and the references together, in its share; sent: bytes."""
     tokens = times.get("tokens") or ()
     return {
         "rank": rank,
@@ -54,5 +55,7 @@ def as_text(data):
             f"{one['compute_seconds']:.2f} s computing, {one['collective_seconds']:.2f} s exchanging, "
             f"{one['sent_bytes'] / 1e6:.0f} MB sent" + (f"; attention {kernels}" if kernels else "")
         )
+    if data.get("transport"):
+        lines.append(f"  {data['transport']}")
     ready = data["seconds_to_start"].get("ready")
     return "\n".join(lines + ([f"The other ranks were ready {ready:.1f} s after they were started."] if ready else []))

@@ -149,7 +149,7 @@ class Worker:
     def end_mesh(self):
         groups, self.groups = self.groups, None
         if self.mesh is not None:
-            self.mesh.abort = lambda: True
+            self.mesh.end()
         groups.end()
         self.mesh = self.step = None
 
@@ -203,7 +203,12 @@ class Worker:
         store = groups.WorkerStore(self.requests)
         self.groups = groups.ProcessGroups(store, message["prefix"], self.rank, self.device, message["host"])
         self.mesh = pack("attention.parallel").make_mesh(
-            **message["mesh"], device=self.device, rank=self.rank, size=message["size"], groups=self.groups.make
+            **message["mesh"],
+            device=self.device,
+            rank=self.rank,
+            size=message["size"],
+            groups=self.groups.make,
+            stores=self.groups.shared_store,
         )
         fallback = pack("flux2.parallel.attention").ring_fallback()
         self.step = pack("flux2.parallel.workers.step").StepExchange(self.mesh, fallback)
