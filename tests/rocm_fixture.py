@@ -65,6 +65,7 @@ def pretend(monkeypatch, arch, gpus=1):
         (torch.cuda, "get_device_name", lambda index=None: claimed.name),
         (torch.cuda, "get_device_capability", lambda index=None: (claimed.major, claimed.minor)),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "can_device_access_peer", lambda a, b: arch in INSTINCT),
         (torch.cuda.nccl, "version", lambda: (2, 27, 7)),
         (torch.ops.aten, "_scaled_dot_product_cudnn_attention", no_cudnn),
     ):

@@ -217,10 +217,12 @@ def test_fast_blocks_decide_by_what_the_card_can(comfy, monkeypatch, rocm):
 def test_sequence_parallel_plans_over_amd_gpus(comfy, rocm):
     from flux2_pack.flux2.parallel.workers import devices
 
-    plan, why = devices.plan(torch.device("cuda"), 4, lambda number: degrees(number, 48))
+    plan, why = devices.plan_ranks(torch.device("cuda"), 4, lambda number: degrees(number, 48))
     assert (plan.ulysses, plan.ring, plan.gpus) == (4, 1, (0, 1, 2, 3)) and plan.device == "cuda"
+    peers = rocm.arch in INSTINCT  # Infinity Fabric; Radeon cards often reach each other through the host alone
+    assert ("cannot read each other's memory" in why) != peers and not FOREIGN.search(why)
     with pytest.raises(ValueError, match=re.escape(f"8 GPUs were asked for, and there is 4 x {CARDS[rocm.arch][0]}.")):
-        devices.plan(torch.device("cuda"), 8, lambda number: degrees(number, 48))
+        devices.plan_ranks(torch.device("cuda"), 8, lambda number: degrees(number, 48))
 
 
 def test_ranks_on_rocm_are_told_of_rccl_and_see_one_gpu_each(comfy, mi300, monkeypatch):
