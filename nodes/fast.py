@@ -6,7 +6,7 @@ from ..flux2.compiled import toolchain
 from ..flux2.fused import blocks as fused_blocks, kernels, fp8_rowwise
 
 CATEGORY = "Flux 2"
-CHECKPOINT, FP8 = "checkpoint", "fp8"
+AUTO, CHECKPOINT, FP8 = "auto", "checkpoint", "fp8"
 
 
 class Flux2FastBlocks(io.ComfyNode):
@@ -31,11 +31,14 @@ class Flux2FastBlocks(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=[CHECKPOINT, FP8],
-                    default=CHECKPOINT,
+                    options=[AUTO, CHECKPOINT, FP8],
+                    default=AUTO,
                     tooltip=(
-                        "As in the file: matrix products in the file's number format; an fp8 file runs in fp8.\n"
-                        "fp8: a bf16 file's large products run in fp8 with a scale per row: faster, and less exact."
+                        "auto: as in the file wherever this card can run the kernels; elsewhere the model stays as it "
+                        "is, and Attention Report says why. Right on every card.\n"
+                        "As in the file: the same, but the node stops with the reason where the kernels cannot run.\n"
+                        "fp8: change to it for a bf16 file on a card with fp8 products (NVIDIA from Ada, AMD MI300X, "
+                        "MI355X, Radeon RX 9000) when speed counts more than the last bit of accuracy."
                     ),
                 ),
             ],
@@ -48,14 +51,18 @@ class Flux2FastBlocks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, precision=CHECKPOINT) -> io.NodeOutput:
-        device = model.load_device
+    def execute(cls, model, precision=AUTO) -> io.NodeOutput:
+        device, patched = model.load_device, model.clone()
         reason = kernels.unavailable(device) or (toolchain.unavailable(device) if device.type == "cuda" else None)
+        if precision == AUTO:
+            reason = reason or fused_blocks.none_fusable(model)
+            fused_blocks.leave(patched, reason) if reason else fused_blocks.install(patched)
+            return io.NodeOutput(patched)
         if reason:
             raise RuntimeError(
-                f"Fast Blocks cannot run here: {reason} Remove the node: ComfyUI's own blocks need nothing."
+                f"Fast Blocks cannot run here: {reason} Remove the node, or set precision to '{AUTO}': then ComfyUI's "
+                "own blocks run, which need nothing."
             )
-        patched = model.clone()
         fused_blocks.install(patched, rowwise_fp8(patched) if precision == FP8 else None)
         return io.NodeOutput(patched)
 

@@ -647,8 +647,48 @@ def test_it_refuses_a_cpu_without_the_interpreter_and_models_of_another_kind(too
     with pytest.raises(RuntimeError, match="fp8 here"):
         tools.node.execute(flux2, "fp8")
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match="this model computes on 'cpu'"):
-        tools.node.execute(flux2)
+    with pytest.raises(RuntimeError, match="this model computes on 'cpu'.*set precision to 'auto'"):
+        tools.node.execute(flux2, "checkpoint")
+
+
+def test_auto_leaves_the_model_to_comfyui_where_the_kernels_cannot_run_and_the_report_says_why(
+    tools, flux2, monkeypatch
+):
+    from flux2_pack.flux2.compiled import blocks as compiled_blocks
+
+    schema = tools.node.define_schema()
+    assert next(entry.default for entry in schema.inputs if entry.id == "precision") == "auto"
+    given = inputs({})
+    expected = forward(flux2, given)
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET")
+        model = tools.node.execute(flux2).args[0]
+    with monkeypatch.context() as patch:
+        counts = counted(patch)
+        assert torch.equal(forward(model, given), expected) and not counts
+    text = tools.attention.Flux2AttentionReport.execute(model, {"samples": torch.zeros(1, 128, 3, 4)}).args[1]
+    assert "Fused blocks: none, ComfyUI's own run: the fused kernels run on NVIDIA and AMD GPUs" in text
+    assert "computes on 'cpu'" in tools.fast_blocks.log_of(model).as_data()["reason"]
+    both = model.clone()
+    compiled_blocks.install(both, compiled_blocks.CompilePlan(backend="eager"))
+    forward(both, given)
+    assert sum(compiled_blocks.plan_of(both).log.compiled.values()) == 6
+    again = tools.node.execute(model).args[0]  # where they can run again, they do
+    assert relative(forward(again, given), expected) < CLOSE and tools.fast_blocks.log_of(again).as_data() == ALL
+
+
+def test_auto_leaves_a_model_of_another_kind(tools, flux2):
+    other = types.SimpleNamespace(
+        load_device=torch.device("cpu"),
+        model=types.SimpleNamespace(diffusion_model=torch.nn.Module()),
+        wrappers={},
+        clone=flux2.clone,
+    )
+    log = tools.fast_blocks.log_of(tools.node.execute(other).args[0])
+    assert (
+        "ComfyUI's own run: None of this model's blocks can be fused: it has no blocks of the FLUX kind"
+        in log.as_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -667,7 +707,9 @@ def test_what_triton_lacks_to_start_a_kernel_is_said_by_the_node(tools, flux2, m
     monkeypatch.setattr(toolchain.os.path, "isfile", lambda path: lacking != "headers")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(RuntimeError, match=f"Fast Blocks cannot run here: .*{said}.*Remove the node"):
-        tools.node.execute(model)
+        tools.node.execute(model, "checkpoint")
+    text = tools.fast_blocks.log_of(tools.node.execute(model).args[0]).as_text()
+    assert "ComfyUI's own run" in text and said in text
 
 
 def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):

@@ -411,7 +411,7 @@ def too_many_references(tools):
 def fast_blocks_on_a_cpu(tools):
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("TRITON_INTERPRET", raising=False)
-        tools.nodes["Flux2FastBlocks"].execute(tools.model)
+        tools.nodes["Flux2FastBlocks"].execute(tools.model, "checkpoint")
 
 
 def compiling_another_model(tools):

@@ -374,6 +374,6 @@ def report(model):
     taken = ", ".join(f"{count} {kind}" for kind, count in replaced(model).items())
     notes = [f"{taken} blocks are replaced by another node: they are compiled only where it calls ComfyUI's block."]
     notes = notes if taken else []
-    if fusing_of(model):
+    if fusing_of(model) and not fusing_of(model).left:
         notes.append("Fast Blocks (FLUX.2) computes the blocks: none of those is compiled.")
     return "\n  ".join([plan.log.as_text(), *notes])

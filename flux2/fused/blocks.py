@@ -245,8 +245,8 @@ def unsuitable(kind, block):
 class FusedLog:
     """How many block calls of the current sampling were computed by fused kernels, and why others were not."""
 
-    def __init__(self, fp8=None):
-        self.fp8 = fp8
+    def __init__(self, fp8=None, left=None):
+        self.fp8, self.all_left = fp8, left
         self.begin()
 
     def begin(self):
@@ -255,6 +255,8 @@ class FusedLog:
             self.fp8.begin()
 
     def as_text(self):
+        if self.all_left:
+            return f"Fused blocks: none, ComfyUI's own run: {self.all_left}"
         fast, left = sum(self.fast.values()), sum(self.left.values())
         if not fast + left:
             return "Fused blocks: nothing has been sampled yet."
@@ -264,20 +266,23 @@ class FusedLog:
 
     def as_data(self):
         errors = {"fp8_errors": dict(self.fp8.errors)} if self.fp8 else {}
-        return {"fast": sum(self.fast.values()), "left": dict(self.left), **errors}
+        reason = {"reason": self.all_left} if self.all_left else {}
+        return {"fast": sum(self.fast.values()), "left": dict(self.left), **errors, **reason}
 
 
 class Fusing:
     """The wrapper around a forward pass of a FLUX network, whichever copy of it runs: its blocks are FusedBlocks
-    meanwhile. fp8: an fp8_rowwise.RowwiseFp8, or None.
+    meanwhile. fp8: an fp8_rowwise.RowwiseFp8, or None. left: why all blocks are left to ComfyUI, or None.
     """
 
-    def __init__(self, fp8=None):
-        self.fp8, self.log, self.products = fp8, FusedLog(fp8), Products(fp8)
+    def __init__(self, fp8=None, left=None):
+        self.fp8, self.left, self.log, self.products = fp8, left, FusedLog(fp8, left), Products(fp8)
         # core's compile node would trace into it: the blocks run as they are, between graphs of what is around them
         self.untraced = torch.compiler.disable(self.run)
 
     def __call__(self, executor, *args, **kwargs):
+        if self.left:
+            return executor(*args, **kwargs)
         return self.untraced(executor, *args, **kwargs)
 
     def run(self, executor, *args, **kwargs):
@@ -317,22 +322,42 @@ def install(model, fp8=None):
     fp8: an fp8_rowwise.RowwiseFp8 to compute the products of bf16 layers in fp8, or None. Returns {(kind, index): why
     a block stays core's}, a sentence each. Raises ValueError when no block can be fused, with the reasons.
     """
-    found = blocks_of(model.model.diffusion_model)
-    numbers = Counter()
-    reasons = {}
-    for kind, block in found:
-        reason = unsuitable(kind, block)
-        if reason:
-            reasons[kind, numbers[kind]] = reason
-        numbers[kind] += 1
-    if len(reasons) == len(found):
-        why = "; ".join(sorted(set(reasons.values()))) or "it has no blocks of the FLUX kind"
-        raise ValueError(f"None of this model's blocks can be fused: {why}.")
-    fusing = Fusing(fp8)
+    reason = none_fusable(model)
+    if reason:
+        raise ValueError(reason)
+    put(model, Fusing(fp8))
+    return unfusable(model)
+
+
+def leave(model, reason):
+    """Leave the blocks of a MODEL clone to ComfyUI, with a reason (a sentence) that the report repeats."""
+    put(model, Fusing(left=reason))
+
+
+def put(model, fusing):
     for kind, wrapper in ((WrappersMP.DIFFUSION_MODEL, fusing), (WrappersMP.OUTER_SAMPLE, counting(fusing.log))):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
-    return reasons
+
+
+def unfusable(model):
+    """{(kind, index): why the block cannot be fused}, a sentence each."""
+    found, numbers = {}, Counter()
+    for kind, block in blocks_of(model.model.diffusion_model):
+        reason = unsuitable(kind, block)
+        if reason:
+            found[kind, numbers[kind]] = reason
+        numbers[kind] += 1
+    return found
+
+
+def none_fusable(model):
+    """Why no block of a MODEL can be fused, as a sentence; None when one can."""
+    reasons = unfusable(model)
+    if len(reasons) < len(blocks_of(model.model.diffusion_model)):
+        return None
+    why = "; ".join(sorted(set(reasons.values()))) or "it has no blocks of the FLUX kind"
+    return f"None of this model's blocks can be fused: {why}."
 
 
 def fusing_of(model):

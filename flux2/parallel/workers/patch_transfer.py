@@ -285,7 +285,7 @@ def apply_kv_cache(model, spec):
 
 def encode_fast_blocks(patch):
     """Fast Blocks (FLUX.2): a wrapper of the network that computes its blocks."""
-    if patch.place != "wrapper" or patch.key != ("diffusion_model", "flux2_fast_blocks"):
+    if patch.place != "wrapper" or patch.key != ("diffusion_model", "flux2_fast_blocks") or patch.value.left:
         return None
     return {"fp8": patch.value.fp8 is not None}
 
