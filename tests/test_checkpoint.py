@@ -293,10 +293,6 @@ OTHERS = {
     },
     "PuLID": {"id_former.latents": (1, 4, 4096), "pulid_ca_double.0.to_q.weight": (4096, 4096)},
     "taef2, the tiny": {"1.weight": (64, 32, 3, 3), "3.pool.0.weight": (256, 64, 1, 1)},
-    "Qwen3-VL": {
-        "model.visual.deepstack_merger_list.0.norm.weight": (4096,),
-        "model.language_model.layers.0.self_attn.q_norm.weight": (128,),
-    },
     "a FLUX.1 diffusion model": {"double_blocks.0.img_mod.lin.weight": (18432, 3072), "img_in.weight": (3072, 64)},
     "a VAE with 16 latent channels": {"decoder.conv_in.weight": (512, 16, 3, 3)},
     "the VAE of Stable Diffusion": {"decoder.conv_in.weight": (512, 4, 3, 3)},

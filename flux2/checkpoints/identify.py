@@ -170,13 +170,6 @@ BESIDE = (
         "Put taef2_encoder and taef2_decoder into the folder vae_approx: previews use them with --preview-method "
         "taesd, and ComfyUI's node Load VAE offers them as taef2.",
     ),
-    Beside(
-        "qwen3-vl",
-        ("visual.deepstack_merger_list.",),
-        "Qwen3-VL, a language model that also reads images",
-        "FLUX.2 klein was trained with the plain Qwen3 4B or 8B, whose weights differ. ComfyUI's node Load CLIP takes "
-        "it for the models that use it.",
-    ),
 )
 
 

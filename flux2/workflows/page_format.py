@@ -1,5 +1,5 @@
 """Convert the workflows that ComfyUI's page saves: nodes, links (arrays or objects), groups, subgraph definitions. See
-convert_workflow.py.
+convert.py.
 
 A replaced node keeps what it was in its own properties, so `undo` works on a graph that was opened, changed and saved
 since. Existing ids of nodes and links never change: a selector takes over the loader's links and gets one new link from
@@ -9,14 +9,15 @@ the loader.
 import copy
 import re
 
-import convert_layout
-from convert_rules import LOADERS, MARK, SELECTOR, Graph, Node, NotConvertible
+from . import layout
+from .rules import LOADERS, MARK, SELECTOR, Graph, Node, NotConvertible
 
 PACK_ID = "flux2-attention"  # lets ComfyUI-Manager find the pack where its nodes are missing
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 BORDER = (-10, -20)  # the ids that a subgraph's own inputs and outputs have in its links
 DRAWN = ("pos", "size")
 KEPT = ("type", *DRAWN, "inputs", "widgets_values", "properties")  # what replacing changes in a node
+GETTERS = re.compile(r"getnode", re.IGNORECASE)  # of packs that connect without links
 OURS = (MARK, "cnr_id", "Node name for S&R", "ver")  # properties that say which node it is
 
 
@@ -67,7 +68,7 @@ def converted(data):
 def graph(data):
     parts = dict(scopes(data))
     nodes = {
-        (scope, node["id"]): view(part if scope else {}, node)
+        (scope, node["id"]): view(part if scope else {}, node, node["type"] in parts)
         for scope, part in parts.items()
         for node in part["nodes"]
     }
@@ -81,10 +82,28 @@ def graph(data):
     return Graph(nodes, edges, bridges)
 
 
-def view(subgraph, node):
-    linked = frozenset(entry["name"] for entry in node.get("inputs") or [] if entry.get("link") is not None)
+def view(subgraph, node, is_subgraph):
+    linked = [entry for entry in node.get("inputs") or [] if entry.get("link") is not None]
     place = f" in {subgraph.get('name') or subgraph['id']}" if subgraph else ""
-    return Node(node["type"], f"{node['type']} {node['id']}{place}", values_of(node), linked)
+    # a reroute's input takes anything, and a getter's comes without a link
+    passes_on = (
+        is_subgraph or GETTERS.search(node["type"]) or any(entry.get("type") in ("MODEL", "*") for entry in linked)
+    )
+    saved = node.get("widgets_values") or []
+    return Node(
+        node["type"],
+        f"{node['type']} {node['id']}{place}",
+        values_of(node),
+        frozenset(entry["name"] for entry in linked),
+        None if passes_on else given_model(node),
+        tuple(text for text in (saved.values() if isinstance(saved, dict) else saved) if isinstance(text, str)),
+    )
+
+
+def given_model(node):
+    """Which output gives a MODEL to other nodes, or None."""
+    outputs = enumerate(node.get("outputs") or [])
+    return next((place for place, output in outputs if output.get("type") == "MODEL" and output.get("links")), None)
 
 
 def values_of(node):
@@ -107,25 +126,25 @@ def values_by_name(node, names):
 
 
 def convert(data, plan, backend):
-    """The converted workflow and the keys of the new selectors."""
+    """The converted workflow and [(key of a new selector, key of its loader)]."""
     result, before = copy.deepcopy(data), counters(data)
+    users, ids, models, added = instances(result), next_ids(result), set(plan.models), []
     for scope, part in scopes(result):
         replaced = [node for node in part["nodes"] if (scope, node["id"]) in plan.replace]
+        canvas = layout.Canvas(part, len(replaced) + sum(key[0] == scope for key in models))
         for node in replaced:
-            replace(result, scope, part, node, plan.replace[scope, node["id"]])
-        arrange(part, replaced)
-    added = [
-        (scope, add_selector(result, part, node, backend))
-        for scope, part in scopes(result)
-        for node in list(part["nodes"])
-        if (scope, node["id"]) in plan.models
-    ]
+            replace(result, users, scope, part, node, plan.replace[scope, node["id"]])
+        arrange(canvas, replaced)
+        loaders = [node for node in part["nodes"] if (scope, node["id"]) in models]
+        outputs = [plan.outputs.get((scope, node["id"]), 0) for node in loaders]
+        new = add_selectors(result, part, canvas, zip(loaders, outputs), ids, backend)
+        added += [((scope, selector), (scope, loader)) for selector, loader in new]
     changed = {scope: [before[scope], after] for scope, after in counters(result).items() if after != before[scope]}
     result["extra"] = {**(result.get("extra") or {}), MARK: {"counters": changed, "had_extra": "extra" in data}}
-    return result, [key for key in added if key[1] is not None]
+    return result, added
 
 
-def replace(data, scope, part, node, row):
+def replace(data, users, scope, part, node, row):
     before = {name: copy.deepcopy(node[name]) for name in KEPT if name in node}
     values = {**row.forward(values_of(node)), **row.added}
     node["type"] = row.new
@@ -137,14 +156,15 @@ def replace(data, scope, part, node, row):
         node["widgets_values"] = values if isinstance(node["widgets_values"], dict) else list(values.values())
     properties = {name: value for name, value in (node.get("properties") or {}).items() if name != "ver"}
     node["properties"] = {**properties, "Node name for S&R": row.new, "cnr_id": PACK_ID, MARK: {"replaced": before}}
-    rename_widgets(data, scope, node["id"], row.names())
+    rename_widgets(data, users, scope, node["id"], row.names())
 
 
-def arrange(part, replaced):
+def arrange(canvas, replaced):
     """Make room for the widgets of replaced nodes, and note where that put them."""
     for node in replaced:
-        convert_layout.grow(node)
-    convert_layout.settle(part, replaced)
+        layout.grow(node)
+        canvas.put(node)
+    layout.settle(canvas, replaced)
     for node in replaced:
         mark(node)["drawn"] = {name: copy.deepcopy(node.get(name)) for name in DRAWN}
 
@@ -167,76 +187,96 @@ def change_inputs(part, node, inputs):
         for place, entry in enumerate(node.get("inputs") or [])
         if places.get(entry.get("link"), place) != place
     }
-    for link in links_of(part):
+    for link in links_of(part) if moved else []:
         if get(link, "id") in moved:
             put(link, "target_slot", places[get(link, "id")])
     node["inputs"] = inputs
 
 
-def rename_widgets(data, scope, identity, names):
-    """Rename what refers to a node's widgets by name: the widgets that subgraph nodes show, and the inputs of the app
-    mode.
-    """
+def instances(data):
+    """{subgraph: [(holder, node)]}: the nodes that are subgraphs, and the scopes that they are in."""
+    found = {}
+    inner = {scope for scope, _ in scopes(data) if scope}
     for holder, part in scopes(data):
         for node in part["nodes"]:
-            if scope and node["type"] == scope:
-                for entry in (node.get("properties") or {}).get("proxyWidgets") or []:
-                    if str(entry[0]) == str(identity):
-                        rename_shown(data, holder, node, entry, names)
+            if node["type"] in inner:
+                found.setdefault(node["type"], []).append((holder, node))
+    return found
+
+
+def rename_widgets(data, users, scope, identity, names):
+    """Rename what refers to a node's widgets by name: the widgets that subgraph nodes show, and the inputs of the app
+    mode. users: from `instances`.
+    """
+    for holder, node in users.get(scope, ()):
+        for entry in (node.get("properties") or {}).get("proxyWidgets") or []:
+            if str(entry[0]) == str(identity):
+                rename_shown(data, users, holder, node, entry, names)
     for entry in ((data.get("extra") or {}).get("linearData") or {}).get("inputs") or []:
         if not scope and str(entry[0]) == str(identity):
             entry[1] = names.get(entry[1], entry[1])
 
 
-def rename_shown(data, holder, node, entry, names):
+def rename_shown(data, users, holder, node, entry, names):
     """Rename a widget that a subgraph node shows; where that node is in a subgraph itself, also further out."""
     prefix, name = re.fullmatch(r"((?:\d+: )*)(.*)", entry[1]).groups()
     if name in names:
         entry[1] = prefix + names[name]
         if not any(entry["name"] == name for entry in node.get("inputs") or []):
-            rename_widgets(data, holder, node["id"], {name: names[name]})
+            rename_widgets(data, users, holder, node["id"], {name: names[name]})
 
 
-def add_selector(data, part, loader, backend):
-    """Put a selector between a loader and all that it feeds; returns its id, or None where it is not needed."""
-    output = (loader.get("outputs") or [{}])[0]
-    fed = [link for link in links_of(part) if get(link, "id") in (output.get("links") or [])]
-    types = {node["id"]: node["type"] for node in part["nodes"]}
-    if not fed or any(types.get(get(link, "target_id")) == SELECTOR for link in fed):
-        return None
-    node_id, link_id = next_ids(data)
-    selector = new_selector(part, loader, node_id, link_id, backend)
-    for link in fed:
-        put(link, "origin_id", node_id)
-        put(link, "origin_slot", 0)
-    part["links"].append(new_link(fed[0], link_id, loader["id"], node_id))
-    part["nodes"].append(selector)
-    output["links"] = [link_id]
-    for changed in (data, part):
-        set_counter(changed, node_id, link_id)
-    return node_id
+def add_selectors(data, part, canvas, loaders, ids, backend):
+    """Put a selector between each loader [(node, output)] and all that its MODEL feeds; returns [(id of a new one,
+    id of its loader)].
+
+    ids: [node id, link id] that are free next, counted on here.
+    """
+    loaders = list(loaders)
+    links = {get(link, "id"): link for link in links_of(part)} if loaders else {}
+    types = {node["id"]: node["type"] for node in part["nodes"]} if loaders else {}
+    added = []
+    for loader, place in loaders:
+        output = (loader.get("outputs") or [{}] * (place + 1))[place]
+        fed = [links[link] for link in output.get("links") or [] if link in links]
+        if not fed or any(types.get(get(link, "target_id")) == SELECTOR for link in fed):
+            continue
+        node_id, link_id = ids
+        ids[:] = node_id + 1, link_id + 1
+        selector = new_selector(canvas, loader, place, node_id, link_id, backend)
+        for link in fed:
+            put(link, "origin_id", node_id)
+            put(link, "origin_slot", 0)
+        part["links"].append(new_link(fed[0], link_id, loader["id"], place, node_id))
+        part["nodes"].append(selector)
+        canvas.put(selector)
+        output["links"] = [link_id]
+        for changed in (data, part):
+            set_counter(changed, node_id, link_id)
+        added.append((node_id, loader["id"]))
+    return added
 
 
-def new_selector(part, loader, node_id, link_id, backend):
+def new_selector(canvas, loader, output, node_id, link_id, backend):
     """The selector for a loader, which gives it its links."""
-    size = list(convert_layout.SELECTOR_SIZE)
+    size = list(layout.SELECTOR_SIZE)
     return {
         "id": node_id,
         "type": SELECTOR,
-        "pos": convert_layout.nearest(part, convert_layout.pair(loader["pos"]), size),
+        "pos": canvas.nearest(layout.pair(loader["pos"]), size),
         "size": size,
         "flags": {},
         "order": loader.get("order", 0) + 1,
         "mode": loader.get("mode", 0),
         "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
-        "outputs": [{"name": "MODEL", "type": "MODEL", "links": loader["outputs"][0]["links"]}],
+        "outputs": [{"name": "MODEL", "type": "MODEL", "links": loader["outputs"][output]["links"]}],
         "properties": {"Node name for S&R": SELECTOR, "cnr_id": PACK_ID, MARK: {"added": True}},
         "widgets_values": [backend],
     }
 
 
-def new_link(like, link_id, origin, target):
-    values = (link_id, origin, 0, target, 0, "MODEL")
+def new_link(like, link_id, origin, output, target):
+    values = (link_id, origin, output, target, 0, "MODEL")
     return list(values) if isinstance(like, list) else dict(zip(LINK, values))
 
 
@@ -244,14 +284,14 @@ def new_link(like, link_id, origin, target):
 
 
 def next_ids(data):
-    """(node id, link id) that nothing in the whole file has: the page wants node ids to differ between subgraphs
+    """[node id, link id] that nothing in the whole file has: the page wants node ids to differ between subgraphs
     too.
     """
     parts = [part for _, part in scopes(data)]
     nodes = [int(node["id"]) for part in parts for node in part["nodes"] if str(node["id"]).isdigit()]
     links = [get(link, "id") for part in parts for link in links_of(part)]
     last = zip(*map(counter, parts))
-    return tuple(max([*used, *said, 0]) + 1 for used, said in zip((nodes, links), last))
+    return [max([*used, *said, 0]) + 1 for used, said in zip((nodes, links), last)]
 
 
 def counter(part):
@@ -282,12 +322,13 @@ def set_counter(part, node_id, link_id):
 def undo(data):
     """The workflow before `convert`, with what was changed since."""
     result = copy.deepcopy(data)
+    users = instances(result)
     for scope, part in scopes(result):
         for node in [node for node in part["nodes"] if "added" in mark(node)]:
             take_out(part, node)
         for node in part["nodes"]:
             if "replaced" in mark(node):
-                restore(result, scope, part, node)
+                restore(result, users, scope, part, node)
     forget(result)
     return result
 
@@ -333,7 +374,7 @@ def cut(part, gone):
         output["linkIds"] = [link for link in output.get("linkIds") or [] if link not in gone]
 
 
-def restore(data, scope, part, node):
+def restore(data, users, scope, part, node):
     """Make a replaced node what it was, with the values, connections and place that it has now."""
     note = mark(node)
     before, row = note["replaced"], LOADERS[note["replaced"]["type"]]
@@ -348,7 +389,7 @@ def restore(data, scope, part, node):
     for name in {"inputs", "properties"} - set(before):
         if not node[name]:
             del node[name]
-    rename_widgets(data, scope, node["id"], names)
+    rename_widgets(data, users, scope, node["id"], names)
 
 
 def restored_properties(node, before):

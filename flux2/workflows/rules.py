@@ -19,6 +19,9 @@ OTHER_ENCODERS = re.compile(r"ministral|ernie", re.IGNORECASE)  # loaded with ty
 NOT_A_FILE = re.compile(r"(light)?tae|pixel_space", re.IGNORECASE)  # choices of VAELoader that are no VAE file
 # nodes that no other family's graph has; EmptyFlux2LatentImage is in several
 ONLY_FLUX2 = {"Flux2Scheduler", "FluxKVCache"}
+GGUF = re.compile(r"gguf", re.IGNORECASE)
+# nodes that let a language model write: they read all of its layers, and our loader keeps those that FLUX.2 reads
+WRITERS = re.compile(r"TextGenerate|GenerateText", re.IGNORECASE)
 
 
 class NotConvertible(ValueError):
@@ -132,13 +135,16 @@ OURS = {row.new: row for row in LOADERS.values()}
 @dataclass(frozen=True)
 class Node:
     """A node as both formats can say it. values: {widget: value}; linked: widgets whose value comes from another
-    node.
+    node. model: which output gives a MODEL to other nodes, of a node that is given none itself; texts: its values
+    that are text.
     """
 
     type: str
     label: str
     values: dict
     linked: frozenset = frozenset()
+    model: int | None = None
+    texts: tuple = ()
 
 
 @dataclass
@@ -153,18 +159,39 @@ class Graph:
 
     def __post_init__(self):
         self.local, self.whole = components(self.nodes, self.edges), components(self.nodes, self.edges + self.bridges)
+        self.everything, self._types = dict.fromkeys(self.nodes), {}
 
     def around(self, key):
         """The nodes to judge a loader by: the first of these that has a diffusion model's loader or a FLUX.2 scheduler:
         the nodes connected to it in its own scope, in all scopes, and every node, for packs that connect without links.
         """
         for near in (self.local[key], self.whole[key]):
-            if any(self.nodes[other].type in {"UNETLoader", *ONLY_FLUX2} for other in near):
+            if self.of_type(near, "UNETLoader", *ONLY_FLUX2):
                 return near
-        return set(self.nodes)
+        return self.everything
 
     def of_type(self, keys, *types):
-        return [key for key in keys if self.nodes[key].type in types]
+        """Those of `keys`, a set that this graph keeps, with one of these types. Each set is looked through once."""
+        if id(keys) not in self._types:
+            found = self._types[id(keys)] = {}
+            for key in keys:
+                found.setdefault(self.nodes[key].type, []).append(key)
+        return [key for kind in types for key in self._types[id(keys)].get(kind, ())]
+
+    def givers(self, keys):
+        """Those of `keys`, a set that this graph keeps, that load a diffusion model."""
+        name = "givers", id(keys)
+        if name not in self._types:
+            self._types[name] = [key for key in keys if self.nodes[key].model is not None]
+        return self._types[name]
+
+    def readers(self, key):
+        """The nodes that something of a node reaches directly, in its own scope."""
+        if "readers" not in self._types:
+            found = self._types["readers"] = {}
+            for giver, reader in self.edges:
+                found.setdefault(giver, []).append(reader)
+        return [self.nodes[reader] for reader in self._types["readers"].get(key, ()) if reader in self.nodes]
 
 
 def components(keys, edges):
@@ -172,20 +199,22 @@ def components(keys, edges):
     groups = {key: {key} for key in keys}
     for a, b in edges:
         if a in groups and b in groups and groups[a] is not groups[b]:
-            groups[a] |= groups[b]
-            for key in groups[b]:
-                groups[key] = groups[a]
+            small, large = sorted((groups[a], groups[b]), key=len)
+            large |= small
+            for key in small:
+                groups[key] = large
     return groups
 
 
 @dataclass
 class Plan:
-    """replace: {key: Loader}; models: keys of FLUX.2's diffusion model loaders, replaced or not; left: {key: why this
-    loader stays}.
+    """replace: {key: Loader}; models: keys of FLUX.2's diffusion model loaders, replaced or not; outputs: {key: which
+    output gives the MODEL}, where it is not the first; left: {key: why this loader stays}.
     """
 
     replace: dict = field(default_factory=dict)
     models: list = field(default_factory=list)
+    outputs: dict = field(default_factory=dict)
     left: dict = field(default_factory=dict)
 
 
@@ -197,14 +226,47 @@ def decide(graph, wanted=()):
         ("CLIPLoader", encoder_evidence),
         ("VAELoader", vae_evidence),
     ):
-        for key in graph.of_type(graph.nodes, old):
+        for key in graph.of_type(graph.everything, old):
             node, foreign = graph.nodes[key], None if str(key[1]) in wanted else evidence(graph, key, plan.models)
             if old == "UNETLoader" and not foreign:
                 plan.models.append(key)
             why = foreign or LOADERS[old].obstacle(node.values, node.linked)
             plan.left.update({key: why} if why else {})
             plan.replace.update({} if why else {key: LOADERS[old]})
+        if old == "UNETLoader":
+            loaders_of_others(graph, plan, wanted)
     return plan
+
+
+def loaders_of_others(graph, plan, wanted):
+    """Loaders that this pack does not replace and whose MODEL FLUX.2's nodes use: they stay, with a selector behind."""
+    for key in graph.givers(graph.everything):
+        node = graph.nodes[key]
+        if node.type in LOADERS or node.type in OURS:
+            continue
+        doubt = None if str(key[1]) in wanted else others_evidence(graph, key)
+        if doubt is None:
+            plan.models.append(key)
+            plan.outputs[key] = node.model
+        elif doubt:
+            plan.left[key] = doubt
+
+
+def others_evidence(graph, key):
+    """Why the MODEL of another pack's loader is not taken for FLUX.2's, "" where nothing around it is FLUX.2, or None
+    where it is.
+    """
+    name = next((text for text in graph.nodes[key].texts if OTHER_NAMES.search(text)), None)
+    if name:
+        return f"{name} is named as another model of the FLUX family"
+    around = graph.around(key)
+    if any(NAMES.search(text) for text in graph.nodes[key].texts):
+        return None
+    if not graph.of_type(around, *ONLY_FLUX2):
+        return ""
+    if len(graph.givers(around)) == 1:
+        return None
+    return "it gives one of several models here, and neither its file nor its connections say FLUX.2"
 
 
 def model_evidence(graph, key, _):
@@ -224,9 +286,11 @@ def encoder_evidence(graph, key, models):
         return f"its type is {kind}, not flux2"
     if OTHER_ENCODERS.search(str(name)):
         return f"{name} is the text encoder of another model"
-    readers = {other for edge in graph.edges if key in edge for other in edge}
-    if any(graph.nodes[reader].type.startswith("TextGenerate") for reader in readers):
-        return "Generate Text reads its CLIP too, and needs the layers that FLUX.2 and this pack's loader leave out"
+    if GGUF.search(str(name)):
+        return f"{name} is a GGUF file, which stays with its loader"
+    writer = next((node for node in graph.readers(key) if WRITERS.search(node.type)), None)
+    if writer:
+        return f"{writer.label} reads it too, and needs the layers that FLUX.2 and this pack's loader leave out"
     return without_model(graph, key, models)
 
 
