@@ -355,7 +355,7 @@ def test_a_session_has_one_state_and_changes_it_along_its_table(tools, two, sess
     wait_until(lambda: session.state is State.LOADING, 30)
     with pytest.raises(RuntimeError, match="that is loading cannot become starting"):
         session._become(State.STARTING)
-    session.load(two), session.ready()
+    session.load(two), session.ready(two)
     assert session.state is State.READY
     session.stop()
     assert session.state is State.STOPPED and seen[4:] == [State.DRAINING, State.LOADING, State.READY, State.STOPPED]
@@ -431,7 +431,7 @@ def test_a_single_pass_whose_start_fails_leaves_the_ranks_to_others(tools, model
         session.load(two)
     assert session.state in (tools.session.State.DRAINING, tools.session.State.STARTING)
     with pytest.raises(tools.pool.RanksFailed, match="have no model"):
-        session.ready()
+        session.ready(two)
     assert difference(sample(tools, two), expected) < SAME
 
 
@@ -682,7 +682,11 @@ def test_a_replica_has_the_weights_of_rank_0_in_its_number_format(tools, small_m
     patcher = (tools.load.load_model if loader == "ours" else tools.core.sd.load_diffusion_model)(
         str(small_models["model"]), *arguments
     )
-    ours = tools.replica.Replica(json.loads(json.dumps(tools.replica.source_of(patcher))), "cpu").model.model
+    replica = tools.replica.Replica(json.loads(json.dumps(tools.replica.source_of(patcher))), "cpu")
+    ours = replica.model.model
+    assert replica.digest == tools.replica.digest_of(patcher) and replica.bytes == tools.replica.bytes_on_device(
+        patcher
+    )
     expected, found = (dict(one.named_parameters()) for one in (patcher.model, ours))
     assert expected.keys() == found.keys() and all(
         value.dtype == found[name].dtype and torch.equal(value.float(), found[name].float())

@@ -164,7 +164,7 @@ def run_pass(session, executor, patcher, inputs, options, work):
         session.pool.check()
     else:  # no sampler has them: a benchmark, or a pack that calls the model itself
         session.load(patcher, Progress())
-    session.ready(Progress())
+    session.ready(patcher, Progress())
     session.update(patcher, options)
     management.throw_exception_if_processing_interrupted()  # nobody has begun this pass, so nobody has to be called off
     with session.forward(executor.class_obj, inputs, moment_of(options)):

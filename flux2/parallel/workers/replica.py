@@ -222,7 +222,8 @@ def digest_of(patcher):
     """
     digest, backup = hashlib.sha256(), patcher.backup
     for key, weight in sorted(patcher.model.named_parameters()):
-        weight = backup[key].weight if key in backup else weight  # where rank 0 has a LoRA in the weight itself
+        kept = backup.get(key)  # where rank 0 has a LoRA in the weight itself
+        weight = weight if kept is None else kept.weight
         stored = getattr(weight, "_qdata", weight).detach().reshape(-1)  # of ComfyUI's quantised tensors
         at = torch.linspace(0, max(stored.numel() - 1, 0), min(SAMPLES, stored.numel()), dtype=torch.float64)
         # by bytes: not every device picks numbers out of fp8

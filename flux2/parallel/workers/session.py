@@ -4,7 +4,7 @@ and the forward passes that they share.
   session = session_of(base_model, plan)          # the one that is there, or a new one in place of one with other
                                                   processes
   session.prepare(patcher)                        # starts processes and loading in the background
-  session.begin(patcher); session.ready()         # a sampling: what is missing is started, loaded and awaited
+  session.begin(patcher); session.ready(patcher)  # a sampling: what is missing is started, loaded and awaited
   session.update(patcher, options)                # LoRA and options of the other ranks, where they differ
   with session.forward(network, inputs, moment):
       ...                                         # rank 0's own pass
@@ -119,8 +119,9 @@ class ParallelSession:
         """Nothing is known to be on the other ranks."""
         self.connection = None
         self._generation = 0  # of connections: each has names of its own in the store
-        # the model that the ranks were told to load, the number of that order, and what rank 0 has
-        self._source = self._load = self._digest = None
+        # the model that the ranks were asked to load, the number of that request, whether they have rank 0's weights
+        self._source = self._load = None
+        self._compared = False
         self._transferred = Transferred()
         self._pass = self._asked_since = None  # number of the pass that runs, and since when the ranks are to end it
         self._idle_since, self._patience, self._seen_loaded = None, GRACE, False
@@ -215,7 +216,7 @@ class ParallelSession:
             if source != self._source:
                 self._make_room(replica.bytes_on_device(patcher))
                 self._source, self._load = source, self.pool.ask("load", source=source)
-                self._digest = replica.digest_of(patcher)
+                self._compared = False
                 self._transferred = Transferred()
                 self._become(State.LOADING, State.STARTING, State.READY, State.DRAINING)
 
@@ -248,20 +249,22 @@ class ParallelSession:
                 )
         return ""
 
-    def ready(self, progress=no_progress):
-        """Until every rank has the model and all are connected."""
+    def ready(self, patcher, progress=no_progress):
+        """Until every rank has this MODEL and all are connected. RanksFailed when one loaded other weights."""
         if self._load is None:
             raise RanksFailed("The other ranks have no model. The next prompt loads it again.")
-        self._compare(self._await("load", self._load, LOADING_S, "loading the model", progress))
+        answers = self._await("load", self._load, LOADING_S, "loading the model", progress)
+        if patcher is not None and not self._compared:
+            self._compare(answers, replica.digest_of(patcher))
         if self.connection is None or self.connection.arrangement != self.plan.mesh():
             self._connect(progress)
             self.seconds.setdefault("ready", time.perf_counter() - self.pool.began)
             progress("ready", self.plan.size - 1, self.plan.size - 1)
         self._become(State.READY, State.LOADING)
 
-    def _compare(self, answers):
+    def _compare(self, answers, digest):
         """RanksFailed unless every rank loaded the weights that rank 0 has."""
-        others = [rank for rank, answer in sorted(answers.items()) if answer["digest"] != self._digest]
+        others = [rank for rank, answer in sorted(answers.items()) if answer["digest"] != digest]
         if others:
             names = ", ".join(str(worker) for worker in self.pool.workers if worker.rank in others)
             arguments = self._source["arguments"]
@@ -271,6 +274,7 @@ class ParallelSession:
                 "the file was changed after ComfyUI loaded it, or another host has another file of that name. Use the "
                 "same file on every host, and restart ComfyUI after replacing one."
             )
+        self._compared = True
 
     def _await(self, what, number, patience, text, progress):
         others = self.plan.size - 1
