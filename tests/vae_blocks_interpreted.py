@@ -110,3 +110,21 @@ def test_statistics_of_a_large_mean(comfy, mean):
     groups = x.double().reshape(2, 32, -1)
     torch.testing.assert_close(means.double(), groups.mean(-1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (groups.var(-1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scores", [40, 10**6])
+def test_attention_in_chunks(comfy, monkeypatch, scores):
+    """Chunks that do not divide the queries; the product into float32 exists on GPUs alone and is done by hand here."""
+    from flux2_pack.flux2.vae import blocks
+
+    plain = torch.mm
+
+    def mm(a, b, out_dtype=None, out=None):
+        result = plain(a, b) if out_dtype is None else plain(a.to(out_dtype), b.to(out_dtype))
+        return result if out is None else out.copy_(result)
+
+    monkeypatch.setattr(blocks.torch, "mm", mm)
+    monkeypatch.setattr(blocks, "SCORES", scores)
+    q, k, v = (noise(2, 1, 13, 512, seed=seed) for seed in range(3))
+    assert_close(blocks.in_chunks(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert not blocks.keeps_scores_in_float32(torch.bfloat16, torch.device("cpu"))
