@@ -41,6 +41,11 @@ def _all_names():
 
 
 def _path(folder, name):
+    if folder not in INFO_FOLDERS:
+        raise CheckpointError(
+            f"There is no model folder {folder[:80]!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the "
+            f"name of a file."
+        )
     roots = folder_paths.get_folder_paths(folder) + folder_paths.get_folder_paths("diffusers") * (
         folder in PIPELINE_PARTS
     )
@@ -55,11 +60,6 @@ def _validate(folder, name):
     if name is None:
         return True
     try:
-        if folder not in INFO_FOLDERS:
-            return (
-                f"There is no model folder {folder!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the "
-                "name of a file."
-            )
         return bool(_path(folder, name))
     except CheckpointError as error:
         return str(error)

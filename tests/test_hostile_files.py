@@ -418,7 +418,7 @@ MARKS = {
     ),
     "a scale for each row": (
         lambda: changed(f"{LAYER}.weight_scale", lambda s: s.expand(2304).clone()),
-        "has 2304 scales .weight_scale. for its layer",
+        "has 2304 numbers in F32 as weight_scale of its layer",
     ),
 }
 

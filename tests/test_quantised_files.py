@@ -101,6 +101,18 @@ def test_every_format_gives_what_its_numbers_stand_for(load, examine, tmp_path, 
     assert f"{words} in 3 layers" in text and f", {words}: " in text and "refuses" not in text
 
 
+def test_int8_scales_in_one_row_are_those_of_the_rows(load, tmp_path):
+    """Stored as (rows,) they would scale the columns wherever weights are widened, as behind a LoRA."""
+    weights, plain, marks = quantise(maker.diffusion_model(dtype=torch.float32), LAYERS, "int8 a scale for each row")
+    for layer in LAYERS:
+        weights[f"{layer}.weight_scale"] = weights[f"{layer}.weight_scale"].reshape(-1)
+    text = {"_quantization_metadata": json.dumps({"layers": marks})}
+    model = load.load_model(str(maker.write(tmp_path / "x.safetensors", weights, text)))
+    for layer in LAYERS:
+        weight = model.model.diffusion_model.get_submodule(layer).weight
+        assert error(weight.dequantize().float(), plain[f"{layer}.weight"]) < 0.01
+
+
 @pytest.mark.parametrize("case", ["fp8", "int8", "int8 a scale for each row"])
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer.", "model.diffusion_model."])
 def test_every_prefix_of_a_quantised_file_is_stripped(load, tmp_path, case, prefix):

@@ -27,7 +27,7 @@ class QuantFormat:
     stored: tuple  # number formats of the tensor, as headers name them
     packed: int = 1  # numbers in one element of the tensor, along the columns
     multiple: int = 1  # of which the stored rows and columns are a multiple, filled with zeros
-    scales: dict = field(default_factory=dict)  # ending -> function of (rows, columns) -> allowed sizes
+    scales: dict = field(default_factory=dict)  # ending -> Scale
 
     def stored_shape(self, shape):
         rows, columns = (_up(side, self.multiple) for side in shape)
@@ -38,40 +38,41 @@ def _up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def _per_tensor(rows, columns):
-    return {1}
+FLOATING = ("F32", "F16", "BF16")
 
 
-def _per_tensor_or_row(rows, columns):
-    return {1, rows}
+@dataclass(frozen=True)
+class Scale:
+    """A tensor beside a weight: which numbers of elements it may have for (rows, columns), and in which formats."""
+
+    sizes: Callable
+    stored: tuple = FLOATING
 
 
-def _per_row(rows, columns):
-    return {rows}
+PER_TENSOR = Scale(lambda rows, columns: {1})
+PER_ROW = Scale(lambda rows, columns: {rows})
+PER_TENSOR_OR_ROW = Scale(lambda rows, columns: {1, rows})
 
 
-def _per_group(group: int) -> Callable:
-    """One scale for `group` columns, also laid out in tiles of 128 x 4 of them, as the tensor cores read them."""
-
-    def sizes(rows, columns):
-        groups = -(-columns // group)
-        return {rows * groups, _up(rows, 128) * _up(groups, 4)}
-
-    return sizes
+def _per_group(group, stored):
+    """One scale for `group` columns of a row, in tiles of 128 x 4 as the tensor cores read them, 8 bits each."""
+    return Scale(lambda rows, columns: {_up(rows, 128) * _up(-(-columns // group), 4)}, (stored, "U8"))
 
 
-FP8 = {"weight_scale": _per_tensor}
+FP8 = {"weight_scale": PER_TENSOR}
+NVFP4 = {"weight_scale": _per_group(16, "F8_E4M3"), "weight_scale_2": PER_TENSOR}
 FORMATS = {
     "float8_e4m3fn": QuantFormat("fp8 scaled (e4m3)", ("F8_E4M3",), scales=FP8),
     "float8_e5m2": QuantFormat("fp8 scaled (e5m2)", ("F8_E5M2",), scales=FP8),
-    "mxfp8": QuantFormat("mxfp8", ("F8_E4M3",), multiple=32, scales={"weight_scale": _per_group(32)}),
-    "nvfp4": QuantFormat("nvfp4", ("U8",), 2, 16, {"weight_scale": _per_group(16), "weight_scale_2": _per_tensor}),
-    "int8_tensorwise": QuantFormat("int8 scaled", ("I8",), scales={"weight_scale": _per_tensor_or_row}),
-    "convrot_w4a4": QuantFormat("int4 ConvRot (w4a4)", ("I8",), 2, scales={"weight_scale": _per_row}),
+    "mxfp8": QuantFormat("mxfp8", ("F8_E4M3",), multiple=32, scales={"weight_scale": _per_group(32, "F8_E8M0")}),
+    "nvfp4": QuantFormat("nvfp4", ("U8",), 2, 16, NVFP4),
+    "int8_tensorwise": QuantFormat("int8 scaled", ("I8",), scales={"weight_scale": PER_TENSOR_OR_ROW}),
+    "convrot_w4a4": QuantFormat("int4 ConvRot (w4a4)", ("I8",), 2, scales={"weight_scale": PER_ROW}),
     # computed by newer versions of ComfyUI; their scales are left to it
     "asym_w4a8_int8": QuantFormat("int4 with int8 products (w4a8)", ("I8", "U8"), 2),
     "awq_w4a16": QuantFormat("int4 AWQ (w4a16)", ("I8", "U8", "I32"), 2),
 }
+OPTIONAL = {"input_scale": PER_TENSOR, "pre_quant_scale": Scale(lambda rows, columns: {columns})}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")  # that metadata may leave out
 SINCE = {"asym_w4a8_int8": "0.33", "awq_w4a16": "0.38"}  # version of ComfyUI that computes it; the others: 0.30
 COMPANIONS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
@@ -207,18 +208,24 @@ def check_weight(checkpoint, title, layer, mark, wanted):
         )
     if mark["format"] == "convrot_w4a4" or rotated(mark):
         _check_rotation(checkpoint, layer, mark, wanted[1])
-    for ending, sizes in kind.scales.items():
-        scale = checkpoint.tensors.get(f"{layer}.{ending}") or checkpoint.tensors.get(layer + OLD_SCALE)
-        if scale is None:
+    for ending, scale in {**kind.scales, **OPTIONAL}.items():
+        tensor = checkpoint.tensors.get(f"{layer}.{ending}")
+        if tensor is None and ending == "weight_scale":
+            tensor = checkpoint.tensors.get(layer + OLD_SCALE)
+        if tensor is None and ending in OPTIONAL:
+            continue
+        if tensor is None:
             raise CheckpointError(
                 f"{checkpoint.name} is incomplete: its layer {layer} is {kind.words} without {ending}. "
                 f"Download it again."
             )
-        if math.prod(scale.shape) not in sizes(*wanted):
+        count, allowed = math.prod(tensor.shape), scale.sizes(*wanted)
+        if count not in allowed or tensor.dtype not in scale.stored:
             raise CheckpointError(
-                f"{checkpoint.name} has {math.prod(scale.shape)} scales ({ending}) for its layer {layer}, which is "
+                f"{checkpoint.name} has {count} numbers in {tensor.dtype} as {ending} of its layer {layer}, which is "
                 f"{kind.words} of {wanted[0]} x {wanted[1]}; ComfyUI computes with "
-                f"{' or '.join(map(str, sorted(sizes(*wanted))))}. Use the bf16 file, or one quantised for ComfyUI."
+                f"{' or '.join(map(str, sorted(allowed)))} in {' or '.join(scale.stored)}. Use the bf16 file, or one "
+                f"quantised for ComfyUI."
             )
 
 

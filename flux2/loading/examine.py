@@ -121,7 +121,7 @@ def _rotary_base(checkpoint, found):
 def quantised_products(marked):
     """What the device does with each format among the marks of quantised layers, one sentence each."""
     device = comfy.model_management.get_torch_device()
-    kinds = {mark.get("format"): quantisation.words(mark) for mark in marked.values()}
+    kinds = {str(mark.get("format")): quantisation.words(mark) for mark in marked.values()}
     return [
         f"On this device ({device}), {words}: "
         + (

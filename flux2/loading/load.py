@@ -81,6 +81,9 @@ def _built(checkpoint, build):
 def _add_marks(weights, marked):
     """Put the marks of quantised layers into a state dict, as ComfyUI reads them."""
     for layer, mark in marked.items():
+        scale = weights.get(f"{layer}.weight_scale")
+        if mark.get("format") == "int8_tensorwise" and scale is not None and scale.ndim == 1:
+            weights[f"{layer}.weight_scale"] = scale.reshape(-1, 1)  # one for each row, which broadcasts to rows alone
         weights[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
     return weights
 
