@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..attention import registry
 from ..attention.errors import UserError
 from ..attention.measuring import statistics, time_backends
+from ..flux2 import page_words
 from ..flux2.measuring import benchmark, capture, compare, result_file, sampling
 from ..flux2.select_attention import NO_SECOND, check_schedule
 from . import figures
@@ -146,6 +147,11 @@ class Flux2CompareAttention(io.ComfyNode):
                     display_name="table",
                     tooltip="Verdicts with their thresholds, errors per step and per block, and times, as text.",
                 ),
+                io.Image.Output(display_name="reference image", tooltip="The reference's image alone."),
+                io.Image.Output(
+                    display_name="candidate image",
+                    tooltip="The first candidate's image alone, for Compare Images; the reference's where none ran.",
+                ),
             ],
         )
 
@@ -190,7 +196,7 @@ class Flux2CompareAttention(io.ComfyNode):
         job = sampling.SamplingJob(guider, latent_image, sampler, sigmas, noise_seed)
         bar = comfy.utils.ProgressBar((len(variants) + 2) * job.steps)  # and the reference and the control
         found, images = compare.compare(
-            model, job, reference, compare.unnamed_twice(variants), vae, lambda: bar.update(1)
+            model, job, reference, compare.unnamed_twice(variants), vae, lambda: bar.update(1), page_words.tell
         )
         found.notes += [] if figures.has_chart() else [figures.NO_CHART]
         (name, base), *others = images
@@ -199,8 +205,25 @@ class Flux2CompareAttention(io.ComfyNode):
             figures.side_by_side([(f"{name} (reference)", base), *others]),
             figures.heat_maps(base, others),
             text,
-            ui={**ui.PreviewText(text).as_dict(), "flux2_compare": [statistics.as_json(found.as_data())]},
+            base,
+            others[0][1] if others else base,
+            ui={
+                **ui.PreviewText(text).as_dict(),
+                "flux2_compare": [statistics.as_json(found.as_data())],
+                "flux2_pair": pair(images, cls),
+            },
         )
+
+
+def pair(images, node):
+    """What web/slider.js shows: the reference's and the first candidate's image, as files in ComfyUI's folder temp; []
+    where the disk refuses, which must not cost the comparison.
+    """
+    try:
+        shown = [(name, ui.PreviewImage(image[:1], cls=node).as_dict()["images"][0]) for name, image in images[:2]]
+        return [{**file, "name": name} for name, file in shown]
+    except OSError:
+        return []
 
 
 class Flux2BenchmarkAttention(io.ComfyNode):
@@ -289,7 +312,8 @@ class Flux2BenchmarkAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         wanted, parsed = names(backends), capture.sizes(sizes)
         bar = comfy.utils.ProgressBar(benchmark.ticks(model, parsed, wanted, call_repeat, step_repeat))
-        found = benchmark.benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, sampling.stopper(bar))
+        tick = sampling.stopper(bar)
+        found = benchmark.benchmark(model, parsed, positive, wanted, call_repeat, step_repeat, tick, page_words.tell)
         found.notes += [] if figures.has_chart() else [figures.NO_CHART]
         data = statistics.as_json(found.as_data())
         text = f"{found.as_text()}\n\n{result_file.save(data)}"

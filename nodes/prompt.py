@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..flux2.prompts import text as prompt_text, tokens
+from ..flux2 import page_words
 from ..flux2.upsampling import upsample
 from ..flux2.checkpoints.folders import locate
 from ..flux2.prompts.cache import PromptCache
@@ -273,23 +274,19 @@ class Flux2UpsamplePrompt(io.ComfyNode):
                     display_name="report", tooltip="Tokens, seconds, and what was noticed about the request."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip, text, seed, temperature, max_tokens, **images) -> io.NodeOutput:
         settings = upsample.WritingSettings(seed, temperature, max_tokens)
-        node = cls.hidden.unique_id if cls.hidden else None
         written, report = upsample.upsample(
-            clip, text, [images[name] for name in IMAGES if images.get(name) is not None], settings, show=shower(node)
+            clip,
+            text,
+            [images[name] for name in IMAGES if images.get(name) is not None],
+            settings,
+            show=page_words.tell,
         )
         return io.NodeOutput(written, report, ui=ui.PreviewText(f"{written}\n\n{report}"))
-
-
-def shower(node):
-    """A function that shows text on a node while it runs, or None outside a server."""
-    server = running_server()
-    return (lambda text: server.send_progress_text(text, node)) if server and node else None
 
 
 def add_routes():

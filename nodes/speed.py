@@ -1,11 +1,13 @@
 """Compile the blocks of a MODEL, and run it before the first image."""
 
+import functools
 import os
 
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..flux2 import page_words
 from ..flux2.measuring import capture, sampling, warmup
 from ..flux2.compiled import blocks as compiled_blocks, toolchain
 from .attention import CATEGORY
@@ -14,19 +16,6 @@ from .attention import CATEGORY
 def cache_folder():
     """Where compiled code is kept: in ComfyUI's user folder, which outlives restarts."""
     return os.path.join(folder_paths.get_user_directory(), "flux2_attention", "compiled")
-
-
-def teller(node_id):
-    """A function that shows a sentence on a node in the page."""
-
-    def tell(text):
-        from server import PromptServer
-
-        page = getattr(PromptServer, "instance", None)
-        if page is not None and node_id is not None:
-            page.send_progress_text(text, node_id, page.client_id)
-
-    return tell
 
 
 class Flux2CompileBlocks(io.ComfyNode):
@@ -91,11 +80,9 @@ class Flux2CompileBlocks(io.ComfyNode):
         if reason:
             raise compiled_blocks.CompileRefused(f"Compile Blocks cannot run here: {reason} {compiled_blocks.INSTEAD}")
         toolchain.keep_on_disk(cache_folder())
-        patched = model.clone()
-        compiled_blocks.install(
-            patched,
-            compiled_blocks.CompilePlan(mode, failures, tell=teller(cls.hidden.unique_id if cls.hidden else None)),
-        )
+        patched, node = model.clone(), cls.hidden.unique_id if cls.hidden else None  # it compiles in the sampler's node
+        tell = functools.partial(page_words.tell, node_id=node)
+        compiled_blocks.install(patched, compiled_blocks.CompilePlan(mode, failures, tell=tell))
         return io.NodeOutput(patched)
 
 

@@ -26,6 +26,7 @@ export function show(node, status) {
   const now = { ...states.get(node), ...status };
   now.badge = badgeOf(now);
   states.set(node, now);
+  addBadge(node);
   redraw(node);
 }
 
@@ -47,7 +48,11 @@ function redraw(node) {
   node.setDirtyCanvas(true, true);
 }
 
+const having = new WeakSet();
+
 export function addBadge(node) {
+  if (having.has(node)) return;
+  having.add(node);
   const none = new window.LGraphBadge({ text: "" });
   node.badges.push(() => (changes().count, (node.subgraph ? inside(node) : states.get(node))?.badge ?? none));
 }

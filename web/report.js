@@ -17,9 +17,13 @@ const STYLE = `
   .flux2-report p { margin: 0 0 3px; white-space: pre-wrap; overflow-wrap: anywhere; }
   .flux2-report .nothing { color: var(--descrip-text, #999); }
   .flux2-report .old { margin: 0 0 6px; padding: 3px 6px; border-radius: 4px; background: #f0b429; color: #3b2a00; }
+  .flux2-report .words { margin: 0 0 6px; padding: 3px 6px; border-radius: 4px; background: var(--border-color, #4446); white-space: pre-wrap; }
   .flux2-report table { border-collapse: collapse; margin: 3px 0 8px; width: 100%; }
   .flux2-report th, .flux2-report td { padding: 2px 8px 2px 0; text-align: right; border-top: 1px solid var(--border-color, #4446); font-variant-numeric: tabular-nums; }
   .flux2-report th { font-weight: 600; border-top: 0; } .flux2-report th:first-child, .flux2-report td:first-child { text-align: left; }
+  .flux2-pair { clear: both; max-width: 300px; margin: 4px 0 8px; } .flux2-pair img { display: block; width: 100%; }
+  .flux2-pair img + img { position: absolute; inset: 0; } .flux2-pair input { width: 100%; margin: 4px 0 0; cursor: ew-resize; }
+  .flux2-pair p { display: flex; justify-content: space-between; color: var(--descrip-text, #999); }
   .flux2-report > button { position: sticky; float: right; top: 0; border: 0; background: none; color: var(--descrip-text, #999); cursor: pointer; font-size: 14px; padding: 0 2px; }`;
 
 // --- text to elements
@@ -65,7 +69,8 @@ export function rendered(text) {
 function addBox(node) {
   const body = make("div"), note = make("div", { className: "old", textContent: t("old report"), hidden: true });
   const open = button("⤢", () => openText(node.title, widget.value), { title: t("open window"), ariaLabel: t("open window") });
-  const box = make("div", { className: "flux2-report" }, open, note, body);
+  const words = make("div", { className: "words", hidden: true });
+  const box = make("div", { className: "flux2-report" }, open, words, note, body);
   box.addEventListener("pointerdown", (event) => event.stopPropagation()); // selecting text is not dragging the node
   box.addEventListener("wheel", (event) => box.scrollHeight > box.clientHeight && !event.ctrlKey && event.stopPropagation());
   let text = "";
@@ -80,6 +85,8 @@ function addBox(node) {
   widget.label = "";
   widget.serialize = false; // it is neither saved nor sent: a saved graph has the same widgets with and without this file
   widget.markOld = (old) => (note.hidden = !old);
+  widget.put = (element) => body.firstElementChild.after(element); // below the first line, which is the answer
+  widget.say = (said) => ((words.hidden = !said), (words.textContent = said));
   fill("");
   return widget;
 }
@@ -89,7 +96,7 @@ function openText(title, text) {
   main.append(...rendered(text));
 }
 
-const boxOf = (node) => node?.widgets?.find(({ name, markOld }) => name === WIDGET && markOld);
+export const boxOf = (node) => node?.widgets?.find(({ name, markOld }) => name === WIDGET && markOld);
 
 export function show(node, output) {
   const text = output?.text, box = boxOf(node);

@@ -20,10 +20,17 @@ COMPILED_BEFORE = (
 
 
 def benchmark(
-    model, sizes, positive=None, wanted=(), call_repeat=time_backends.REPEAT, step_repeat=3, tick=lambda: None
+    model,
+    sizes,
+    positive=None,
+    wanted=(),
+    call_repeat=time_backends.REPEAT,
+    step_repeat=3,
+    tick=lambda: None,
+    say=lambda text: None,
 ):
     """Benchmark of a MODEL at [Size]: every available backend on the model's own attention calls, then whole steps.
-    wanted: only these slugs.
+    wanted: only these slugs. say: hears what is being timed.
     """
     positive = positive or capture.random_conditioning(model)
     device = model.load_device
@@ -38,10 +45,11 @@ def benchmark(
         {"model": model_text(model), "runs per call": call_repeat, "steps per backend": step_repeat},
     )
     for size in sizes:
-        found.rows += call_rows(model, size, positive, slugs, call_repeat, tick)
+        found.rows += call_rows(model, size, positive, slugs, call_repeat, tick, say)
     for size in sizes if step_repeat else ():
         hidden = any(HIDDEN in row.reason for row in found.rows)
         for slug in step_slugs(model, slugs, hidden):
+            say(f"{slug}, {size}: whole steps")
             found.rows.append(step_row(model, size, positive, slug, step_repeat, tick))
     return found
 
@@ -54,7 +62,7 @@ def step_slugs(model, slugs, hidden=False):
     return [registry.COMFYUI, *([AS_CONNECTED] if changed else []), registry.AUTO, *slugs]
 
 
-def call_rows(model, size, positive, slugs, repeat, tick):
+def call_rows(model, size, positive, slugs, repeat, tick, say=lambda text: None):
     """Rows of all backends on each kind of call that the model makes at a Size; the reason if the model cannot run
     it.
     """
@@ -79,12 +87,12 @@ def call_rows(model, size, positive, slugs, repeat, tick):
                 reason=f"{HIDDEN}, as in compiled blocks. Measure the model before it is compiled.",
             )
         ]
-    free = comfy.model_management.get_free_memory(model.load_device) / 2
-    return [
-        time_backends.bench_backend(str(size), call, slug, repeat, tick, free, optimized_attention)
-        for call in calls
-        for slug in (registry.COMFYUI, *slugs)
-    ]
+    free, rows = comfy.model_management.get_free_memory(model.load_device) / 2, []
+    for call in calls:
+        for slug in (registry.COMFYUI, *slugs):
+            say(f"{slug}, {size}: attention calls")
+            rows.append(time_backends.bench_backend(str(size), call, slug, repeat, tick, free, optimized_attention))
+    return rows
 
 
 def step_row(model, size, positive, slug, repeat, tick):

@@ -75,11 +75,11 @@ def missed_calls(recording, expected):
 # --- a comparison ----------------------------------------------------------------------------------------------------
 
 
-def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
+def compare(model, job, reference, candidates, vae=None, tick=lambda: None, say=lambda text: None):
     """(Comparison, [(name, IMAGE)]): of the reference, then of the variants that ran.
 
-    reference: slug; candidates: [Variant]; vae: without one the images are rough previews. UserError when the reference
-    cannot run.
+    reference: slug; candidates: [Variant]; vae: without one the images are rough previews; say: hears what is running.
+    UserError when the reference cannot run.
     """
     if not job.steps:  # everything would be equal, and the verdict a bare pass
         raise UserError(
@@ -89,6 +89,7 @@ def compare(model, job, reference, candidates, vae=None, tick=lambda: None):
         )
 
     def record(candidate):
+        say(f"{candidate.name}: {job.steps} steps")
         found = sampling.record(candidate, model, job, AttentionProbe, tick)
         found.ran, calls = log_of(found.model)  # now: a later candidate of a compiled model could still add to this log
         found.calls = calls if candidate.selects else None

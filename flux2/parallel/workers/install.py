@@ -9,14 +9,13 @@ by one around the model.
 
 from dataclasses import dataclass
 import logging
-import sys
 import weakref
 
 import comfy.model_management as management
 from comfy.patcher_extension import WrappersMP
 import comfy.utils
 
-from ... import error_links, attention_slot
+from ... import attention_slot, error_links, page_words
 from ....attention.parallel import Degrees
 from . import devices, session as sessions
 from .patch_transfer import encode_patches
@@ -197,13 +196,6 @@ class Progress:
 
 
 def say(text):
-    """A line of text on the node that is executing, where ComfyUI's page shows such lines, and in the log."""
+    """A line of text on the node that is executing, and in the log."""
     log.info("Sequence parallel: %s", text)
-    from comfy_execution.utils import get_executing_context
-
-    context, page = (
-        get_executing_context(),
-        getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None),
-    )
-    if context is not None and page is not None:
-        page.send_progress_text(text, context.node_id)
+    page_words.tell(text)
