@@ -3,7 +3,7 @@
 workflows, in ComfyUI's own page.
 
   python scripts/make_workflows.py [NAME ...]      write example_workflows/*.json and *.jpg, subgraphs/*.json and
-                                                   docs/workflow.png, all or those named
+                                                   docs/workflow.png and docs/hero.png, all or those named
 
 The graphs are written once, as API workflows in example_workflows/api/. This opens each in a real ComfyUI page,
 arranges the nodes as below, puts all but what a user reads and sets into one node (scripts/blueprints.py), adds a note
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import browser  # noqa: E402
 
 FOLDER, EMBEDDED = ROOT / "example_workflows", ROOT / "docs" / "workflow.png"
+HERO = ROOT / "docs" / "hero.png"
 DRAWN_IMAGE = ROOT / "tests" / "data" / "drawn_cat.png"
 PACK_ID = "flux2-attention"  # lets ComfyUI-Manager find the pack where its nodes are missing
 DEV, KLEIN = (
@@ -316,6 +317,11 @@ for (const [width, stack] of args[2]) {
 }
 if (left.length) throw new Error(args[1] + ' does not place ' + left.map(node => node.type));
 """
+AFTER_A_RUN = """
+app.graph.remove(app.graph.nodes.find(({type}) => type === 'MarkdownNote'));
+const whole = app.graph.nodes.find(node => node.subgraph);
+for (const widget of whole.widgets) if (widget.name in args[0]) widget.value = args[0][widget.name];
+"""
 SAVED = "return JSON.stringify((await app.graphToPrompt()).workflow)"
 
 
@@ -417,6 +423,22 @@ def save(server, page, name):
     card.save(FOLDER / f"{name}.jpg", quality=88)
     if name == next(iter(TEMPLATES)):
         embed(result, workflow)
+        hero(page)
+
+
+def hero(page):
+    """The open template after a run of the drawing model, cut to its nodes: badge, report and generated image."""
+    from PIL import Image
+
+    page.js(AFTER_A_RUN, {"prompt": cards.PROMPT, "width": 256, "height": 256})
+    page.run()
+    page.js("document.querySelectorAll('button').forEach(button => { button.style.visibility = 'hidden'; })")
+    page.clear_view()
+    box = page.fit(margin=30)
+    with tempfile.TemporaryDirectory() as folder:
+        page.screenshot(Path(folder) / "page.png")
+        with Image.open(Path(folder) / "page.png") as shot:
+            shot.convert("RGB").crop(box).save(HERO, optimize=True)
 
 
 def embed(image, workflow):

@@ -99,7 +99,7 @@ def test_labels_say_what_this_machine_can_do(page, node_type, name):
     )
     found = labels(page, node_type, name)
     assert found["flash4"] == "flash4 · needs NVIDIA" and found["sdpa"] == "sdpa" and found["auto"] == "auto"
-    assert found["aiter"] == "aiter · needs AMD" and found["sage2"].endswith("approximate")
+    assert found["aiter"] == "aiter · needs AMD · experimental" and "approximate" in found["sage2"]
     order = list(found)
     last = max(order.index(slug) for slug in ("auto", "sdpa", "sdpa-flash", "sdpa-math"))
     assert last < order.index("flash4"), "those that run here come first"
@@ -338,3 +338,55 @@ def test_the_texts_of_the_page_follow_its_language(shared_page):
         assert shared_page.js(before) == texts["copy"]
     finally:
         shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
+# --- what a run shows ------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_shows_its_two_images_under_a_slider_and_says_what_it_does(page, server, model_files, shots):
+    workflow = json.loads((ROOT / "example_workflows" / "api" / "flux2_compare_attention.json").read_text())
+    names = {kind: model_files[kind][0].name for kind in ("diffusion_models", "text_encoders", "vae")}
+    small = {
+        "model_name": names["diffusion_models"],
+        "text_encoder_name": names["text_encoders"],
+        "vae_name": names["vae"],
+        "width": 64,
+        "height": 64,
+        "steps": 2,
+        "candidate_1": "sdpa-math",
+    }
+    for node in workflow.values():
+        node["inputs"].update({name: small[name] for name in small if name in node["inputs"]})
+    page.load_api(workflow)
+    page.js(
+        "window.said = [];"
+        "app.api.addEventListener('flux2_attention_progress', ({detail}) => window.said.push(detail.text))"
+    )
+    page.set_widget(COMPARE, "noise_seed", 9 + page.js("return Number(LiteGraph.vueNodesMode ?? false)"))
+    size = next(node["size"] for node in page.nodes() if node["type"] == COMPARE)
+    page.run()
+    page.wait_for(
+        "[...document.querySelectorAll('.flux2-pair img')].filter(({naturalWidth}) => naturalWidth).length === 2"
+    )
+    page.screenshot(shots / "slider.png")
+    assert list(dict.fromkeys(page.js("return window.said"))) == ["comfyui: 2 steps", "sdpa-math: 2 steps"]
+    assert page.js("return document.querySelector('.flux2-report .words').hidden"), "what was said goes with the run"
+    page.js(
+        "const slide = document.querySelector('.flux2-pair input'); slide.value = 20;"
+        "slide.dispatchEvent(new Event('input'))"
+    )
+    assert "20%" in page.js("return document.querySelector('.flux2-pair img + img').style.clipPath")
+    assert next(node["size"] for node in page.nodes() if node["type"] == COMPARE) == size, "the node did not grow"
+
+
+def test_words_of_a_node_without_a_report_are_on_its_badge_and_do_not_change_its_size(page):
+    add(page, "Flux2CompileBlocks")
+    before = page.nodes()[0]["size"]
+    say = "app.api.dispatchCustomEvent ? app.api.dispatchCustomEvent(args[0], args[1]) : \
+app.api.dispatchEvent(new CustomEvent(args[0], {detail: args[1]}))"
+    node = page.nodes()[0]["id"]
+    page.js(say, "flux2_attention_progress", {"node": str(node), "text": "Compiling double blocks ..."})
+    assert badge(page, "Flux2CompileBlocks")[0] == "Compiling double blocks ..."
+    assert page.nodes()[0]["size"] == before
+    page.js(say, "execution_success", {"prompt_id": "x"})
+    assert badge(page, "Flux2CompileBlocks") is None

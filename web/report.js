@@ -12,7 +12,7 @@ const SIZES = {
 };
 const WIDGET = "report", LEAST_HEIGHT = 90;
 const STYLE = `
-  .flux2-report { position: relative; overflow: auto; box-sizing: border-box; padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg, #222);
+  .flux2-report { position: relative; overflow: auto; contain: size; width: 100%; height: 100%; min-height: 90px; box-sizing: border-box; padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg, #222);
     color: var(--input-text, #ddd); font: 12px/1.4 sans-serif; user-select: text; cursor: text; }
   .flux2-report p { margin: 0 0 3px; white-space: pre-wrap; overflow-wrap: anywhere; }
   .flux2-report .nothing { color: var(--descrip-text, #999); }
