@@ -54,7 +54,8 @@ function sorted(values) {
 function offer(node) {
   for (const name of BACKENDS[node.comfyClass] ?? []) {
     const widget = node.widgets?.find((one) => one.name === name);
-    if (widget?.options) widget.options = { ...widget.options, values: sorted(widget.options.values) };
+    const values = widget?.options?.values;
+    if (Array.isArray(values)) values.splice(0, values.length, ...sorted(values)); // in place: nodes that are page elements hold on to the array
   }
   judge(node);
   node.setDirtyCanvas(true, true);
@@ -118,7 +119,7 @@ function fold(node) {
     const hidden = !applies(node, widget.name) && !linked(node, widget.name);
     changed ||= Boolean(widget.hidden) !== hidden;
     widget.hidden = hidden;
-    widget.options = { ...widget.options, hidden };
+    Object.assign(widget.options, { hidden });
   }
   if (changed && node.comfyClass === SELECTOR) node.setSize([node.size[0], node.computeSize()[1]]);
 }
@@ -177,8 +178,8 @@ app.registerExtension({
     const labels = LABELS[node.comfyClass] ?? {}, slugs = BACKENDS[node.comfyClass] ?? [];
     for (const widget of node.widgets ?? []) {
       const known = labels[widget.name];
-      if (known) widget.options = { ...widget.options, getOptionLabel: (value) => (known[value] ? t(known[value]) : String(value ?? "")) };
-      if (slugs.includes(widget.name)) widget.options = { ...widget.options, getOptionLabel: (value) => labelOf(String(value ?? "")) };
+      if (known) Object.assign(widget.options, { getOptionLabel: (value) => (known[value] ? t(known[value]) : String(value ?? "")) });
+      if (slugs.includes(widget.name)) Object.assign(widget.options, { getOptionLabel: (value) => labelOf(String(value ?? "")) });
     }
     prefill(node);
     if (!slugs.length) return;
