@@ -149,8 +149,16 @@ class Page:
         self.js("await app.loadGraphData(args[0], true, true, args[1])", workflow, name)
 
     def load_api(self, workflow, name="test"):
-        """Open an API workflow, as dropping its file on the page does: a flat graph."""
-        self.js("app.clean(); await app.loadApiJson(args[0], args[1])", workflow, name)
+        """Open an API workflow, as dropping its file on the page does: a flat graph. The page keeps values of widgets
+        by the ids of graph and node, so it gets a graph of its own.
+        """
+        self.js(
+            "const empty = {id: crypto.randomUUID(), nodes: [], links: [], version: 0.4};"
+            "await app.loadGraphData(empty, true, true, args[1]);"
+            "await app.loadApiJson(args[0], args[1])",
+            workflow,
+            name,
+        )
 
     def set_widget(self, node_type, name, value):
         """Set a widget of the only node of that type, as the user does: the widget's own callback runs."""

@@ -313,7 +313,7 @@ def test_the_button_that_clears_prompts_asks_first_and_is_not_sent(page):
     page.js("app.graph.nodes[0].widgets.find(({type}) => type === 'button').callback()")
     page.wait_for("document.querySelector('.flux2-dialog')?.innerText.includes('Delete all encoded prompts')")
     page.js("[...document.querySelectorAll('dialog button')].find(({innerText}) => innerText === 'Cancel').click()")
-    assert not page.js("return document.querySelector('.flux2-dialog')")
+    page.wait_for("!document.querySelector('.flux2-dialog')")
     sent = page.prompt()
     (inputs,) = [entry["inputs"] for entry in sent.values()]
     assert not any("clear" in name for name in inputs) and None not in inputs.values()
