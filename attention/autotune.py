@@ -127,7 +127,7 @@ def can_time(device_type):
     return device_type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-MOST_TAKEN = 1024  # calls of different shapes whose kernel is known to the other ranks
+MOST_TAKEN = 16384  # calls of different shapes whose kernel is known to the other ranks
 
 
 class Tuner:

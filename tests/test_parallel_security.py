@@ -302,7 +302,7 @@ def test_json_that_is_too_deep_or_too_long_ends_the_prompt_with_a_sentence(tools
 # --- how the ranks find one another ----------------------------------------------------------------------------------
 
 
-def test_no_port_but_the_authenticated_one_is_open_while_ranks_connect(tools):  # noqa: F811
+def test_the_store_by_which_ranks_find_one_another_has_no_port(tools):  # noqa: F811
     """torch's TCPStore asks nobody for a secret, so there is none."""
     from flux2_pack.flux2.parallel.workers import process_groups, rendezvous
 

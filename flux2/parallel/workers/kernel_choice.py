@@ -11,7 +11,7 @@ import time
 from ....attention import autotune, dispatch
 from ....attention.registry import AUTO
 
-PATIENCE = 600  # seconds that rank 0 may take to measure: compiling kernels is part of it
+PATIENCE = 300  # seconds that rank 0 may take to measure: compiling kernels is part of it
 POLL = 0.02
 
 

@@ -1,6 +1,6 @@
 """The worker processes of a group, as rank 0 sees them: started, greeted, told what to do, watched, ended.
 
-  pool = WorkerPool(plan, device_names...)
+  pool = WorkerPool(plan)
   pool.start()                                 # returns at once
   number = pool.ask("load", source=...)        # tell every worker
   answers = pool.done("load", number, 600)     # wait for all of them: {rank: what it answered}; raises what went wrong

@@ -30,7 +30,7 @@ from . import channel
 
 JOINING = timedelta(seconds=120)  # for the first exchange of a group: ranks may come late, their GPU busy
 LONGEST = timedelta(hours=2)  # an exchange; a dead rank is noticed in other ways
-# NCCL's watchdog ends the whole process when a rank is gone. The process is ComfyUI, and group.py notices by itself.
+# NCCL's watchdog ends the whole process when a rank is gone. The process is ComfyUI, and pool.py notices by itself.
 WATCHDOG = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",

@@ -182,7 +182,7 @@ class Worker:
         """Which kernel rank 0 takes; a cancel is heard meanwhile."""
         from comfy.model_management import throw_exception_if_processing_interrupted
 
-        return self.requests.ask(660, {"request": "kernel", **request}, throw_exception_if_processing_interrupted)
+        return self.requests.ask(330, {"request": "kernel", **request}, throw_exception_if_processing_interrupted)
 
     def do_load(self, message, tensors):
         self.replica = None
