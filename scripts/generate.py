@@ -14,6 +14,7 @@ error the status is not zero. Not covered: batches, negative prompts and guiders
 import argparse
 import contextlib
 import json
+import re
 import signal
 import sys
 import time
@@ -42,38 +43,115 @@ DEFAULT_SIDE = 1024  # of a picture whose size is not given
 IDLE = {True: "CPU when idle", False: "keep on GPU"}  # values of an offload flag -> the input `memory` of a loader node
 
 
+# flags of public `sglang generate` and `sglang serve` commands that this one does not have -> what to do instead
+INSTEAD = {
+    "--save-output": "The image is always saved: leave it out, and name the file with --output-path.",
+    "--output-file-name": "Name the file with --output-path, such as --output-path out.png.",
+    "--output-file-path": "Name the file with --output-path, such as --output-path out.png.",
+    "--return-frames": "The image is saved as a file: leave it out.",
+    "--tp-size": "Use --num-gpus, which splits the work of one image.",
+    "--sp-degree": "Use --num-gpus; --ulysses-degree and --ring-degree say how they share the work.",
+    "--dp-size": "Start one ComfyUI for each GPU and give each its prompts.",
+    "--enable-cfg-parallel": "FLUX.2 dev computes no second pass. For klein base put core's MultiGPU CFG Split into a "
+    "workflow.",
+    "--lora-path": "Put the node Load FLUX.2 LoRA behind the model in a workflow; docs/coming-from.md has its inputs.",
+    "--lora-scale": "It is the input strength of the node Load FLUX.2 LoRA in a workflow.",
+    "--lora-nickname": "Put the node Load FLUX.2 LoRA behind the model in a workflow.",
+    "--negative-prompt": "FLUX.2 dev and distilled klein have guidance built in and read none. For klein base use a "
+    "CFGGuider in a workflow.",
+    "--prompt-path": "Use the node Encode Prompt List in a workflow, or call this once for each prompt.",
+    "--prompt-file-path": "Use the node Encode Prompt List in a workflow, or call this once for each prompt.",
+    "--num-outputs-per-prompt": "Call it again with another --seed, or set batch_size in a workflow.",
+    "--component-attention-backends": "It is the input attention of the node Load FLUX.2 Text Encoder in a workflow.",
+    "--enable-attention-backend-autotune": "Use --attention-backend auto, which measures the backends.",
+    "--text-encoder-path": "Here it is --text-encoder, and takes a file or a folder.",
+    "--text-encoder-precision": "It is the input precision of the node Load FLUX.2 Text Encoder in a workflow.",
+    "--vae-path": "Here it is --vae, and takes a file or a folder.",
+    "--dit-precision": "The file's own number format is used; the node Load FLUX.2 Model has weight_dtype.",
+    "--transformer-path": "Here it is --model-path, and takes a file or a folder.",
+    "--transformer-weights-path": "Here it is --model-path; fp8 and mixed-precision files load like any other.",
+    "--vae-tiling": "Use core's node VAE Decode (Tiled) in a workflow. Decoding falls back to tiles by itself when "
+    "memory runs out.",
+    "--pin-cpu-memory": "ComfyUI decides that; its own option --disable-pinned-memory switches it off.",
+    "--use-fsdp-inference": "Use --dit-layerwise-offload for a model that is larger than the GPU.",
+    "--host": "Start ComfyUI with --listen and give its address here with --server.",
+    "--port": "Start ComfyUI with --port and give its address here with --server.",
+    "--config": "Write the flags themselves; there is no file of settings.",
+    "--backend": "Leave it out: there is one way to run the model here. The kernel is --attention-backend.",
+    "--trust-remote-code": "Leave it out: no code is loaded from model files.",
+    "--log-level": "Leave it out: progress and errors go to stderr.",
+    "--num-frames": "FLUX.2 makes single images: leave it out.",
+    "--fps": "FLUX.2 makes single images: leave it out.",
+}
+EPILOG = """examples:
+  generate.py --prompt "A red fox" --server http://127.0.0.1:8188
+  generate.py --prompt "Add a cool hat to the cat" --image-path cat.png --seed 42 --output-path out.png
+  generate.py --prompt "A red fox" --num-gpus 2 --attention-backend flash3 --warmup
+
+Flags are those of `sglang generate` where both have them. docs/coming-from.md says where the others are."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers flags that only sglang has with what to do instead."""
+
+    def error(self, message):
+        found = re.match(r"unrecognized arguments: (.*)", message)
+        flags = [part.split("=")[0] for part in found[1].split() if part.startswith("--")] if found else []
+        lines = [
+            f"{flag} is not a flag of this program. {INSTEAD.get(flag, '--help lists all.')}"
+            for flag in dict.fromkeys(flags)
+        ]
+        super().error("\n".join(lines) or message)
+
+
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(prog="generate", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--prompt", required=True)
+    parser = Parser(
+        prog="generate",
+        description=f"{__doc__.split(chr(10))[0]} ComfyUI does the work: a running one (--server), or one that is "
+        "started for this image.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("image").add_argument
+    add("--prompt", required=True, help="what the image shows, or what to change in the reference images")
     add("--width", type=int, help="multiple of 16 (default 1024, or the width of the first --image-path)")
     add("--height", type=int, help="multiple of 16 (default 1024, or the height of the first --image-path)")
-    add("--num-inference-steps", type=int, default=20)
-    add("--guidance-scale", type=float, default=4.0)
-    add("--seed", type=int, default=42)
+    add("--num-inference-steps", type=int, default=20, help="steps of the sampler (default 20; distilled klein: 4)")
     add(
-        "--image-path", action="append", default=[], help="a reference image to edit or combine; give it again for more"
+        "--guidance-scale",
+        type=float,
+        default=4.0,
+        help="how closely FLUX.2 dev follows the prompt (default 4.0; klein does not read it)",
+    )
+    add("--seed", type=int, default=42, help="number that the noise is made from; the same seed, the same image")
+    add(
+        "--image-path",
+        action="append",
+        default=[],
+        help="a reference image to edit or combine; give it again for more",
     )
     add(
         "--reference-megapixels",
         type=float,
         default=1.0,
-        help="size to which each reference image is scaled (default 1)",
+        help="size to which each reference image is scaled, up or down (default 1). Small values make steps faster",
     )
-    add("--attention-backend", default="auto", help="as in the node Select Attention (default auto)")
     add(
         "--output-path",
         type=Path,
         default=Path("output"),
-        help="a picture file (.png .jpg .webp) or a folder (default output)",
+        help="an image file (.png .jpg .webp) or a folder (default output)",
     )
-    add("--model-path", help="FLUX.2 model file")
-    add("--text-encoder", help="Mistral 3 text encoder file")
-    add("--vae", help="FLUX.2 VAE file")
-    add_memory_flags(parser)
-    add_speed_flags(parser)
-    add_parallel_flags(parser)
-    add("--server", help="URL of a running ComfyUI; without it one is started")
+    add = parser.add_argument_group("model files", "paths, or names in ComfyUI's model folders").add_argument
+    add("--model-path", help="FLUX.2 diffusion model: a file, or a diffusers folder")
+    add("--text-encoder", help="Mistral 3 (dev) or Qwen3 (klein): a file, or a Hugging Face folder")
+    add("--vae", help="FLUX.2 VAE: a file, or a diffusers folder")
+    add_memory_flags(parser.add_argument_group("memory"))
+    add_speed_flags(parser.add_argument_group("attention and speed"))
+    add_parallel_flags(parser.add_argument_group("several GPUs"))
+    add = parser.add_argument_group("server").add_argument
+    add("--server", help="URL of a running ComfyUI that has this pack; without it one is started")
     return parser.parse_args(arguments)
 
 
@@ -108,6 +186,7 @@ def add_memory_flags(parser):
 def add_speed_flags(parser):
     """Those of sglang, and --fast-blocks."""
     add = parser.add_argument
+    add("--attention-backend", default="auto", help="as in the node Select Attention (default auto)")
     yes = {"type": truth, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
     add("--enable-torch-compile", **yes, help="compile the diffusion model's blocks with torch.compile")
     add(

@@ -11,6 +11,7 @@ import asyncio
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from PIL import Image
 import api_workflow
 import environment
 from comfy_client import ComfyClient, ComfyError, TimedOut, refusal
-from comfy_server import PACK, ComfyServer, ServerFailed, fetch_json, free_port
-from generate import local_models, parse, settings_from
+from comfy_server import PACK, ROOT, ComfyServer, ServerFailed, fetch_json, free_port
+from generate import INSTEAD, local_models, parse, settings_from
 from picture import match
 from server_fixture import SCRIPTS, run
 
@@ -205,6 +206,34 @@ def test_generate_refuses_before_it_starts_anything(arguments, words, tmp_path):
     said = sentence(generate("--output-path", tmp_path, *arguments))
     assert words in said and "Starting" not in said and time.monotonic() - begun < 30
     assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_answers_flags_that_only_sglang_has_with_what_to_do(capsys):
+    """Those of public commands; the page coming-from.md has the same rows."""
+    with pytest.raises(SystemExit):
+        parse("--prompt a --save-output --output-file-name x.png --tp-size=2 --lora-path b --promt c".split())
+    said = capsys.readouterr().err
+    for flag, words in (
+        ("--save-output", "The image is always saved"),
+        ("--output-file-name", "Name the file with --output-path"),
+        ("--tp-size", "Use --num-gpus"),
+        ("--lora-path", "Put the node Load FLUX.2 LoRA"),
+        ("--promt", "--help lists all"),
+    ):
+        assert f"{flag} is not a flag of this program. {words}" in said
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    rows = re.findall(r"^\| (`--[^|]+) \| - \|", page, re.M)
+    named = {flag.split()[0] for row in rows for flag in re.findall(r"`(--[^`]+)`", row)}
+    assert named and named <= set(INSTEAD), "what the page says is not here is answered"
+
+
+def test_generate_has_help_for_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    flags = set(re.findall(r"^  (--[\w-]+)", text, re.M))
+    helped = set(re.findall(r"^  (--[\w-]+)[^\n]*(?:  [a-zA-Z].*|\n {20,}\S.*)$", text, re.M))
+    assert len(flags) > 25 and flags == helped and "examples:" in text
 
 
 def test_generate_lists_what_the_server_has(server):
