@@ -356,6 +356,22 @@ def first(peer, world):
     return row, maker
 
 
+def prompt_in_bf16(world):
+    """What a prompt computed in bf16 in the place of float32 changes, as relative distances: of the conditioning, and
+    of the latents after all steps, from the same noise by core's model.
+    """
+    from flux2_pack.flux2.loading import encoder_families
+
+    layers, found = encoder_families.FAMILIES[world.kind].last_tap, {}
+    for precision in ("float32", "bf16"):
+        clip = clip_of(world.encoder, world.kind, world.encoder_sizes, layers, precision)
+        nodes = Nodes(world.setting.patcher, clip, None, world.pixels)
+        positive = nodes.encode()
+        found[precision] = positive[0][0], nodes.sample(positive)["samples"]
+    pairs = zip(("conditioning", "latents"), found["bf16"], found["float32"])
+    return {name: peers.error_between(rounded, exact) for name, rounded, exact in pairs}
+
+
 def wall_ms(work):
     synchronise()
     start = time.perf_counter()
@@ -369,6 +385,8 @@ def measure(name, options, save_now):
     world = world_of(name, options)
     made = [first(peer, world) for peer in options.peers]
     times = {row["peer"]: [] for row, maker in made if maker}
+    changed = prompt_in_bf16(world)
+    print(f"a prompt in bf16 in the place of float32 changes {changed}", flush=True)
     for _ in range(options.rounds):
         for row, maker in made:
             if maker:
@@ -384,6 +402,7 @@ def measure(name, options, save_now):
                 "name": f"{name}-{world.pixels}",
                 **columns,
                 "steps": STEPS,
+                "prompt_in_bf16": changed,
                 "diffusers_attention": world.setting.diffusers_attention,
                 "rows": [row for row, _ in made],
             }

@@ -154,6 +154,7 @@ def test_whole_pictures_of_klein(comfy, tmp_path):
     )
     (case,) = data["cases"]
     assert case["name"] == "klein-9b-64" and all(case[column] > 0 for column in ("core_ms", "diffusers_ms")), said
+    assert 0 < case["prompt_in_bf16"]["conditioning"] < 0.05 and 0 < case["prompt_in_bf16"]["latents"] < 0.05
     assert all(row["picture"] == [1, 64, 64, 3] and row["stages"]["encode"] > 0 for row in case["rows"])
 
 
