@@ -78,9 +78,9 @@ def test_a_backend_that_cannot_run_has_its_reasons_and_how_to_get_it():
 
 
 def test_a_wrong_kernel_shows_in_the_error(monkeypatch):
-    adapter = registry.adapter("sdpa", registry.describe("cpu"))
-    right = adapter.run
-    monkeypatch.setattr(adapter, "run", lambda *args: (right(*args)[0] * 1.05, right(*args)[1]))
+    kind = type(registry.adapter("sdpa", registry.describe("cpu")))
+    right = kind.run
+    monkeypatch.setattr(kind, "run", lambda *args: (right(*args)[0] * 1.05, right(*args)[1]))
     assert amd_check.backend("sdpa", 64, 2, CPU)["error"] > 0.04
 
 
