@@ -238,5 +238,15 @@ def test_ranks_on_rocm_are_told_of_rccl_and_see_one_gpu_each(comfy, mi300, monke
     assert "RCCL" in reason and not FOREIGN.search(reason)
 
 
+def test_symmetric_memory_is_not_tried_on_amd_unless_asked_for(mi300, monkeypatch):
+    from flux2_pack.attention.parallel import symmetric_memory
+
+    monkeypatch.delenv(symmetric_memory.SWITCH, raising=False)
+    reason = symmetric_memory.unavailable(torch.device("cuda"))
+    assert reason.startswith("it has never been run on AMD GPUs") and symmetric_memory.SWITCH in reason
+    monkeypatch.setenv(symmetric_memory.SWITCH, "1")
+    assert "AMD" not in (symmetric_memory.unavailable(torch.device("cuda")) or "")
+
+
 def test_the_pretended_torch_is_put_back():
     assert torch.version.hip is None and rocm_fixture.HIP.startswith("7.2")

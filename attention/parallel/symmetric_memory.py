@@ -24,7 +24,7 @@ import torch
 
 RENDEZVOUS = timedelta(seconds=20)
 ALIGNED = 256  # bytes
-SWITCH = "FLUX2_SYMMETRIC_MEMORY"  # set to 0: NCCL is used, to compare
+SWITCH = "FLUX2_SYMMETRIC_MEMORY"  # 0: NCCL is used, to compare; 1: tried on AMD GPUs too
 # ranks see one GPU each, all of them their number 0; nothing here uses multicast, which some containers forbid
 SETTINGS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
@@ -33,6 +33,8 @@ def unavailable(device):
     """Why this rank cannot take part, a sentence, or None. device: torch.device of the tensors."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0."
+    if torch.version.hip and os.environ.get(SWITCH) != "1":  # how stores to another GPU are ordered there is unproven
+        return f"it has never been run on AMD GPUs; ComfyUI started with {SWITCH}=1 tries it."
     if device.type != "cuda":
         return f"it needs GPUs, and the model computes on '{device.type}'."
     if find_spec("triton") is None:
