@@ -301,6 +301,17 @@ def test_a_lora_on_every_layer_and_its_strength(tools, flux2):
     assert torch.equal(*outs)
 
 
+def test_models_of_a_gguf_loader(tools):
+    """Packed weights that a layer unpacks at each call: its products are its own, what is between them is fused."""
+    import gguf_stand_in
+
+    model, given = gguf_stand_in.gguf_model(maker.diffusion_model(dtype=torch.float32)), inputs({})
+    expected = forward(model, given)
+    fused = fast(tools, model)
+    assert relative(forward(fused, given), expected) < CLOSE
+    assert tools.fast_blocks.log_of(fused).as_data() == ALL
+
+
 # the share of the weights that is loaded; the others are cast, and get their LoRA, when they are called
 LOADS = {"--lowvram": 0.5, "--novram": 0.0}
 

@@ -620,7 +620,7 @@ def compiled(tools, model):
     from flux2_pack.flux2.compiled import blocks
 
     clone = model.clone()
-    blocks.install(clone, blocks.Plan(backend="eager"))
+    blocks.install(clone, blocks.CompilePlan(backend="eager"))
     return clone
 
 

@@ -46,7 +46,11 @@ ITEM_BITS = _item_bits()
 NOT_SAFETENSORS = (  # first bytes -> what such a file is
     (b"PK\x03\x04", "a zip archive, most likely a PyTorch pickle checkpoint"),
     (b"\x80", "a Python pickle"),
-    (b"GGUF", "a GGUF file; use the ComfyUI-GGUF nodes for it"),
+    (
+        b"GGUF",
+        "a GGUF file; load it with Unet Loader (GGUF) or CLIPLoader (GGUF) of the pack ComfyUI-GGUF, and put this "
+        "pack's nodes behind it",
+    ),
     (
         b"version https://git-lfs",
         "a Git LFS pointer, not the model itself; run 'git lfs pull' or download the file again",
