@@ -12,11 +12,12 @@ backends the fastest on this card is taken.
 
 Work of a step in floating point operations, S tokens of which I are image, h = 6144: 2 * 13 h^2 S in each block for its
 products, 4 S^2 h for its attention, and 2 h (128 I + text width * text + 128 I) for in- and output. Products of
-modulations are left out (0.01 %). Ceiling: what torch.mm (bf16), torch._scaled_mm (fp8, e4m3) or torch._int_mm (int8)
-reach on the two large products of a single block at this length, measured in the same run; that of fp8 for fp8 weights
-and for ours-fp8, whose attention stays bf16. ours-cudnn-fp8 is ours with backend cudnn-fp8. Peak: PyTorch's allocator;
-the model's weights, what the peer keeps beside them, and what a step takes. Needs about 100 GB of GPU memory. --small
-tries every path in seconds, on a CPU too. Not covered: sampler, text encoder and VAE (benchmarks/klein.py).
+modulations are left out (0.01 %). Ceiling: what torch.mm (bf16), torch._scaled_mm (fp8, e4m3) or torch._int_mm and
+comfy-kitchen (int8) reach on the two large products of a single block at this length, measured in the same run; that of
+fp8 for fp8 weights and for ours-fp8, whose attention stays bf16. ours-cudnn-fp8 is ours with backend cudnn-fp8. Peak:
+PyTorch's allocator; the model's weights, what the peer keeps beside them, and what a step takes. Needs about 100 GB of
+GPU memory. --small tries every path in seconds, on a CPU too. Not covered: sampler, text encoder and VAE
+(benchmarks/klein.py).
 """
 
 import argparse
@@ -135,8 +136,13 @@ def products(weights, rows, inner, outer, device):
     """
     a, b = (torch.randn(shape, device=device).to(torch.bfloat16) for shape in ((rows, inner), (outer, inner)))
     if weights == "int8":
+        from flux2_pack.flux2.fused import int8_rowwise
+
         a, b = (tensor.mul(30).to(torch.int8) for tensor in (a, b))
-        return [lambda: torch._int_mm(a, b.t())]
+        one = torch.ones(rows, 1, device=device), torch.ones(outer, device=device)
+        with_scales = int8_rowwise.kitchens()
+        scaled = [lambda: with_scales(a, b, *one, None, torch.bfloat16)] if with_scales else []
+        return [lambda: torch._int_mm(a, b.t()), *scaled]
     if weights == "bf16":
         return [lambda: a @ b.t()]
     one = torch.ones((), device=device)

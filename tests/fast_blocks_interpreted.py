@@ -729,12 +729,12 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=
     return (out if bias is None else out + bias).to(out_dtype)
 
 
-def rows_by_torch(x):
+def rows_by_torch(x, to):
     """What the kernel quantise_rows does; the interpreter would take minutes for a model's weights."""
-    from flux2_pack.flux2.fused.kernels.formats import FP8_ROW, Format, Quantised
+    from flux2_pack.flux2.fused.kernels.formats import Quantised
 
-    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
-    return Quantised((x.float() / scale).to(torch.float8_e4m3fn), scale, Format(FP8_ROW), x.dtype)
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(to.dtype).max
+    return Quantised((x.float() / scale).to(to.dtype), scale, to, x.dtype)
 
 
 def test_rows_of_fp8_have_the_scale_of_their_largest_element(comfy):
