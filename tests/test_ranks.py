@@ -51,6 +51,7 @@ def tools(comfy):
     import comfy.utils
     from flux2_pack.flux2.loading import load
     from flux2_pack.flux2.parallel.workers import (
+        ahead,
         answers,
         patch_transfer,
         pool,
@@ -383,15 +384,15 @@ def test_processes_start_before_the_prompts_first_node_and_are_taken_by_its_mode
     session.stop()  # else there are such processes
     node = tools.parallel.Flux2SequenceParallel
     with ranks_on_cpu(2):
-        assert node.fingerprint_inputs(gpus=1) == node.fingerprint_inputs(gpus=None) == "" and not tools.session._ahead
+        assert node.fingerprint_inputs(gpus=1) == node.fingerprint_inputs(gpus=None) == "" and not tools.ahead.waiting
         assert node.fingerprint_inputs(gpus=2) == node.fingerprint_inputs(gpus=0) == ""
-        (pool,) = tools.session._ahead
+        (pool,) = tools.ahead.waiting
         wait_until(lambda: pool.workers and "configure" in pool.workers[0].done, 60)
         fresh = tools.load.load_model(str(small_models["model"]))
         ours = tools.parallel.parallel(fresh)
         new = tools.session.existing(fresh.model)
-        assert new.pool is pool and not tools.session._ahead
-        assert node.fingerprint_inputs(gpus=2) == "" and not tools.session._ahead, "a session has such processes"
+        assert new.pool is pool and not tools.ahead.waiting
+        assert node.fingerprint_inputs(gpus=2) == "" and not tools.ahead.waiting, "a session has such processes"
     try:
         assert difference(sample(tools, ours, steps=1), sample(tools, fresh, steps=1)) < SAME
     finally:
@@ -401,15 +402,15 @@ def test_processes_start_before_the_prompts_first_node_and_are_taken_by_its_mode
 
 def test_processes_that_no_model_takes_end(tools, two, session, monkeypatch):
     session.stop()
-    monkeypatch.setattr(tools.session, "PREPARED_S", 1)
+    monkeypatch.setattr(tools.ahead, "PREPARED_S", 1)
     with ranks_on_cpu(2):
         tools.install.start_ahead(2)
-    (pool,) = tools.session._ahead
+    (pool,) = tools.ahead.waiting
     wait_until(lambda: not pool.started and pool.workers and not alive(pool.workers[0].pid), 60)
 
 
 def test_ranks_that_no_sampler_comes_for_end(tools, small_models, monkeypatch):
-    monkeypatch.setattr(tools.session, "PREPARED_S", 1)
+    monkeypatch.setattr(tools.ahead, "PREPARED_S", 1)
     fresh = tools.load.load_model(str(small_models["model"]))
     with ranks_on_cpu(2):
         tools.parallel.parallel(fresh)

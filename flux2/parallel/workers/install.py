@@ -17,7 +17,7 @@ import comfy.utils
 
 from ... import attention_slot, error_links, page_words
 from ....attention.parallel import Degrees
-from . import devices, session as sessions
+from . import ahead, devices, session as sessions
 from .patch_transfer import encode_patches
 from .pool import ParallelPlan, RanksFailed
 from .step import bound_arguments
@@ -65,7 +65,7 @@ def start_ahead(gpus):
     try:
         plan, _ = devices.plan_ranks(management.get_torch_device(), gpus, lambda number: Degrees(number, 1))
         if plan is not None:
-            sessions.start_ahead(plan)
+            ahead.start_ahead(plan, sessions.running_plans())
     except (OSError, ValueError, RuntimeError) as error:
         log.debug("Sequence parallel: the other ranks are not started before the node runs: %s", error)
 

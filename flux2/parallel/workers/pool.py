@@ -1,4 +1,4 @@
-"""The worker processes of a group, as rank 0 sees them: started, greeted, told what to do, watched, ended.
+"""The worker processes of a session, as rank 0 sees them: started, proven, asked to do something, watched, ended.
 
   pool = WorkerPool(plan)
   pool.start()                                 # returns at once

@@ -25,7 +25,7 @@ def as_data(request, ranks):
 
 
 def row(rank, where, device, times, attention):
-    """One rank. tokens: of the picture, the text and the references together, in its share; sent: bytes."""
+    """One rank. tokens: of the image, the text and the references together, in its share; sent: bytes."""
     tokens = times.get("tokens") or ()
     return {
         "rank": rank,

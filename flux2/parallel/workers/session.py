@@ -18,9 +18,7 @@ lost ends all of them; the next sampling starts anew, its weights coming from th
 
 import atexit
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-import enum
-import functools
+from dataclasses import dataclass
 import logging
 import secrets
 import threading
@@ -31,57 +29,16 @@ import torch
 
 from ....attention.parallel import make_mesh
 from ..attention import ring_fallback
-from . import patch_transfer, versions, process_groups, launch, replica
+from . import ahead, launch, patch_transfer, process_groups, replica, versions
 from .pool import RanksFailed, WorkerPool
+from .session_state import TRANSITIONS, State, Transferred
 from .step import StepExchange, describe_inputs
 
 LOADING_S, CONNECTING_S, ACKNOWLEDGING_S, FINISHING_S = 3600, 150, 300, 600  # that ranks may take
 STOPPING = 1.2  # seconds that the ranks may take to come to the end of a cancelled pass; then they are ended
 ROOM = 1.25  # memory of a GPU that has to be free for a model, over its size: what a pass needs besides is part of that
 GRACE = 30  # seconds from the moment that nobody needs the processes until they end
-PREPARED_S = 300  # that processes wait for the sampler they were started for: a large text encoder may come before it
 log = logging.getLogger(__name__)
-
-
-class State(enum.Enum):
-    """What the other ranks of a session are doing."""
-
-    STOPPED = "stopped"  # no process runs, or those that ran are ending
-    STARTING = "starting"  # processes run or are being started, and have no model
-    LOADING = "loading"  # they were told which model, and load it or are yet to be connected; no sampler waits
-    READY = "ready"  # every rank has the model and is connected; nobody samples
-    SAMPLING = "sampling"  # a sampler has them, from its begin to its end; what is missing is loaded for it
-    DRAINING = "draining"  # the model is not needed any more: it is dropped, and the processes end after GRACE seconds
-
-
-# A sampler keeps its session when the processes are lost: it hears of that in its next pass, and STOPPED comes later.
-TRANSITIONS = {
-    State.STOPPED: {State.STARTING, State.SAMPLING},  # a sampler is told of processes that end before it has them
-    State.STARTING: {State.LOADING, State.SAMPLING, State.STOPPED},
-    State.LOADING: {State.READY, State.SAMPLING, State.DRAINING, State.STOPPED},
-    State.READY: {State.LOADING, State.SAMPLING, State.DRAINING, State.STOPPED},
-    State.SAMPLING: {State.STARTING, State.LOADING, State.READY, State.STOPPED},
-    State.DRAINING: {State.LOADING, State.SAMPLING, State.STOPPED},
-}
-
-
-@dataclass
-class Transferred:
-    """What every rank is known to have of the MODEL. options: specs of patch_transfer, None while unknown. tensors:
-    numbers of the LoRA tensors that are there, None while unknown. numbers: {id(tensor): (number, tensor)}; the tensor
-    is kept alive, so that its id stays its own. patches: uuid of the patcher's weight patches, None while unknown.
-    """
-
-    options: list | None = None
-    tensors: set | None = field(default_factory=set)
-    numbers: dict = field(default_factory=dict)
-    patches: object = None
-
-    def number_of(self, tensor):
-        """The number that the ranks know a tensor by."""
-        if id(tensor) not in self.numbers:
-            self.numbers[id(tensor)] = (1 + max((number for number, _ in self.numbers.values()), default=0), tensor)
-        return self.numbers[id(tensor)][0]
 
 
 @dataclass(frozen=True)
@@ -112,7 +69,6 @@ class ParallelSession:
         self.state, self._changing = State.STOPPED, threading.RLock()
         self.pool, self.seconds, self.last, self.turn = None, {}, {}, threading.RLock()
         self._forget()
-        _register_exit()
         _sessions.add(self)
 
     def _forget(self):
@@ -161,8 +117,8 @@ class ParallelSession:
                 return
             self.stop()  # what is left of those before
             self._forget()
-            self.seconds, self._idle_since, self._patience = {}, time.perf_counter(), PREPARED_S
-            self.pool = pool = taken_ahead(self.plan) or WorkerPool(self.plan)
+            self.seconds, self._idle_since, self._patience = {}, time.perf_counter(), ahead.PREPARED_S
+            self.pool = pool = ahead.taken_ahead(self.plan) or WorkerPool(self.plan)
             pool.plan, pool.look_after = self.plan, self._look_after
             pool.on_failure, pool.busy = lambda: self._ended(pool), lambda: self.state is State.SAMPLING
             if not pool.started:
@@ -177,7 +133,7 @@ class ParallelSession:
         with self.turn:
             self.start()
             if self._idle_since is not None:
-                self._idle_since, self._patience = time.perf_counter(), PREPARED_S
+                self._idle_since, self._patience = time.perf_counter(), ahead.PREPARED_S
         if self._source is None:
             threading.Thread(
                 target=self._load_softly, args=(patcher,), name="flux2 ranks: loading", daemon=True
@@ -583,52 +539,21 @@ def session_of(base, plan, device, **watching):
     return session
 
 
+def running_plans():
+    """The ParallelPlans whose processes run for some model."""
+    return [session.plan for session in list(_sessions) if session.running]
+
+
 def existing(base):
     """The ParallelSession of a loaded model, or None."""
     return _of_model.get(base)
 
 
-# --- processes before there is a model ------------------------------------------------------------------------------
-
-_ahead, _ahead_turn = [], threading.Lock()  # at most one WorkerPool that no session has yet
-
-
-def start_ahead(plan):
-    """Start the processes that a prompt is about to need, before its nodes load models and encode text: importing
-    PyTorch and ComfyUI takes them seconds. Nothing is started where a session has such processes, or for other hosts;
-    without a session they end after PREPARED_S. Raises OSError or ValueError when rank 0 cannot listen.
-    """
-    with _ahead_turn:
-        there = [session.plan for session in list(_sessions) if session.running]
-        there += [pool.plan for pool in _ahead if pool.started]
-        if plan.elsewhere or any(one.processes() == plan.processes() for one in there):
-            return
-        for pool in _ahead:
-            pool.stopping.set()
-        since = time.perf_counter()
-        pool = WorkerPool(plan)
-        pool.look_after = lambda: time.perf_counter() - since > PREPARED_S and pool.stopping.set()
-        _register_exit()
-        pool.start()
-        _ahead[:] = [pool]
-
-
-def taken_ahead(plan):
-    """The WorkerPool that `start_ahead` started for such a plan, or None. It is the caller's from then on."""
-    with _ahead_turn:
-        fitting = [pool for pool in _ahead if pool.started and pool.plan.processes() == plan.processes()]
-        if fitting:
-            _ahead.clear()
-        return fitting[0] if fitting else None
-
-
-@functools.cache
-def _register_exit():
-    atexit.register(stop_all)
-
-
 def stop_all():
     """At the end of the process: every worker, and every process group."""
-    for one in (*list(_sessions), *_ahead):
+    for one in (*list(_sessions), *ahead.waiting):
         one.stop()
     process_groups.wait_until_ended(10)
+
+
+atexit.register(stop_all)
