@@ -88,14 +88,13 @@ def around_sampling(request):
     def wrapper(executor, *args, **kwargs):
         guider = executor.class_obj
         patcher = guider.model_patcher
-        encode_patches(
-            patcher, guider.model_options.get("transformer_options", {})
-        )  # refused before anything is started
+        # refused before anything is started
+        encode_patches(patcher, guider.model_options.get("transformer_options", {}))
         session = request.session(patcher.model, patcher.load_device)
         try:
-            heard(lambda: session.begin(patcher, Progress()))
+            translate_cancel(lambda: session.begin(patcher, Progress()))
             output = executor(*args, **kwargs)
-            heard(session.finish)
+            translate_cancel(session.finish)
             return output
         except BaseException:
             end_early(session)
@@ -118,7 +117,7 @@ def end_early(session):
         pass
 
 
-def heard(work):
+def translate_cancel(work):
     """Run work; a failure that the user's cancel brought about is a cancel."""
     try:
         return work()
@@ -150,7 +149,9 @@ def shared_pass(request, base, patcher):
     def wrapper(executor, *args, **kwargs):
         inputs, options = bound_arguments(executor.class_obj, args, kwargs)
         session = request.session(base, patcher.load_device)
-        return heard(lambda: run_pass(session, executor, patcher, inputs, options, lambda: executor(*args, **kwargs)))
+        return translate_cancel(
+            lambda: run_pass(session, executor, patcher, inputs, options, lambda: executor(*args, **kwargs))
+        )
 
     return wrapper
 
