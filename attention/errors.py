@@ -27,3 +27,9 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or any(
         words in f"{type(error).__name__}: {error}" for words in (*MEMORY, "OutOfMemoryError")
     )
+
+
+def explained(error, topic):
+    """The same error with its section, for types that cannot take it: `raise explained(RuntimeError(text), topic)`."""
+    error.topic = topic
+    return error

@@ -8,7 +8,8 @@ from ..attention.run_log import latent_fingerprint
 from ..flux2.compiled import blocks as compiled_blocks
 from ..flux2.loading import encoder_attention, lazy_clip
 from ..flux2.fused import blocks as fused_blocks
-from ..flux2 import attention_slot, select_attention
+from ..attention.errors import UserError
+from ..flux2 import attention_slot, error_links, select_attention
 from ..flux2.select_attention import NO_SECOND, ROUNDINGS, tuner
 from ..flux2.parallel.workers import report as ranks_report
 from . import status
@@ -32,9 +33,12 @@ def known_slugs(*slugs):
     """What validate_inputs returns: True, or the sentence that lists the backends. None stands for an input that is
     linked.
     """
-    for slug in slugs:
-        if slug not in (None, NO_SECOND, *registry.SLUGS):
-            return f"There is no attention backend '{slug}'. The backends are: {', '.join(registry.SLUGS)}."
+    try:
+        for slug in slugs:
+            if slug not in (None, NO_SECOND, registry.AUTO, registry.COMFYUI):
+                registry.row(slug)
+    except UserError as error:
+        return error_links.answer(error)
     return True
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..attention import registry
 from ..attention.errors import UserError
 from ..attention.measuring import statistics, time_backends
-from ..flux2 import page_words
+from ..flux2 import error_links, page_words
 from ..flux2.measuring import benchmark, capture, compare, result_file, sampling
 from ..flux2.select_attention import NO_SECOND, check_schedule
 from . import figures
@@ -303,7 +303,7 @@ class Flux2BenchmarkAttention(io.ComfyNode):
         try:
             capture.sizes(sizes) if sizes is not None else None
         except ValueError as error:
-            return str(error)
+            return error_links.answer(error)
         return known_slugs(*names(backends or ""))
 
     @classmethod

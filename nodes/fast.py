@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..attention.errors import explained
 from ..flux2.compiled import toolchain
 from ..flux2.fused import blocks as fused_blocks, kernels, fp8_rowwise
 
@@ -59,9 +60,12 @@ class Flux2FastBlocks(io.ComfyNode):
             fused_blocks.leave(patched, reason) if reason else fused_blocks.install(patched)
             return io.NodeOutput(patched)
         if reason:
-            raise RuntimeError(
-                f"Fast Blocks cannot run here: {reason} Remove the node, or set precision to '{AUTO}': then ComfyUI's "
-                "own blocks run, which need nothing."
+            raise explained(
+                RuntimeError(
+                    f"Fast Blocks cannot run here: {reason} Remove the node, or set precision to '{AUTO}': then "
+                    "ComfyUI's own blocks run, which need nothing."
+                ),
+                "fast-blocks",
             )
         fused_blocks.install(patched, rowwise_fp8(patched) if precision == FP8 else None)
         return io.NodeOutput(patched)
@@ -71,7 +75,9 @@ def rowwise_fp8(model):
     """The fp8 products for a MODEL clone. RuntimeError with the reason where they cannot run."""
     reason = fp8_rowwise.unavailable_for(model)
     if reason:
-        raise RuntimeError(f"Fast Blocks cannot use fp8 here: {reason} Set precision to '{CHECKPOINT}'.")
+        raise explained(
+            RuntimeError(f"Fast Blocks cannot use fp8 here: {reason} Set precision to '{CHECKPOINT}'."), "fast-blocks"
+        )
     fp8 = fp8_rowwise.RowwiseFp8()
     fp8.install(model)
     return fp8

@@ -8,6 +8,7 @@ sentence, before anything is loaded.
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..flux2 import error_links
 from ..flux2.loading import encoder_precision, examine, lazy_clip, load
 from ..flux2.vae import prepare as prepare_vae
 from ..flux2.checkpoints.header import CheckpointError
@@ -62,7 +63,7 @@ def _validate(folder, name):
     try:
         return bool(_path(folder, name))
     except CheckpointError as error:
-        return str(error)
+        return error_links.answer(error)
 
 
 def _parted(name):

@@ -3,6 +3,7 @@
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..flux2 import error_links
 from ..flux2.checkpoints.folders import locate
 from ..flux2.checkpoints.header import CheckpointError
 from ..flux2.lora import load
@@ -82,7 +83,7 @@ class Flux2LoadLoRA(io.ComfyNode):
         try:
             return lora_name is None or bool(_path(lora_name))  # None: linked, known when the node runs
         except CheckpointError as error:
-            return str(error)
+            return error_links.answer(error)
 
     @classmethod
     def execute(cls, model, lora_name, strength, clip=None) -> io.NodeOutput:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..attention.errors import UserError
 from ..attention.parallel import degrees
 from ..flux2.parallel.forward import unsupported
 from ..flux2.parallel.workers import devices, replica, install
@@ -20,7 +21,7 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
         return model
     reasons = unsupported(network, plan.ulysses)
     if reasons:
-        raise ValueError(" ".join(reasons))
+        raise UserError(" ".join(reasons), "several-gpus")
     replica.source_of(model)
     tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
     patched, request = model.clone(), install.ParallelRequest(plan, why)

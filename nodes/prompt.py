@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..attention.errors import UserError
 from ..flux2.prompts import text as prompt_text, tokens
 from ..flux2 import page_words
 from ..flux2.upsampling import upsample
@@ -170,9 +171,10 @@ def gather(text, file, split):
     if file.strip():
         found += prompt_text.split(text_of(file), split)
     if not found:
-        raise ValueError(
+        raise UserError(
             "There is no prompt to encode: the text and the file are empty. Write a prompt on each line, or name a "
-            "text file of ComfyUI's input folder."
+            "text file of ComfyUI's input folder.",
+            "prompts",
         )
     return found
 

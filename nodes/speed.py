@@ -7,7 +7,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..flux2 import page_words
+from ..flux2 import error_links, page_words
 from ..flux2.measuring import capture, sampling, warmup
 from ..flux2.compiled import blocks as compiled_blocks, toolchain
 from .attention import CATEGORY
@@ -167,7 +167,7 @@ class Flux2WarmUp(io.ComfyNode):
         try:
             capture.sizes(sizes) if sizes is not None else None
         except ValueError as error:
-            return str(error)
+            return error_links.answer(error)
         return True
 
     @classmethod

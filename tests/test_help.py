@@ -23,6 +23,7 @@ import torch
 import make_help
 import prompt_models
 import small_models as maker
+from flux2_pack.attention.errors import UserError
 from flux2_pack.flux2 import error_links
 from flux2_pack.flux2.checkpoints.header import CheckpointError
 from pack import ROOT
@@ -250,7 +251,7 @@ READ_WITHOUT_AN_ERROR = "no-error-but-not-what-i-expected"
 
 def test_every_section_belongs_to_errors_and_every_error_to_a_section():
     assert len(SECTIONS) == len(set(SECTIONS))
-    assert {section for section, _ in error_links.TOPICS} == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
+    assert set(error_links.SECTIONS) == set(SECTIONS) - {READ_WITHOUT_AN_ERROR}
 
 
 def test_links_on_the_page_lead_somewhere():
@@ -260,9 +261,26 @@ def test_links_on_the_page_lead_somewhere():
         )
 
 
-KINDS = ("ValueError", "CheckpointError", "RuntimeError")
-# caught, or shown inside other sentences
-INTERNAL = ("flux2/prompts/cache.py", "flux2/fused/kernels/", "attention/adapter.py", "attention/parallel/")
+PLAIN = ("ValueError", "RuntimeError")
+# caught, or shown inside other sentences, or raised in a worker, whose texts rank 0's errors carry
+INTERNAL = (
+    "flux2/prompts/cache.py",
+    "flux2/fused/kernels/",
+    "attention/adapter.py",
+    *(
+        f"flux2/parallel/workers/{name}.py"
+        for name in (
+            "answers",
+            "channel",
+            "dtypes",
+            "kernel_choice",
+            "process_groups",
+            "rendezvous",
+            "session",
+            "worker",
+        )
+    ),
+)
 
 
 def sentence(node):
@@ -276,30 +294,55 @@ def sentence(node):
     return "1"
 
 
-def raised():
-    """[(place, kind, sentence)] of all errors that the pack's code makes with a text of its own."""
+def calls():
+    """(place, function name, call) of every call by a plain name in the pack."""
     for folder in ("attention", "flux2", "nodes"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            place = str(file.relative_to(ROOT))
             for node in ast.walk(ast.parse(file.read_text())):
-                if (
-                    isinstance(node, ast.Call)
-                    and getattr(node.func, "id", "") in KINDS
-                    and node.args
-                    and not place.startswith(INTERNAL)
-                ):
-                    yield f"{place}:{node.lineno}", node.func.id, sentence(node.args[0])
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    yield f"{file.relative_to(ROOT)}:{node.lineno}", node.func.id, node
 
 
 def test_every_sentence_that_is_raised_has_a_section():
-    """A new one needs a row in flux2/error_links.py and a section in docs/troubleshooting.md, or fits into one that is
-    there.
+    """A sentence (it begins with a capital or with a name that is filled in) is raised as UserError or another class
+    that has a topic, never as a plain ValueError; what is a clause of another sentence begins small.
     """
-    assert [
-        (place, text)
-        for place, kind, text in raised()
-        if len(text) > 20 and error_links.section_of(f"{kind}: {text}") is None
-    ] == []
+    all_calls = list(calls())
+    with_topic = {id(call.args[0]) for _, name, call in all_calls if name == "explained"}
+    without = [
+        (place, sentence(call.args[0]))
+        for place, name, call in all_calls
+        if name in PLAIN and call.args and id(call) not in with_topic and not place.startswith(INTERNAL)
+    ]
+    assert [(place, text) for place, text in without if len(text) > 20 and not text[0].islower()] == []
+
+
+def test_every_topic_is_a_section():
+    given = [
+        (place, call.args[1].value)
+        for place, name, call in calls()
+        if name in ("UserError", "CheckpointError", "explained")
+        and len(call.args) > 1
+        and isinstance(call.args[1], ast.Constant)
+    ]
+    assert len(given) > 60 and [(place, topic) for place, topic in given if topic not in SECTIONS] == []
+    bare = [place for place, name, call in calls() if name == "UserError" and len(call.args) < 2]
+    assert bare == [], "a UserError says where it is explained"
+
+
+def test_every_class_of_errors_has_a_section(comfy):
+    from flux2_pack.attention import errors
+    from flux2_pack.nodes import attention, compare, fast, loaders, lora, parallel, prompt, speed  # noqa: F401
+
+    def below(cls):
+        return {cls}.union(*map(below, cls.__subclasses__()))
+
+    own = {
+        cls
+        for cls in below(errors.Explained)
+        if cls not in (errors.Explained, errors.UserError) and not isinstance(cls.topic, property)
+    }
+    assert len(own) >= 5 and {cls.__name__: cls.topic for cls in own if cls.topic not in SECTIONS} == {}
 
 
 # --- errors: each section is reached by one that really happens -------------------------------------------------------
@@ -503,7 +546,7 @@ def test_an_error_is_called_after_the_pack_and_not_after_its_folder():
 )
 def test_errors_of_others_are_left_alone(error):
     before = str(error)
-    assert error_links.link(error) is error and (str(error) == before or error_links.section_of(before))
+    assert error_links.link(error) is error and str(error) == before
 
 
 def test_the_address_is_that_of_the_published_repository(tmp_path, monkeypatch):
@@ -540,7 +583,7 @@ def test_nodes_stay_what_they_are(nodes):
 
 def test_an_async_node_is_linked_too():
     async def work(cls):
-        raise ValueError("There is no attention backend 'x'.")
+        raise UserError("There is no attention backend 'x'.", "unknown-backend")
 
     with pytest.raises(ValueError, match="More: .*#unknown-backend"):
         asyncio.run(error_links.linking(work)(None))
@@ -551,7 +594,7 @@ def test_a_comparison_shows_reasons_without_addresses(tools):
 
     candidate = compare.backend_variant("flash3")
     found = compare.sampling.record(candidate, tools.model, SimpleNamespace(steps=1), None)
-    assert "cannot run here" in found.error and "More:" not in found.error
+    assert "needs an NVIDIA GPU" in found.error and "More:" not in found.error
 
 
 def test_the_server_says_it(server, model_files):

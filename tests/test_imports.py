@@ -1,5 +1,6 @@
 """What importing the pack needs and does, in fresh processes."""
 
+import ast
 import json
 import os
 import subprocess
@@ -66,6 +67,35 @@ def run(code, *args, cwd=None, **env):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
+
+
+LAYERS = {"attention": (), "flux2": ("attention",), "nodes": ("attention", "flux2")}  # what each may import
+OUTSIDE = {"attention": {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}}
+
+
+def imported(file):
+    """Absolute dotted names of what a file of the pack imports anywhere; the pack's own begin with their folder."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            names = (alias.name for alias in node.names) if node.module is None else [node.module]
+            yield from (".".join((*parent, name)) for name in names)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer):
+    """nodes -> flux2 -> attention; attention/ knows neither ComfyUI nor flux2/."""
+    found = {
+        (str(file.relative_to(ROOT)), name)
+        for file in (ROOT / layer).rglob("*.py")
+        for name in imported(file)
+        if name.split(".")[0] in OUTSIDE.get(layer, set())
+        or (name.split(".")[0] in LAYERS and name.split(".")[0] not in (layer, *LAYERS[layer]))
+    }
+    assert found == set()
 
 
 def test_attention_needs_torch_alone():

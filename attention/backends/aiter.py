@@ -12,6 +12,7 @@ import torch
 
 import aiter
 
+from ..errors import UserError
 from ..adapter import Adapter, lse_bhs, per_tensor_fp8
 from ..call import Limits, dtype_name
 from ..device import describe
@@ -48,7 +49,9 @@ class Aiter(Adapter):
 
     def __init__(self, aiter_rounding="nearest away"):
         if aiter_rounding not in ROUNDING:
-            raise ValueError(f"AITER's rounding can be {', '.join(map(repr, ROUNDING))}, not {aiter_rounding!r}.")
+            raise UserError(
+                f"AITER's rounding can be {', '.join(map(repr, ROUNDING))}, not {aiter_rounding!r}.", "unknown-backend"
+            )
         self.rounding = aiter_rounding
 
     def with_options(self, *, aiter_rounding="nearest away"):

@@ -17,6 +17,7 @@ import torch
 
 import aiter  # noqa: F401  so that a machine without ROCm is told what AITER says about it
 
+from ..errors import explained
 from ..adapter import Adapter, installed_version, lse_bhs, per_tensor_fp8
 from ..call import Limits, default_scale
 from ..device import describe
@@ -147,9 +148,12 @@ def batch_function(q, k, v, **arguments):
     """(out, lse or None) of flydsl_flash_attn_batch_func. RuntimeError where it answers that it has no kernel."""
     result = getattr(FMHA, BATCH)(q, k, v, **arguments)
     if result is None:
-        raise RuntimeError(
-            f"AITER's {BATCH} has no FlyDSL kernel for this call on {describe(q.device)}. Choose another backend, or a "
-            "newer AITER."
+        raise explained(
+            RuntimeError(
+                f"AITER's {BATCH} has no FlyDSL kernel for this call on {describe(q.device)}. Choose another backend, "
+                "or a newer AITER."
+            ),
+            "aiter-on-rocm",
         )
     return (result[0], lse_bhs(result[1], q)) if isinstance(result, tuple) else (result, None)
 

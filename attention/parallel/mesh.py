@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ..errors import Explained, UserError
 from .timing import Stats
 
 
-class RanksLost(RuntimeError):
+class RanksLost(Explained, RuntimeError):
     """A collective failed: another rank is gone, or did not answer in time. The groups are unusable afterwards."""
+
+    topic = "several-gpus"
 
 
 class Interrupted(RuntimeError):
@@ -61,8 +64,9 @@ def degrees(gpus, heads, ulysses=0, ring=0):
     possible = pairs(gpus, heads)
     fitting = [d for d in possible if ulysses in (0, d.ulysses) and ring in (0, d.ring)]
     if not fitting:
-        raise ValueError(
-            f"{impossible(gpus, heads, ulysses, ring)} What works for {gpus} GPUs: {', '.join(map(str, possible))}."
+        raise UserError(
+            f"{impossible(gpus, heads, ulysses, ring)} What works for {gpus} GPUs: {', '.join(map(str, possible))}.",
+            "several-gpus",
         )
     return Degrees(fitting[0].ulysses, fitting[0].ring, reason(fitting[0], gpus, heads, ulysses, ring))
 
@@ -295,7 +299,9 @@ def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, store
     """
     rank, size = dist.get_rank() if rank is None else rank, dist.get_world_size() if size is None else size
     if ulysses * ring != size:
-        raise ValueError(f"Ulysses {ulysses} x ring {ring} makes {ulysses * ring} ranks, and there are {size}.")
+        raise UserError(
+            f"Ulysses {ulysses} x ring {ring} makes {ulysses * ring} ranks, and there are {size}.", "several-gpus"
+        )
     groups = groups or default_groups
     everybody = groups("all", list(range(size))) if size > 1 else None
     rows = [list(range(r * ulysses, (r + 1) * ulysses)) for r in range(ring)]

@@ -5,6 +5,7 @@ While one rank's keys are computed with, the next rank's are on their way: two b
 share.
 """
 
+from ..errors import UserError
 from .lse_merge import merge, start
 
 
@@ -43,8 +44,9 @@ def add(local, q, chunk, so_far, scale):
     k, v = (part.transpose(0, 1) for part in chunk.unbind(2))  # (B, n, h, D)
     part, lse = local(q, k, v, mask=None, scale=scale, need_lse=True)
     if lse is None:
-        raise ValueError(
+        raise UserError(
             "Ring attention needs the log-sum-exp of each part, and this attention returned none. "
-            "Use another backend, or a ring degree of 1."
+            "Use another backend, or a ring degree of 1.",
+            "several-gpus",
         )
     return start(part, lse) if so_far is None else merge(*so_far, part, lse)

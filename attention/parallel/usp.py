@@ -12,6 +12,7 @@ first, in none; a kernel that fails on one rank raises there only after the last
 one that gave up in the middle of a call.
 """
 
+from ..errors import UserError
 from . import ring
 from .deferred_error import DeferredError
 from .ulysses import GatherHeads, ScatterHeads
@@ -82,19 +83,21 @@ def symmetric_buffers(context, batch, heads, head_dim, dtype):
 def check(q, k, v, mesh, lengths, kv_lengths, mask):
     """ValueError unless the call can be computed. The same on every rank that was given the same lengths."""
     if q.shape[2] % mesh.ulysses:
-        raise ValueError(f"Ulysses degree {mesh.ulysses} does not divide {q.shape[2]} attention heads.")
+        raise UserError(f"Ulysses degree {mesh.ulysses} does not divide {q.shape[2]} attention heads.", "several-gpus")
     if k.shape[2] != q.shape[2]:
-        raise ValueError(
+        raise UserError(
             f"This model has {k.shape[2]} key/value heads for {q.shape[2]} query heads; over several GPUs they must be "
-            "equal."
+            "equal.",
+            "several-gpus",
         )
     if mask is not None and mesh.ring > 1:
-        raise ValueError("Ring attention takes no attention mask. Use a ring degree of 1.")
+        raise UserError("Ring attention takes no attention mask. Use a ring degree of 1.", "several-gpus")
     expected = (lengths[mesh.rank], kv_lengths[mesh.rank])
     if (q.shape[1], k.shape[1]) != expected:
-        raise ValueError(
+        raise UserError(
             f"Rank {mesh.rank} should hold {expected[0]} queries and {expected[1]} keys, and has {q.shape[1]} and "
-            f"{k.shape[1]}."
+            f"{k.shape[1]}.",
+            "several-gpus",
         )
 
 

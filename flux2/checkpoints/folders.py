@@ -45,7 +45,8 @@ def locate(name, there, roots, folder):
     if path is not None and not os.path.exists(path):
         raise CheckpointError(
             f"{name!r} in the model folder {folder} is a link that points nowhere: what it stood for was moved or "
-            f"deleted. Put the file there, or remove the link."
+            f"deleted. Put the file there, or remove the link.",
+            "missing-file",
         )
     if path is None:
         offered = (
@@ -55,7 +56,8 @@ def locate(name, there, roots, folder):
         )
         raise CheckpointError(
             f"There is no {str(name)[:200]!r} in the model folder {folder}. {offered} Choose one of these, or put the "
-            f"file there and refresh."
+            f"file there and refresh.",
+            "missing-file",
         )
     return path
 

@@ -18,6 +18,8 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...attention.errors import UserError
+
 SUFFIXES = (".safetensors", ".sft")
 # Bounds on what a file may claim, far above any model for these slots: a FLUX.2 of 4 bits has some 3,000 tensors.
 HEADER_LIMIT = 32 * 2**20  # bytes; the safetensors library allows 100 MB
@@ -59,8 +61,10 @@ NOT_SAFETENSORS = (  # first bytes -> what such a file is
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used. The text is a sentence for the user: which file, what is wrong, what to do."""
+
+    topic = "damaged-file"
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ def open_checkpoint(path):
     if os.path.isdir(path):
         return _open_folder(path)
     if not os.path.lexists(path):
-        raise CheckpointError(f"{path} does not exist. Choose a file that is there, or put the model at this path.")
+        raise CheckpointError(
+            f"{path} does not exist. Choose a file that is there, or put the model at this path.", "missing-file"
+        )
     tensors, metadata = read_header(path)
     return Checkpoint(path, tensors, metadata)
 
@@ -351,11 +357,13 @@ def _only_file(folder):
     if not files:
         raise CheckpointError(
             f"The folder {label(folder)} holds no .safetensors file. Choose the folder that holds the weights, or "
-            "download the model again."
+            "download the model again.",
+            "missing-file",
         )
     raise CheckpointError(
         f"The folder {label(folder)} holds {len(files)} .safetensors files and no index that joins them "
-        "(*.safetensors.index.json). Download the index too, or choose one file."
+        "(*.safetensors.index.json). Download the index too, or choose one file.",
+        "missing-file",
     )
 
 
@@ -372,7 +380,8 @@ def _sharded(folder, index):
             )
         if not os.path.lexists(folder / file):
             raise CheckpointError(
-                f"The shard {file} is missing from the folder {label(folder)}. Download it into that folder."
+                f"The shard {file} is missing from the folder {label(folder)}. Download it into that folder.",
+                "missing-file",
             )
         headers[file] = read_header(folder / file)
         if sum(len(tensors) for tensors, _ in headers.values()) > MOST_TENSORS:

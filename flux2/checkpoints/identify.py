@@ -439,7 +439,8 @@ def expect(checkpoint, slot):
     if shard and int(shard[1]) > 1:
         raise CheckpointError(
             f"{checkpoint.name} is one of {int(shard[1])} shards of a model. Choose the folder that holds them all, "
-            "with its config.json, instead."
+            "with its config.json, instead.",
+            "missing-file",
         )
     if found.slot == slot:
         _refuse_foreign_quantisation(checkpoint, found)
@@ -448,7 +449,8 @@ def expect(checkpoint, slot):
     advice = f"It belongs in the node {belongs.node} (folder {belongs.folder})." if belongs else found.advice
     raise CheckpointError(
         f"{checkpoint.name} is {found.title}: {found.reason}. {wanted.node} expects {wanted.expects}, "
-        f"from the folder {wanted.folder}. {advice}".rstrip()
+        f"from the folder {wanted.folder}. {advice}".rstrip(),
+        "wrong-kind-of-file",
     )
 
 
@@ -470,7 +472,8 @@ def _refuse_foreign_quantisation(checkpoint, found):
     if how:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}, quantised {how}. ComfyUI does not read that: use the bf16 file, or "
-            f"one quantised for ComfyUI (fp8 scaled, fp8 mixed, int8, nvfp4, mxfp8)."
+            f"one quantised for ComfyUI (fp8 scaled, fp8 mixed, int8, nvfp4, mxfp8).",
+            "quantised-file",
         )
 
 

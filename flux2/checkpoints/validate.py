@@ -92,7 +92,8 @@ def check_model(checkpoint, found, weight_dtype, computed=tuple(quantisation.FOR
     if quantised and weight_dtype != "as stored":
         raise CheckpointError(
             f"{checkpoint.name} is already quantised ({stored}); its weights cannot be turned into {weight_dtype}. "
-            f"Choose the weight type 'as stored', or load the bf16 file."
+            f"Choose the weight type 'as stored', or load the bf16 file.",
+            "quantised-file",
         )
     check_tensors(part, found.title, shapes, marks_of(checkpoint, found.prefix), computed)
     if found.layout == "diffusers":

@@ -23,6 +23,7 @@ import comfy.ldm.flux.model
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 
+from ...attention.errors import Explained, UserError
 from . import toolchain, graph_ops
 from .. import error_links
 from ..fused.blocks import FusedBlock, fusing_of
@@ -37,8 +38,10 @@ INSTEAD = "Remove the node: ComfyUI's blocks run without it. Fast Blocks (FLUX.2
 log = logging.getLogger(__name__)
 
 
-class CompileRefused(RuntimeError):
+class CompileRefused(Explained, RuntimeError):
     """Blocks cannot be compiled. The text is a sentence for the user: why, and what to do."""
+
+    topic = "compiling"
 
 
 # --- a plan, and the record of what came of it -----------------------------------------------------------------------
@@ -108,9 +111,10 @@ class CompilePlan:
 
     def __init__(self, mode=MODES[0], on_failure=REFUSE, backend="inductor", tell=lambda text: None):
         if mode not in MODES or on_failure not in (REFUSE, EAGER):
-            raise ValueError(
+            raise UserError(
                 f"The mode can be {' or '.join(MODES)}, and failures can be answered by '{REFUSE}' or '{EAGER}'; "
-                f"not '{mode}' and '{on_failure}'."
+                f"not '{mode}' and '{on_failure}'.",
+                "compiling",
             )
         self.mode, self.on_failure, self.backend, self.tell = mode, on_failure, backend, tell
         self.log, self.failed = CompileLog(), {}
@@ -328,9 +332,10 @@ def install(model, plan):
     set_up()
     network = model.model.diffusion_model
     if not isinstance(network, comfy.ldm.flux.model.Flux):
-        raise ValueError(
+        raise UserError(
             f"Compile Blocks knows the blocks of FLUX models, and this is a {type(model.model).__name__}. "
-            "ComfyUI's own node TorchCompileModel compiles any model."
+            "ComfyUI's own node TorchCompileModel compiles any model.",
+            "compiling",
         )
     for kind, wrapper in ((WrappersMP.DIFFUSION_MODEL, Compiling(plan)), (WrappersMP.OUTER_SAMPLE, counting(plan.log))):
         model.remove_wrappers_with_key(kind, KEY)

@@ -18,6 +18,7 @@ import torch
 from comfy.ldm.flux import layers as flux_layers, math as flux_math
 from comfy.patcher_extension import WrappersMP
 
+from ...attention.errors import UserError
 from . import kernels
 from .linear import Products, norm_weights
 from .. import attention_slot
@@ -324,7 +325,7 @@ def install(model, fp8=None):
     """
     reason = none_fusable(model)
     if reason:
-        raise ValueError(reason)
+        raise UserError(reason, "fast-blocks")
     put(model, Fusing(fp8))
     return unfusable(model)
 

@@ -8,6 +8,7 @@ kernels that take masks and float32 can serve.
 
 import inspect
 
+from ...attention.errors import UserError
 from .. import error_links
 
 ATTACHMENT = "flux2_attention"
@@ -22,10 +23,11 @@ def install(clip, override):
     """
     layers = hook_layers(clip.cond_stage_model, override)
     if not layers:
-        raise ValueError(
+        raise UserError(
             f"The attention of this text encoder ({type(clip.cond_stage_model).__name__}) cannot be chosen: its "
             "layers do not take it as an argument. "
-            "Set attention to 'default'."
+            "Set attention to 'default'.",
+            "attention-of-the-text-encoder",
         )
     layers[0].register_forward_pre_hook(lambda *_: override.dispatcher.begin_run(None) and None)
     clip.patcher.attachments[ATTACHMENT] = override.dispatcher

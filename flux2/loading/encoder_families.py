@@ -74,7 +74,8 @@ def dimensions(checkpoint, found, family, computed=tuple(quantisation.FORMATS)):
     if found.layers < family.last_tap:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}: FLUX.2 reads the hidden state after layer {family.last_tap}, which "
-            f"it does not have. Use the full {family.title}, or one pruned to {family.last_tap} layers or more."
+            f"it does not have. Use the full {family.title}, or one pruned to {family.last_tap} layers or more.",
+            "wrong-kind-of-file",
         )
     part = without_prefix(checkpoint, found.prefix)
     part = replace(part, tensors={f"model.{name}": tensor for name, tensor in part.tensors.items()})
@@ -122,7 +123,8 @@ def _heads(part, name):
     if rows % HEAD_CHANNELS:
         raise CheckpointError(
             f"{part.name} has {rows} rows in {name}_proj, which heads of {HEAD_CHANNELS} channels do not divide. "
-            f"It is not the text encoder of a FLUX.2 model."
+            f"It is not the text encoder of a FLUX.2 model.",
+            "wrong-kind-of-file",
         )
     return rows // HEAD_CHANNELS
 

@@ -51,7 +51,8 @@ def tokenizer_place(checkpoint, family):
         raise CheckpointError(
             f"{checkpoint.name} is {family.title} without its tokenizer, so no prompt can be read. Use the file made "
             f"for ComfyUI (mistral_3_small_flux2_bf16.safetensors), which carries it as the tensor tekken_model, or a "
-            f"Hugging Face folder with tekken.json or tokenizer.json in it or in tokenizer/ beside it."
+            f"Hugging Face folder with tekken.json or tokenizer.json in it or in tokenizer/ beside it.",
+            "tokenizer",
         )
     return place
 

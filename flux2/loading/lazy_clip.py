@@ -17,6 +17,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 
+from ...attention.errors import UserError
 from .. import error_links
 from ..checkpoints import identify
 from ..checkpoints.header import open_checkpoint
@@ -83,8 +84,9 @@ def text_encoder(source, build: Callable, when_needed=False):
 def source_of(clip):
     """The EncoderSource of a CLIP, None when it is of another loader. Loads nothing. ValueError without a CLIP."""
     if clip is None:
-        raise ValueError(
-            "There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder."
+        raise UserError(
+            "There is no CLIP: the checkpoint that should give one has no text encoder. Use Load FLUX.2 Text Encoder.",
+            "prompts",
         )
     return clip.shared.source if not is_loaded(clip) else clip.patcher.attachments.get(ATTACHMENT)
 

@@ -139,7 +139,8 @@ def _model(weights, metadata, name, weight_dtype, disable_dynamic):
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, metadata, disable_dynamic)
     if patcher is None:
         raise CheckpointError(
-            f"ComfyUI does not recognise {name}, although it looks like a FLUX.2 model. Update ComfyUI."
+            f"ComfyUI does not recognise {name}, although it looks like a FLUX.2 model. Update ComfyUI.",
+            "update-comfyui",
         )
     return patcher
 
@@ -172,7 +173,8 @@ def _check_text_width(patcher, variant, name):
                         CheckpointError(
                             f"{name} ({variant.title}) reads prompts {variant.text_width} wide, from "
                             f"{variant.text_encoder}; this prompt is {width} wide, from "
-                            f"{variants.encoder_for(width)}. Load the text encoder that belongs to the model."
+                            f"{variants.encoder_for(width)}. Load the text encoder that belongs to the model.",
+                            "prompt-of-another-text-encoder",
                         )
                     )
         return executor(*args, **kwargs)

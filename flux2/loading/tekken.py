@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 
+from ...attention.errors import UserError
 from ..checkpoints.header import CheckpointError, read_small
 
 TENSORS = ("tekken_model", "tokenizer_json")  # uint8 tensors inside a text encoder file
@@ -50,8 +51,9 @@ def panics_as_sentences(what):
     except BaseException as error:
         if type(error).__module__ != "pyo3_runtime":
             raise
-        raise ValueError(
-            f"{what} cannot be read by the tokenizer ({str(error)[:200]}). Shorten or change it."
+        raise UserError(
+            f"{what} cannot be read by the tokenizer ({str(error)[:200]}). Shorten or change it.",
+            "prompts",
         ) from None
 
 
@@ -76,7 +78,8 @@ def build(data, origin):
     except Exception as error:  # the library itself raises plain Exception
         raise CheckpointError(
             f"The tokenizer in {origin} cannot be read ({type(error).__name__}: {str(error)[:300]}). It must be "
-            f"Mistral's tekken.json or a Hugging Face tokenizer.json; download the text encoder again."
+            f"Mistral's tekken.json or a Hugging Face tokenizer.json; download the text encoder again.",
+            "tokenizer",
         ) from None
 
 

@@ -56,7 +56,8 @@ def apply(model, clip, path, strength):
     if variant is None:
         raise CheckpointError(
             f"Load FLUX.2 LoRA expects a FLUX.2 model, and this MODEL is {type(model.model).__name__}. Use ComfyUI's "
-            "node Load LoRA."
+            "node Load LoRA.",
+            "lora",
         )
     checkpoint = open_checkpoint(path)
     refuse_models(checkpoint)
@@ -67,10 +68,10 @@ def apply(model, clip, path, strength):
 
     patches = patches_of(image, targets.model_targets(variant), names.plain)
     if image and not patches:
-        raise CheckpointError(nothing_fits(checkpoint, image, variant))
+        raise CheckpointError(nothing_fits(checkpoint, image, variant), "lora")
     text_patches = patches_of(text, targets.encoder_targets(clip), names.plain_encoder) if text and clip else []
     if not patches and not text_patches:
-        raise CheckpointError(nothing_fits(checkpoint, image or text, variant, only_text=bool(text)))
+        raise CheckpointError(nothing_fits(checkpoint, image or text, variant, only_text=bool(text)), "lora")
 
     report = "\n".join(
         [
@@ -127,7 +128,8 @@ def read_layers(checkpoint):
     if not any(layer.parts for layer in layers.values()):
         raise CheckpointError(
             f"{checkpoint.name} is no LoRA: none of its {len(weights)} tensors is part of one. FLUX.2 Model Info says "
-            "what it is."
+            "what it is.",
+            "lora",
         )
     config = peft_config(checkpoint)
     for layer in layers.values():
@@ -145,7 +147,8 @@ def peft_config(checkpoint):
             }
     except (ValueError, AttributeError, RecursionError):
         raise CheckpointError(
-            f"{checkpoint.name} is damaged: the alphas in its metadata ({METADATA}) cannot be read. Download it again."
+            f"{checkpoint.name} is damaged: the alphas in its metadata ({METADATA}) cannot be read. Download it again.",
+            "lora",
         ) from None
     beside = checkpoint.path.with_name(BESIDE)
     return read_json(beside) if checkpoint.path.stem == "adapter_model" and beside.is_file() else {}
@@ -363,7 +366,8 @@ def refuse_models(checkpoint):
     advice = f"It belongs in the node {slot.node} (folder {slot.folder})." if slot else found.advice
     raise CheckpointError(
         f"{checkpoint.name} is {found.title}: {found.reason}. Load FLUX.2 LoRA expects a LoRA for FLUX.2, from the "
-        f"folder loras. {advice}".rstrip()
+        f"folder loras. {advice}".rstrip(),
+        "wrong-kind-of-file",
     )
 
 
@@ -378,7 +382,8 @@ def refuse_other_models(checkpoint, layers, variant):
         raise CheckpointError(
             f"{checkpoint.name} is a LoRA for {other[0]}: it has the layer {other[1]}, which no FLUX.2 has. "
             f"Load FLUX.2 LoRA expects one for {variant.title}. Put ComfyUI's node Load LoRA behind the model that "
-            "this file is for."
+            "this file is for.",
+            "lora",
         )
 
 

@@ -8,6 +8,7 @@ of all ranks and a share of the heads.
 
 import torch
 
+from ...attention.errors import UserError
 from ...attention.dispatch import AttentionDispatcher
 from ...attention.override import AttentionOverride
 from ...attention.parallel import usp
@@ -132,9 +133,10 @@ class ShardedAttention:
     def _with_lse(self, q, k, v, mask, scale, rest):
         dispatcher = dispatcher_behind(self.inner or self.fallback)
         if dispatcher is None:
-            raise ValueError(
+            raise UserError(
                 "A ring degree above 1 needs an attention backend that returns the log-sum-exp, and ComfyUI's own "
-                "does not. Put Select Attention on this model, or use a ring degree of 1."
+                "does not. Put Select Attention on this model, or use a ring degree of 1.",
+                "several-gpus",
             )
         options = rest["transformer_options"]
         known = "block_type" in options and "block_index" in options
@@ -154,9 +156,10 @@ class ShardedAttention:
 
     def _reordered(self, mask, queries, keys):
         if mask.shape[-1] != keys or mask.shape[-2] not in (1, queries):
-            raise ValueError(
+            raise UserError(
                 f"The attention mask is for {tuple(mask.shape[-2:])} queries and keys, and the sequence has {queries} "
-                f"and {keys}. Such a mask cannot be shared by several GPUs."
+                f"and {keys}. Such a mask cannot be shared by several GPUs.",
+                "several-gpus",
             )
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 3 else mask.unsqueeze(1) if mask.ndim == 3 else mask
         rows, columns = (

@@ -20,6 +20,7 @@ import torch
 
 from comfy.patcher_extension import WrappersMP
 
+from ...attention.errors import UserError, explained
 from ...attention.parallel import usp
 from ..attention_slot import SLOT
 from .attention import ShardedAttention
@@ -67,7 +68,7 @@ def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, f
     """
     reasons = unsupported(network, mesh.ulysses)
     if reasons:
-        raise ValueError(" ".join(reasons))
+        raise UserError(" ".join(reasons), "several-gpus")
     held = network.__dict__.get("forward_orig")  # an object patch of somebody else lies in the instance
     network.forward_orig = ShardedForward(network, mesh, fallback, failed)
     try:
@@ -84,7 +85,7 @@ def shard(model, mesh, *, fallback=None):
     """
     reasons = unsupported(model.model.diffusion_model, mesh.ulysses)
     if reasons:
-        raise ValueError(" ".join(reasons))
+        raise UserError(" ".join(reasons), "several-gpus")
 
     def wrapper(executor, *args, **kwargs):
         with sharded_forward(executor.class_obj, mesh, fallback=fallback):
@@ -161,14 +162,16 @@ class ForwardState:
         """
         references = sum(options.get(REFERENCES, ())) or sum(end - begin for begin, end in self.zero_slices or ())
         if self.zero_slices not in (None, [], [[ids - references, ids]]):
-            raise ValueError(
+            raise UserError(
                 f"Tokens {self.zero_slices} of {ids} are at another timestep; several GPUs can share that only for "
-                "the reference images, at the end."
+                "the reference images, at the end.",
+                "several-gpus",
             )
         if image not in (ids, ids - references):
-            raise ValueError(
+            raise UserError(
                 f"The image has {image} tokens and {ids} positions, {references} of them of reference images: another "
-                "patch changed it in a way that several GPUs cannot share."
+                "patch changed it in a way that several GPUs cannot share.",
+                "several-gpus",
             )
         return TokenShards.of(text, ids - references, references, self.mesh.size, attended=image == ids)
 
@@ -203,15 +206,22 @@ class ForwardState:
         those of the references.
         """
         if self.shards is None:
-            raise RuntimeError(
-                "This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share it."
+            raise explained(
+                RuntimeError(
+                    "This version of ComfyUI runs no post_input patches for this model, so several GPUs cannot share "
+                    "it."
+                ),
+                "several-gpus",
             )
         made, calls = self.mesh.attention_calls - self.calls_before, self.sharded.calls
         if made != calls and self.mesh.size > 1:  # the other ranks are in another collective than this one
-            raise RuntimeError(
-                f"In this pass attention was called {made} times, and the blocks of this model call it {calls} times: "
-                "another node skips or repeats blocks, and the other GPUs do not know. Remove that node, or set gpus "
-                "to 1."
+            raise explained(
+                RuntimeError(
+                    f"In this pass attention was called {made} times, and the blocks of this model call it {calls} "
+                    "times: another node skips or repeats blocks, and the other GPUs do not know. Remove that node, "
+                    "or set gpus to 1."
+                ),
+                "several-gpus",
             )
         whole = self.mesh.gather(out, self.shards.image_lengths())
         self.finished = True

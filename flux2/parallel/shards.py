@@ -7,6 +7,8 @@ else's tokens. Shares differ by at most one token, in the sum too.
 
 from dataclasses import dataclass
 
+from ...attention.errors import UserError
+
 
 def split_evenly(length, ranks, first=0):
     """(begin, end) of each rank in a run of `length` tokens. The ranks from `first` on, modulo `ranks`, get one of the
@@ -35,8 +37,9 @@ class TokenShards:
         """TokenShards for so many tokens of each kind. ValueError when a rank would have no share of one of them."""
         for name, length in (("text", text), ("the image", image), ("the reference images", references)):
             if 0 < length < ranks or (length == 0 and name == "the image"):
-                raise ValueError(
-                    f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger image."
+                raise UserError(
+                    f"{ranks} GPUs cannot share {length} tokens of {name}: use fewer GPUs or a larger image.",
+                    "several-gpus",
                 )
         return cls(
             split_evenly(text, ranks),

@@ -6,6 +6,7 @@
 import re
 import unicodedata
 
+from ...attention.errors import UserError
 from ..checkpoints.header import open_regular
 
 MOST_LETTERS = 200_000  # of a prompt: some 50,000 tokens, where FLUX.2 reads 512
@@ -19,7 +20,9 @@ LORA = re.compile(r"<lora:[^<>\n]*>")
 def clean(text):
     """(text without control characters, notes). ValueError for anything but text."""
     if not isinstance(text, str):
-        raise ValueError(f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.")
+        raise UserError(
+            f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.", "prompts"
+        )
     check_length(text)
     kept = "".join(
         letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs")
@@ -37,9 +40,10 @@ def check_length(text):
     during which nothing can be cancelled.
     """
     if len(text) > MOST_LETTERS:
-        raise ValueError(
+        raise UserError(
             f"The prompt is too long: it has {len(text)} letters, and FLUX.2 reads 512 tokens, about 2,000 letters. "
-            f"At most {MOST_LETTERS} can be given. Shorten it, or use Encode Prompt List for a list of prompts."
+            f"At most {MOST_LETTERS} can be given. Shorten it, or use Encode Prompt List for a list of prompts.",
+            "prompts",
         )
 
 
@@ -83,8 +87,9 @@ def split(text, how):
     parts = text.split("\n") if how == "each line" else re.split(r"\n[ \t]*\n", text)
     found = [part.strip() for part in parts if part.strip()]
     if len(found) > MOST_PROMPTS:
-        raise ValueError(
-            f"There are {len(found)} prompts, and at most {MOST_PROMPTS} can be encoded in one run. Split them."
+        raise UserError(
+            f"There are {len(found)} prompts, and at most {MOST_PROMPTS} can be encoded in one run. Split them.",
+            "prompts",
         )
     return found
 
@@ -95,15 +100,17 @@ def read_file(path, limit=16 * 2**20):
         with open_regular(path) as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise ValueError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"The prompt file {path.name} cannot be read: {error.strerror or error}.", "prompts") from None
     if len(data) > limit:
-        raise ValueError(
+        raise UserError(
             f"The prompt file {path.name} is larger than {limit // 2**20} MiB. Prompts are text; choose another file "
-            f"or split it."
+            f"or split it.",
+            "prompts",
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"The prompt file {path.name} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        raise UserError(
+            f"The prompt file {path.name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.",
+            "prompts",
         ) from None

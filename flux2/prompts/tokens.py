@@ -7,6 +7,7 @@ reference cuts it. Other prompts are tokenised by the CLIP itself, so they are c
 
 import re
 
+from ...attention.errors import UserError
 from ..loading.tekken import panics_as_sentences
 from .text import count
 
@@ -85,9 +86,10 @@ def plain_ids(inner, text):
     edges = [0, *sorted(starts), len(text)]
     ids = [token for first, last in zip(edges, edges[1:]) for token in encode(inner, text[first:last])]
     if not set(ids).isdisjoint(inner.tokenizer.get_added_vocab().values()):
-        raise ValueError(
+        raise UserError(
             "The prompt contains the name of a special token that cannot be read as plain text. Take it out of the "
-            "prompt."
+            "prompt.",
+            "prompts",
         )
     return ids
 

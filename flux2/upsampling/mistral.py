@@ -56,26 +56,30 @@ def parts_of(source):
     if source is None:
         raise CheckpointError(
             "This CLIP is not from Load FLUX.2 Text Encoder, so the rest of its language model cannot be found. Use "
-            "that node."
+            "that node.",
+            "improving-prompts",
         )
     checkpoint = open_checkpoint(source.path)
     found = identify.expect(checkpoint, identify.TEXT_ENCODER)
     if found.kind != "mistral3":
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}: prompts are improved by Mistral 3, the text encoder of FLUX.2 dev. "
-            f"{ADVICE}"
+            f"{ADVICE}",
+            "improving-prompts",
         )
     names = own_names(checkpoint.tensors, found)
     if "lm_head.weight" not in names or "norm.weight" not in names:
         missing = "lm_head" if "lm_head.weight" not in names else "final norm"
         raise CheckpointError(
             f"{checkpoint.name} can read prompts but not write them: it has {found.layers} layers and no {missing}. "
-            f"{ADVICE}"
+            f"{ADVICE}",
+            "improving-prompts",
         )
     if identify.number_format(checkpoint)[1]:
         raise CheckpointError(
             f"{checkpoint.name} is quantised, which the layers that only writing needs cannot be. Use the bf16 "
-            f"weights. {ADVICE}"
+            f"weights. {ADVICE}",
+            "improving-prompts",
         )
     vision = all(any(name.startswith(f"{group}.") for name in names) for group in GROUPS)
     return Parts(checkpoint, found, dimensions(checkpoint, found, FAMILIES[found.kind]), names, vision)
@@ -106,7 +110,7 @@ def configuration(parts, image_token):
     try:
         from transformers import Mistral3Config
     except ImportError:
-        raise CheckpointError(TOO_OLD) from None
+        raise CheckpointError(TOO_OLD, "improving-prompts") from None
     said, sizes, tensors = parts.checkpoint.config, parts.sizes, parts.checkpoint.tensors
     theta = sizes.get("rope_theta", DEFAULTS["rope_theta"])
     text = {
@@ -244,7 +248,7 @@ def skeleton(config, vision):
     with torch.device("meta"):
         network = Network(config).eval()
         if not hasattr(getattr(network, "model", None), "language_model"):
-            raise CheckpointError(TOO_OLD)
+            raise CheckpointError(TOO_OLD, "improving-prompts")
         if not vision:
             network.model.vision_tower = network.model.multi_modal_projector = None
         in_comfyuis_layers(network)
@@ -305,7 +309,8 @@ def fill(own, weights, parts):
     if missing:
         raise CheckpointError(
             f"{parts.checkpoint.name} is incomplete: {len(missing)} weights that writing needs are missing, such as "
-            f"{missing[0]}. {ADVICE}"
+            f"{missing[0]}. {ADVICE}",
+            "improving-prompts",
         )
     own.requires_grad_(False)
 

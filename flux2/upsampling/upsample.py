@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ...attention.errors import UserError
 from ..loading import lazy_clip
 from ..prompts import text as prompt_text, tokens as prompt_tokens
 from ..checkpoints.header import CheckpointError
@@ -61,9 +62,10 @@ class WritingSettings:
 
     def __post_init__(self):
         if not (0 <= self.temperature <= 10 and self.max_tokens >= 1):
-            raise ValueError(
+            raise UserError(
                 f"Temperature {self.temperature} with {self.max_tokens} tokens cannot be used: the temperature must "
-                "be between 0 and 10, and at least one token must be written."
+                "be between 0 and 10, and at least one token must be written.",
+                "improving-prompts",
             )
 
 
@@ -82,16 +84,18 @@ def upsample(clip, text, images=(), settings=WritingSettings(), show=None):
     """
     text, notes = prompt_text.clean(text)
     if not text.strip():
-        raise ValueError(
+        raise UserError(
             "There is nothing to improve: the prompt is empty. Write what the image should show, or what to change "
-            "in the reference images."
+            "in the reference images.",
+            "improving-prompts",
         )
     found = frames(images, MOST_IMAGES)
     parts = parts_of(lazy_clip.source_of(clip))
     if found and not parts.vision:
         raise CheckpointError(
             f"{parts.checkpoint.name} has no vision tower, so it cannot look at reference images. Take the images "
-            f"off, or: {ADVICE}"
+            f"off, or: {ADVICE}",
+            "improving-prompts",
         )
     inner = prompt_tokens.inner_of(clip)
     writer = writer_of(
@@ -105,7 +109,7 @@ def upsample(clip, text, images=(), settings=WritingSettings(), show=None):
         writer.rest(clip)
     written = inner.tokenizer.decode(ids, skip_special_tokens=True).strip()
     if not written:
-        raise ValueError("Mistral wrote nothing. Try another seed, or a higher temperature.")
+        raise UserError("Mistral wrote nothing. Try another seed, or a higher temperature.", "improving-prompts")
     return written, report(len(ids), time.perf_counter() - start, settings, notes + asked.notes)
 
 
@@ -199,9 +203,10 @@ def only_numbers(ids, scores):
     the server with it.
     """
     if scores.isnan().any():
-        raise ValueError(
+        raise UserError(
             "Mistral wrote nothing: its numbers overflowed. Load the text encoder from bf16 weights, and take LoRAs "
-            "off its CLIP."
+            "off its CLIP.",
+            "improving-prompts",
         )
     return scores
 

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from ...attention.errors import UserError
+
 MOST_PIXELS = 768**2  # the reference shows images to the language model no larger than this
 # of the images the tower was trained on
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -20,11 +22,12 @@ def frames(images, most):
     """
     found = [one for number, image in enumerate(images, 1) for one in _frames(image, number)]
     if len(found) > most:
-        raise ValueError(
+        raise UserError(
             (
                 f"There are {len(found)} reference images and at most {most} can be shown. A batch counts as many "
                 "images; pick from it."
-            )
+            ),
+            "reference-images",
         )
     return found
 
@@ -32,19 +35,21 @@ def frames(images, most):
 def _frames(image, number):
     if not torch.is_tensor(image) or image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         shape = list(image.shape) if torch.is_tensor(image) else type(image).__name__
-        raise ValueError(
+        raise UserError(
             (
                 f"Reference image {number} cannot be read: it is {shape}, where an IMAGE has the shape [images, "
                 "height, width, 3]."
-            )
+            ),
+            "reference-images",
         )
     image = image[..., :3].float().cpu()
     if not image.isfinite().all():
-        raise ValueError(
+        raise UserError(
             (
                 f"Reference image {number} cannot be read: it contains values that are not numbers, as a failed VAE "
                 "decode leaves them."
-            )
+            ),
+            "reference-images",
         )
     return list(image.expand(*image.shape[:3], 3).clamp(0, 1).movedim(-1, 1))
 

@@ -35,7 +35,8 @@ def prepare(vae, choice):
     reason = None if choice == OFF else unavailable(network, vae.device)
     if choice == ON and reason:
         raise CheckpointError(
-            f"The VAE's fused blocks cannot run here: {reason} Set fused blocks of Load FLUX.2 VAE to 'auto' or 'off'."
+            f"The VAE's fused blocks cannot run here: {reason} Set fused blocks of Load FLUX.2 VAE to 'auto' or 'off'.",
+            "fast-blocks",
         )
     if choice == AUTO and torch.version.hip:
         reason = "on ROCm they have not been measured ('on' uses them)."

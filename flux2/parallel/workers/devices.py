@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ....attention.errors import UserError
 from . import process_groups, launch
 from .pool import ParallelPlan
 
@@ -51,13 +52,14 @@ def plan_ranks(device, gpus, degrees):
         return None, f"One rank: {here.text}."
     elsewhere = max(0, number - len(here.places))
     if elsewhere and not os.environ.get(launch.LISTEN):
-        raise ValueError(
+        raise UserError(
             f"{number} GPUs were asked for, and there is {here.text}. Set gpus to {len(here.places)} or less, or to 0 "
-            f"for all of them. {hint(here)}"
+            f"for all of them. {hint(here)}",
+            "several-gpus",
         )
     reason = process_groups.unavailable(here.device)
     if reason:
-        raise ValueError(reason)
+        raise UserError(reason, "several-gpus")
     chosen, places = degrees(number), here.places[:number]
     why = " ".join((chosen.why, *(slower(places) if here.device == "cuda" else ())))
     return ParallelPlan(chosen.ulysses, chosen.ring, here.device, places, elsewhere), why

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from ....attention.errors import UserError
+
 WORKER = Path(__file__).with_name("worker.py")
 SECRET, LISTEN, CPU_RANKS = "FLUX2_RANKS_SECRET", "FLUX2_RANKS_LISTEN", "FLUX2_CPU_RANKS"
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -74,14 +76,16 @@ def listening_at():
         return LOOPBACK, 0, False
     host, _, port = where.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(
-            f"{LISTEN} is '{where}'. It should be an address of this machine and a port, such as 10.0.0.1:29511."
+        raise UserError(
+            f"{LISTEN} is '{where}'. It should be an address of this machine and a port, such as 10.0.0.1:29511.",
+            "several-gpus",
         )
     if len(os.environ.get(SECRET, "")) < 16:
-        raise ValueError(
+        raise UserError(
             f"{LISTEN} is set, so other hosts may join, and {SECRET} is missing or shorter than 16 characters. Set "
             "the same long random text "
-            "for ComfyUI and for the workers on the other hosts."
+            "for ComfyUI and for the workers on the other hosts.",
+            "several-gpus",
         )
     return host, int(port), True
 

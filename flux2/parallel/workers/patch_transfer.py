@@ -20,6 +20,7 @@ from typing import Callable
 
 import torch
 
+from ....attention.errors import Explained
 from ....attention.dispatch import AttentionDispatcher, Schedule
 from ... import attention_slot
 from ...attention_slot import SLOT
@@ -51,8 +52,10 @@ CHANGING_CALLBACKS = ("on_load_after", "on_pre_run", "on_prepare_state", "on_inj
 OURS = ("flux2_",)  # keys of this pack's own wrappers and callbacks, none of which changes what a forward pass computes
 
 
-class Refused(ValueError):
+class Refused(Explained, ValueError):
     """A MODEL carries something that the other GPUs would not see. The text names it and says what to do."""
+
+    topic = "several-gpus"
 
 
 @dataclass(frozen=True)

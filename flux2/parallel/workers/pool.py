@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 
+from ....attention.errors import Explained
 from . import answers, channel, kernel_choice, launch, versions
 from .answers import ALIVE, WORK
 from .rendezvous import Rendezvous
@@ -35,8 +36,10 @@ RECOVERABLE = ("forward", "options", "weights")  # work that may fail on a rank 
 LESS_MEMORY = "Use fewer pixels or references, an fp8 checkpoint, or GPUs with more memory."
 
 
-class RanksFailed(RuntimeError):
+class RanksFailed(Explained, RuntimeError):
     """Another rank is gone or could not do its part. The text names the rank."""
+
+    topic = "several-gpus"
 
 
 @dataclass(frozen=True)

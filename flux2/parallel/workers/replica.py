@@ -23,6 +23,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ....attention.errors import Explained
 from . import patch_transfer
 from .channel import bytes_of
 from .serialize import Unsendable, flatten, restore
@@ -43,8 +44,10 @@ SAMPLES = 64  # numbers of each weight that are compared between ranks
 PLAIN = {"memory_mode": "auto"}  # arguments of our loader that concern rank 0's memory alone
 
 
-class NotReplicable(ValueError):
+class NotReplicable(Explained, ValueError):
     """A MODEL cannot be loaded a second time. The text says why and what to do."""
+
+    topic = "several-gpus"
 
 
 # --- on rank 0

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from ....attention.errors import UserError
+
 PACK = Path(__file__).resolve().parents[3]
 IMPORTED = time.time()
 
@@ -42,9 +44,10 @@ def running_digest():
     changed = [file.relative_to(PACK).as_posix() for file in files_that_compute() if file.stat().st_mtime > IMPORTED]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"Files of Flux 2 Attention have changed since ComfyUI started ({changed[0]}{more}), and the other ranks "
-            "would run the new ones. Restart ComfyUI."
+            "would run the new ones. Restart ComfyUI.",
+            "several-gpus",
         )
     return pack_digest()
 
