@@ -45,7 +45,8 @@ def _path(folder, name):
     if folder not in INFO_FOLDERS:
         raise CheckpointError(
             f"There is no model folder {folder[:80]!r}. Choose one of {', '.join(INFO_FOLDERS)}, followed by / and the "
-            f"name of a file."
+            "name of a file.",
+            "missing-file",
         )
     roots = folder_paths.get_folder_paths(folder) + folder_paths.get_folder_paths("diffusers") * (
         folder in PIPELINE_PARTS
