@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..flux2 import error_links
-from . import attention, compare, fast, loaders, lora, parallel, prompt, speed, status
+from . import attention, compare, fast, loaders, lora, parallel, prompt, speed, status, workflows
 
 
 class Flux2Attention(ComfyExtension):
@@ -12,6 +12,7 @@ class Flux2Attention(ComfyExtension):
     async def on_load(self):
         prompt.add_routes()
         status.add_routes()
+        workflows.add_routes()
 
     async def get_node_list(self):
         return [

@@ -233,6 +233,31 @@ def test_select_attention_goes_behind_any_model_and_undo_takes_it_out(page):
     page.js("app.canvas.setGraph(app.rootGraph)")
 
 
+TYPES = "[app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap(({nodes}) => nodes.map(({type}) => type))"
+
+
+def test_the_command_converts_the_open_graph_and_undo_takes_it_back(page, shots):
+    """ComfyUI's own template: its subgraph gets this pack's nodes, and the kernel can be chosen on its node."""
+    page.load(json.loads(official_files()["image_flux2_text_to_image"].read_text()), "core")
+    before = page.js(f"return {TYPES}")
+    page.js("await app.extensionManager.command.execute('Flux2Attention.Convert')")
+    page.wait_for("document.querySelector('.flux2-dialog')?.innerText.includes('replaced UNETLoader')")
+    page.screenshot(shots / "converted.png")
+    after = page.js(f"return {TYPES}")
+    assert {"Flux2LoadModel", "Flux2LoadTextEncoder", "Flux2LoadVAE", SELECTOR} <= set(after)
+    host = "app.rootGraph.nodes.find(node => node.subgraph).widgets.find(({name}) => name === 'attention kernel')"
+    assert page.js(f"return {host}.value") == "auto"
+    page.js(f"{host}.value = 'sdpa-math'")
+    assert [n["inputs"]["backend"] for n in page.prompt().values() if n["class_type"] == SELECTOR] == ["sdpa-math"]
+    page.js(f"{host}.value = 'auto'; document.querySelector('.flux2-dialog').close()")
+    page.js("await app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for(f"!{TYPES}.includes(args[0])", arguments=[SELECTOR])
+    assert sorted(page.js(f"return {TYPES}")) == sorted(before)
+    page.load(EMPTY, "nothing")
+    page.js("await app.extensionManager.command.execute('Flux2Attention.Convert')")
+    page.wait_for("document.body.innerText.includes('Nothing to replace')")
+
+
 def test_a_dropped_model_link_offers_it_first(page):
     assert page.js("return LiteGraph.slot_types_default_out.MODEL[0]") == SELECTOR
 

@@ -1,11 +1,12 @@
 // Into the graph one has: Select Attention behind any node that gives a MODEL, by its menu or by dropping a MODEL link, and the whole open graph by a command.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { button, make, openPanel } from "./page.js";
+import { button, everyNode, make, openPanel } from "./page.js";
 import { t } from "./texts.js";
 
 const SELECTOR = "Flux2SelectAttention";
 const COMMAND = "Flux2Attention.Convert";
+const PROMOTED = "attention kernel"; // what the input is called on the node of a subgraph
 const GAP = 40; // pixels between a node and the one put behind it
 
 const modelOutput = (node) => node.outputs?.findIndex(({ type }) => type === "MODEL") ?? -1;
@@ -48,11 +49,24 @@ async function convert() {
   const found = await answer.json().catch(() => ({}));
   if (!answer.ok) return tell(t("nothing to convert"), found.error ?? `The server answered ${answer.status}.`, "error");
   if (!found.changed) return tell(t("nothing to convert"), found.text, "warn");
+  const had = new Set([...everyNode()].filter(({ comfyClass }) => comfyClass === SELECTOR).map((node) => node.id));
   const workflow = app.extensionManager.workflow?.activeWorkflow;
+  const tracker = workflow?.changeTracker, steps = [...(tracker?.undoQueue ?? []), before];
   await app.loadGraphData(found.workflow, true, false, workflow ?? null);
-  workflow?.changeTracker?.checkState?.();
+  for (const node of everyNode()) if (node.comfyClass === SELECTOR && !had.has(node.id)) promote(node);
+  if (tracker) { // loading a graph counts as opening it: the one before is a step of undo here, and the only one of this command
+    tracker.checkState?.();
+    tracker.undoQueue.splice(0, Infinity, ...steps);
+  }
   const { dialog, main } = openPanel(t("converted"), [button(t("close"), () => dialog.close())], "narrow");
   main.append(make("pre", { textContent: found.text }));
+}
+
+// Offer the kernel on the node of the subgraph that a selector is in.
+function promote(node) {
+  const { graph } = node, slot = node.inputs.find(({ name }) => name === "backend");
+  if (graph.isRootGraph || !graph.addInput || !slot || slot.link != null) return;
+  graph.addInput(PROMOTED, "COMBO").connect(slot, node);
 }
 
 function tell(summary, detail, severity) {

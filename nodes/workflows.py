@@ -1,0 +1,36 @@
+"""The route behind the page's command "Use Flux 2 Attention in this workflow": the open graph with this pack's nodes in
+place of core's, by the rules of scripts/convert_workflow.py.
+"""
+
+import asyncio
+
+from ..flux2.workflows.convert import convert
+from ..flux2.workflows.rules import NotConvertible
+from .status import running_server
+
+CONVERT_ROUTE = "/flux2_attention/convert"
+
+
+def answer(workflow):
+    """What the page gets: {"changed", "workflow", "text"}; text says what was replaced, or why nothing was."""
+    try:
+        converted, report = convert(workflow)
+    except NotConvertible as error:
+        return {"changed": False, "text": str(error)}
+    return {"changed": True, "workflow": converted, "text": "\n".join(report)}
+
+
+def add_routes():
+    """The address that the command asks."""
+    server = running_server()
+    if server is None:
+        return
+    from aiohttp import web
+
+    @server.routes.post(CONVERT_ROUTE)
+    async def converted(request):
+        try:
+            workflow = await request.json()
+        except ValueError as error:
+            return web.json_response({"error": f"This is not JSON: {error}"}, status=400)
+        return web.json_response(await asyncio.to_thread(answer, workflow))
