@@ -1,9 +1,13 @@
 """The nodes of the pack, one file per family. ComfyUI calls comfy_entrypoint."""
 
-from comfy_api.latest import ComfyExtension
+from ..attention import requirements
 
-from ..flux2 import error_links
-from . import attention, compare, fast, loaders, lora, parallel, prompt, speed, status, workflows
+requirements.check()  # first: older versions fail in the middle of an import, with a bare name
+
+from comfy_api.latest import ComfyExtension  # noqa: E402
+
+from ..flux2 import error_links  # noqa: E402
+from . import attention, compare, fast, loaders, lora, parallel, prompt, speed, status, workflows  # noqa: E402
 
 
 class Flux2Attention(ComfyExtension):

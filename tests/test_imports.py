@@ -119,3 +119,16 @@ def test_comfyuis_own_loader_takes_the_pack_and_nothing_else_changes(name, tmp_p
     assert answer["kernels"] == [] and answer["backends"] == [], (
         "no kernel library and no backend file is imported before one is chosen"
     )
+
+
+def test_an_old_pytorch_is_refused_in_words(monkeypatch):
+    import torch
+
+    from flux2_pack.attention import requirements
+
+    assert requirements.lacking() == []
+    requirements.check()
+    monkeypatch.delattr(torch.library, "custom_op")
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, group=None: None)
+    with pytest.raises(ImportError, match=r"needs PyTorch 2\.6 or newer.*torch\.library\.custom_op.*group_src"):
+        requirements.check()

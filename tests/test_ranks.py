@@ -1417,3 +1417,19 @@ def test_a_cancel_while_the_ranks_start_leaves_nothing_for_long(tools, model, sm
     assert time.perf_counter() - begun < 2.5
     pids = [worker.pid for worker in session.pool.workers]
     wait_until(lambda: not any(map(alive, pids)), 30)
+
+
+def test_compare_and_benchmark_measure_a_model_on_several_gpus(tools, two, session):
+    """Their observers stand in the override slot; Sequence Parallel looks behind them."""
+    from flux2_pack.flux2.measuring import benchmark, capture, compare
+
+    size, prompt = capture.Size(64, 64), capture.random_conditioning(two)
+    with torch.inference_mode():
+        job = capture.sampling_job(two, size, prompt, 2)
+        variants = [compare.backend_variant("sdpa-math"), compare.model_variant("a", two)]
+        found, _ = compare.compare(two, job, "sdpa", variants)
+        speed = benchmark.benchmark(two, [size], prompt, wanted=["sdpa"], call_repeat=1, step_repeat=1)
+    assert [row.reason for row in found.rows] == ["", ""] and found.rows[0].verdict.word == "same as rounding noise"
+    assert found.rows[0].evidence.calls, "what this rank computes between two exchanges is checked"
+    assert [row.reason for row in speed.rows if not row.timing] == []
+    assert {row.backend for row in speed.rows} >= {"comfyui", "auto", "sdpa"}
