@@ -89,7 +89,7 @@ def expected(tools, variant, weights, naming, changed):
         name: changed(name.removesuffix(".weight"), value) if value.ndim == 2 else value
         for name, value in theirs.items()
     }
-    converted, stacked = tools.keys.convert_model(theirs, variant)
+    converted, stacked, *_ = tools.keys.convert_model(theirs, variant)
     return converted | {name: torch.cat(parts) for name, parts in stacked.items()}
 
 
@@ -454,6 +454,38 @@ def test_layers_that_do_not_fit_are_named_with_the_reason(tools, model, variant,
         "unexpected: it is no part of a LoRA that is known here.",
     ):
         assert line in report, report
+
+
+def test_damaged_files_never_break_it(tools, model, variant, tmp_path):
+    """Parts left out, of another shape or type: a report or a sentence, and weights that can be computed."""
+    import random
+
+    kinds = [low_rank, lokr_low_rank, loha, difference]
+    chance, outcomes = random.Random(7), set()
+    names = [name for name in layers(tools, variant, "original") if "blocks.0" in name]
+    for number in range(120):
+        tensors = {}
+        for name in chance.sample(names, 3):
+            rows, columns = layers(tools, variant, "original")[name]
+            parts = chance.choice(kinds)(name, rows, columns)
+            parts |= {"dora_scale": lengths(name, rows, columns, "rows")} if chance.random() < 0.5 else {}
+            for part, value in parts.items():
+                change = chance.random()
+                if change < 0.08:
+                    continue
+                if change < 0.16:
+                    odd = [value[:0], value.flatten()[0], value.flatten(), value.int()] if value.ndim else []
+                    value = chance.choice([*odd, value[None]])
+                tensors[f"diffusion_model.{name}.{part}"] = value
+        try:
+            patched, _, report = apply(
+                tools, model, tmp_path, tensors or {"x": torch.zeros(1)}, name=f"{number}.safetensors"
+            )
+            merged(patched)
+            outcomes.add("applied" if "these were not" not in report else "some")
+        except tools.Refused:
+            outcomes.add("refused")
+    assert outcomes == {"applied", "some", "refused"}
 
 
 OTHERS = {

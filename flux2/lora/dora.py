@@ -37,8 +37,10 @@ class Decomposed(comfy.weight_adapter.WeightAdapterBase):
         exact = weight.float()
         merged = adapter.calculate_weight(exact.clone(), key, 1.0, 1.0, None, lambda change: change)
         scale = scale.to(weight.device, torch.float32)
-        scale = scale.reshape(-1, 1) if scale.numel() == len(weight) and scale.shape[0] != 1 else scale.reshape(1, -1)
-        lengths = merged.norm(dim=1 if scale.shape[1] == 1 else 0, keepdim=True)
+        square_columns = scale.ndim > 1 and scale.shape[-1] == scale.numel() == weight.shape[1]
+        of_rows = scale.numel() == len(weight) and not square_columns
+        scale = scale.reshape((-1, 1) if of_rows else (1, -1))
+        lengths = merged.norm(dim=1 if of_rows else 0, keepdim=True)
         merged *= scale / (lengths + torch.finfo(torch.float32).eps)
         weight += function(strength * (merged - exact)).to(weight.dtype)
         return weight

@@ -156,7 +156,12 @@ def peft_config(checkpoint):
 
 def set_alpha(layer, config):
     """Give a layer of factors its alpha: its own tensor, or PEFT's; ComfyUI multiplies by alpha / rank."""
-    if "alpha" in layer.parts:
+    single = [
+        part for part, value in layer.parts.items() if value.numel() == 0 or (value.ndim == 0 and part != "alpha")
+    ]
+    if single:
+        layer.reason, layer.parts = f"its part {single[0]} is no matrix", {}
+    elif "alpha" in layer.parts:
         layer.parts["alpha"] = float(layer.parts["alpha"].float().reshape(-1)[0])
     elif "lora_down.weight" in layer.parts and "lora_alpha" in config:
         rank = len(layer.parts["lora_down.weight"])
@@ -204,24 +209,20 @@ def unfit(layer, target):
     if target is None:
         return "the model has no such layer"
     try:
-        shape = change_shape(layer.parts)
+        shape, read = change_shape(layer.parts), adapter_of(layer.parts)[1]
     except (KeyError, IndexError, ValueError):
         return "its parts do not fit together"
     if shape is not None and shape != target.shape:
         return (
             f"it changes {' x '.join(map(str, shape))} numbers where the model has {' x '.join(map(str, target.shape))}"
         )
-    known = {"alpha", "dora_scale", *DIFFERENCES, *adapter_parts(layer)}
+    if "dora_scale" in layer.parts and layer.parts["dora_scale"].numel() not in target.shape:
+        return "its lengths (DoRA) are not as many as the model has rows or columns"
+    known = {"alpha", "dora_scale", *DIFFERENCES, *read}
     strange = sorted(set(layer.parts) - known)
     if strange:
         return f"its part {strange[0]} is not used by FLUX.2" + (", which has no biases" if "_b" in strange[0] else "")
     return "" if set(layer.parts) - {"alpha", "dora_scale"} else "the file has only its alpha"
-
-
-def adapter_parts(layer):
-    """The parts that one of ComfyUI's adapters reads."""
-    _, read = adapter_of(layer.parts)
-    return read
 
 
 def adapter_of(parts, alpha=None):
