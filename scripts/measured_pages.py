@@ -58,7 +58,7 @@ STEP = """# How fast a step is
 Made by `scripts/measured_pages.py` from runs of `benchmarks/step.py`: one forward pass of the whole model. *core* is \
 ComfyUI with its own blocks and its own choice of
 attention; *core-attention* the same with `auto`; *ours* adds Fast Blocks; *ours-fp8* is Fast Blocks with `precision: \
-fp8` on the same bf16 weights; *diffusers* uses the fastest
+fp8` on the same bf16 weights; *ours-cudnn-fp8* is *ours* with backend `cudnn-fp8`; *diffusers* uses the fastest
 of its attention backends on that card, eager or with compiled blocks. All share one set of weights and are timed in \
 rounds that go around all of them; milliseconds are
 medians with the fastest and slowest run. Random weights cost the same time as trained ones, and their outputs are \
