@@ -47,8 +47,10 @@ def test_cpus_and_a_switch_leave_heads_to_all_to_all(monkeypatch):
     memory, reason = symmetric_memory.connect(store, 0, 1, torch.device("cpu"))
     assert memory is None and "computes on 'cpu'" in reason
     assert "all-to-all" in transport_text(memory, reason) and reason in transport_text(memory, reason)
-    monkeypatch.setenv(symmetric_memory.SWITCH, "0")
-    assert symmetric_memory.SWITCH in symmetric_memory.unavailable(torch.device("cuda"))
+    monkeypatch.delenv(symmetric_memory.SWITCH, raising=False)
+    assert f"{symmetric_memory.SWITCH}=1" in symmetric_memory.unavailable(torch.device("cuda"))
+    monkeypatch.setenv(symmetric_memory.SWITCH, "1")
+    assert symmetric_memory.SWITCH not in (symmetric_memory.unavailable(torch.device("cuda")) or "")
 
 
 def test_settings_of_pytorch_hold_while_they_are_needed_and_the_users_stay(monkeypatch):
@@ -70,3 +72,12 @@ def test_the_end_of_a_mesh_ends_waits():
     mesh = Mesh(symmetric=Memory())
     mesh.end()
     assert ended and mesh.abort()
+
+
+def test_a_wait_that_began_in_a_forward_pass_is_ended_from_outside():
+    """The buffer grows inside a pass, which runs in inference mode; whoever ends the mesh does not."""
+    memory = symmetric_memory.SymmetricMemory(None, 0, 2, "cpu")
+    with torch.inference_mode():
+        memory._abort = symmetric_memory.abort_word()
+    memory.abort()
+    assert memory._abort.item() == 1

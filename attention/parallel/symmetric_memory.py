@@ -24,19 +24,19 @@ import torch
 
 RENDEZVOUS = timedelta(seconds=20)
 ALIGNED = 256  # bytes
-SWITCH = "FLUX2_SYMMETRIC_MEMORY"  # 0: NCCL is used, to compare; 1: tried on AMD GPUs too
+SWITCH = "FLUX2_SYMMETRIC_MEMORY"
 # ranks see one GPU each, all of them their number 0; nothing here uses multicast, which some containers forbid
 SETTINGS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
 def unavailable(device):
     """Why this rank cannot take part, a sentence, or None. device: torch.device of the tensors."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH} is 0."
-    if torch.version.hip and os.environ.get(SWITCH) != "1":  # how stores to another GPU are ordered there is unproven
-        return f"it has never been run on AMD GPUs; ComfyUI started with {SWITCH}=1 tries it."
     if device.type != "cuda":
         return f"it needs GPUs, and the model computes on '{device.type}'."
+    if os.environ.get(SWITCH) != "1":
+        # on AMD how stores to another GPU are ordered is unproven too
+        where = "it has never been run on AMD GPUs" if torch.version.hip else "it is experimental"
+        return f"{where}, and off unless ComfyUI is started with {SWITCH}=1."
     if find_spec("triton") is None:
         return "Triton is not installed."
     try:
@@ -123,7 +123,7 @@ class SymmetricMemory:
             with settings(), torch.cuda.device(self.device):
                 handle = self._rendezvous(buffer)
                 peers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=self.device)
-                self._abort = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+                self._abort = abort_word()
                 torch.cuda.synchronize(self.device)
         except Exception as error:  # every rank hears of it below, and none waits for this one
             reason = first_line(error)
@@ -274,6 +274,14 @@ class UlyssesBuffers:
         tokens = self.lengths[self.memory.rank]
         out = self.view(self.result_at, self.batch, tokens, self.heads, self.head_dim)
         return out if borrow else out.clone()
+
+
+def abort_word():
+    """An int32 in host memory that GPUs read. Made in a forward pass and written by any thread, so no inference tensor:
+    PyTorch lets nobody write to one outside inference mode.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
 
 
 def power_of_two(number):
