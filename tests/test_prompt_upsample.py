@@ -439,6 +439,16 @@ def test_a_file_with_a_weight_missing_is_said(tools, tmp_path):
         greedy(tools, clip)
 
 
+@pytest.mark.parametrize("odd", [3, {"head_dim": 0}, {"head_dim": "x"}, {"rope_parameters": 3}])
+def test_a_vision_config_that_describes_nothing_is_said(tools, saved, odd):
+    from dataclasses import replace
+
+    parts = tools.writer.parts_of(tools.lazy.EncoderSource(str(saved[0])))
+    config = {**parts.checkpoint.config, "vision_config": odd}
+    with pytest.raises(ValueError, match="has a vision tower that cannot be used"):
+        tools.writer.configuration(replace(parts, checkpoint=replace(parts.checkpoint, config=config)), 10)
+
+
 def test_old_transformers_and_no_clip_are_said(tools, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     with pytest.raises(ValueError, match="has no Mistral 3 that can be used here"):

@@ -307,3 +307,32 @@ def test_a_cut_encoder_refuses_to_write(load, small_models):
     clip = load.load_text_encoder(str(small_models["text_encoder"]))
     with pytest.raises(CheckpointError, match="cannot write text. Load the same file with the node Load CLIP"):
         clip.generate(clip.tokenize("a cat"), max_length=2)
+
+
+# --- VRAM ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room, said", [(80 * 2**30, "it fits"), (2**20, "does not fit whole")])
+def test_model_info_says_what_a_run_needs(examine, small_models, monkeypatch, room, said):
+    """Working memory is what ComfyUI itself will ask for at that size."""
+    import comfy.model_management as management
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(management, "get_torch_device", lambda: gpu)
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(management, "get_total_memory", lambda device=None: room)
+    monkeypatch.setattr(management, "unet_dtype", lambda **options: torch.bfloat16)
+    monkeypatch.setattr(management, "unet_manual_cast", lambda *options: None)
+    text = examine.describe_path(str(small_models["model"]))
+    assert "VRAM at 1024 x 1024: " in text and said in text
+
+
+def test_the_working_memory_is_comfyuis_own_estimate(load, examine, small_models, monkeypatch):
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "pytorch_attention_flash_attention", lambda: True)
+    patcher = load.load_model(str(small_models["model"]), "bf16")
+    monkeypatch.setattr(patcher.model, "get_dtype_inference", lambda: torch.bfloat16)
+    variant = identify.identify(open_checkpoint(small_models["model"])).variant
+    expected = patcher.model.memory_required((1, 128, 64, 48))
+    assert examine.working_memory(variant, 768, 1024) == pytest.approx(expected, rel=1e-6)

@@ -11,6 +11,7 @@ import os
 
 import comfy.model_management
 import comfy.quant_ops
+import comfy.supported_models
 import torch
 
 from ..checkpoints import identify, quantisation
@@ -96,6 +97,8 @@ def _on_this_machine(checkpoint, found):
         )
     if found.slot == identify.MODEL and not marked:
         lines.append(_plain_products(checkpoint))
+    if found.slot == identify.MODEL:
+        lines += _video_memory(checkpoint, found.variant)
     if found.slot == identify.TEXT_ENCODER:
         last = FAMILIES[found.kind].last_tap
         kept = used_bytes(checkpoint, found, last)
@@ -104,6 +107,39 @@ def _on_this_machine(checkpoint, found):
             f"{gigabytes(checkpoint.bytes)}. FLUX.2 never reads layers above {last}."
         )
         lines.append(_rotary_base(checkpoint, found))
+    return lines
+
+
+SIZES = (1024, 2048)  # sides of the square images that Model Info reckons with
+
+
+def working_memory(variant, width, height):
+    """Bytes that ComfyUI sets aside for one step at an image size, beside the weights: its own estimate for FLUX.2
+    (model_base.BaseModel.memory_required with supported_models.Flux2's factor), for attention that needs no more.
+    """
+    factor = comfy.supported_models.Flux2({"hidden_size": variant.hidden}).memory_usage_factor
+    places = (width // 16) * (height // 16)
+    return int(places * 2 * 0.01 * factor * 2**20)  # of numbers in 16 bits
+
+
+def _video_memory(checkpoint, variant):
+    """What a run needs on the GPU and whether it fits, as sentences; nothing where ComfyUI has no GPU."""
+    management, device = comfy.model_management, comfy.model_management.get_torch_device()
+    if management.is_device_cpu(device) or device.type == "mps":
+        return []
+    room = management.get_total_memory(device)
+    lines = []
+    for side in SIZES:
+        needed = checkpoint.bytes + working_memory(variant, side, side)
+        fits = (
+            "it fits"
+            if needed <= room
+            else "it does not fit whole, so a part of the weights stays in main memory and is fetched in every step"
+        )
+        lines.append(
+            f"VRAM at {side} x {side}: {gigabytes(checkpoint.bytes)} of weights and, as ComfyUI reckons, "
+            f"{gigabytes(working_memory(variant, side, side))} to work; of {gigabytes(room)} on this GPU: {fits}."
+        )
     return lines
 
 

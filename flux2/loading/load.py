@@ -22,6 +22,7 @@ import comfy.text_encoders.flux
 import comfy.utils
 import torch
 
+from ...attention.errors import is_out_of_memory
 from .. import error_links
 from ..checkpoints import identify, keys, quantisation, variants
 from ..vae import prepare as prepare_vae
@@ -47,16 +48,11 @@ def read(checkpoint):
             with tokenizer.panics_as_sentences(file.name):
                 part = comfy.utils.load_torch_file(str(file), safe_load=True)
         except Exception as error:  # the safetensors library and ComfyUI's reader raise several kinds
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{file.name} cannot be read: {error}. Download it again.") from error
         weights.update((name, part[name]) for name in part if name in checkpoint.tensors)
     return weights
-
-
-def out_of_memory(error):
-    """Whether an error says that memory ran out, which is no fault of the file."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _built(checkpoint, build):
@@ -68,7 +64,7 @@ def _built(checkpoint, build):
     except CheckpointError:
         raise
     except Exception as error:  # of any kind: it is ComfyUI's code
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         fits = "size mismatch" not in str(error) and "shape" not in str(error)
         why = "ComfyUI cannot use its weights" if fits else "holds weights whose sizes do not fit together"

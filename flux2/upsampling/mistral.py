@@ -130,14 +130,21 @@ def configuration(parts, image_token):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     }
     shape = {name: tensors[inside].shape for name, inside in parts.names.items()}
-    vision = vision_configuration(shape, said.get("vision_config") or {}) if parts.vision else None
-    merged = shape["multi_modal_projector.patch_merger.merging_layer.weight"] if parts.vision else (1, 4)
+    try:
+        vision = vision_configuration(shape, said.get("vision_config") or {}) if parts.vision else None
+        merged = shape["multi_modal_projector.patch_merger.merging_layer.weight"] if parts.vision else (1, 4)
+        merge = math.isqrt(merged[1] // merged[0])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{parts.checkpoint.name} has a vision tower that cannot be used: its weights and the vision_config of "
+            f"config.json do not describe one ({type(error).__name__}: {str(error)[:100]}). Download it again."
+        ) from None
     return Mistral3Config(
         text_config=text,
         vision_config=vision,
         image_token_index=image_token,
         tie_word_embeddings=False,
-        spatial_merge_size=math.isqrt(merged[1] // merged[0]),
+        spatial_merge_size=merge,
         projector_hidden_act=said.get("projector_hidden_act", "gelu"),
         vision_feature_layer=said.get("vision_feature_layer", -1),
         multimodal_projector_bias="multi_modal_projector.linear_1.bias" in shape,
