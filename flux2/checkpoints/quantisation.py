@@ -180,13 +180,15 @@ def check_marks(checkpoint, title, marked, computed):
         if not isinstance(kind, str):
             raise CheckpointError(
                 f"{checkpoint.name} is {title} whose layer {layer[:80]} is marked as quantised without a format. "
-                f"ComfyUI cannot read that: use the bf16 file, or one quantised for ComfyUI."
+                f"ComfyUI cannot read that: use the bf16 file, or one quantised for ComfyUI.",
+                "quantised-file",
             )
         if kind not in computed:
             wanted = f"ComfyUI {SINCE[kind]} or newer computes it" if kind in SINCE else "a newer ComfyUI may know it"
             raise CheckpointError(
                 f"{checkpoint.name} is {title} quantised as {kind[:40]}, which this version of ComfyUI does not "
-                f"compute; {wanted}. Update ComfyUI, or use a file in another format ({', '.join(sorted(computed))})."
+                f"compute; {wanted}. Update ComfyUI, or use a file in another format ({', '.join(sorted(computed))}).",
+                "update-comfyui",
             )
         if f"{layer}.weight" not in checkpoint.tensors:
             raise CheckpointError(
@@ -225,7 +227,8 @@ def check_weight(checkpoint, title, layer, mark, wanted):
                 f"{checkpoint.name} has {count} numbers in {tensor.dtype} as {ending} of its layer {layer}, which is "
                 f"{kind.words} of {wanted[0]} x {wanted[1]}; ComfyUI computes with "
                 f"{' or '.join(map(str, sorted(allowed)))} in {' or '.join(scale.stored)}. Use the bf16 file, or one "
-                f"quantised for ComfyUI."
+                f"quantised for ComfyUI.",
+                "quantised-file",
             )
 
 

@@ -126,7 +126,8 @@ def _check_all_convertible(part, title, shapes):
         raise CheckpointError(
             f"{part.name} is {title}, and {len(left)} of its tensors have no place in the model, such as "
             f"{left[0][:80]}. Left out they would change the image, so it is refused: use the bf16 file, or one made "
-            f"for ComfyUI."
+            f"for ComfyUI.",
+            "quantised-file",
         )
 
 

@@ -103,7 +103,8 @@ def dimensions(checkpoint, found, family, computed=tuple(quantisation.FORMATS)):
     if kind not in (None, *EMBEDDING_FORMATS):
         raise CheckpointError(
             f"{checkpoint.name} has an embedding quantised as {kind}, of which ComfyUI cannot read single rows. Use a "
-            f"file whose embedding is bf16, fp8 or int8."
+            f"file whose embedding is bf16, fp8 or int8.",
+            "quantised-file",
         )
     said = _from_config(checkpoint, found, sizes)
     return {**sizes, "final_norm": False, "lm_head": False, "rope_theta": found.rope_theta, **said}

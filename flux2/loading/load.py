@@ -121,7 +121,8 @@ def _model_weights(checkpoint, found):
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.name} is {found.title}, quantised so that its layers {error} cannot be joined to one, as "
-            f"ComfyUI has them: they have scales or formats of their own. Use the bf16 file, or one made for ComfyUI."
+            f"ComfyUI has them: they have scales or formats of their own. Use the bf16 file, or one made for ComfyUI.",
+            "quantised-file",
         ) from None
     if marked:  # ComfyUI's layers of mixed precision take the tensors of the state dict as they are
         weights |= {name: torch.cat(list(parts)) for name, parts in joined.items()}
@@ -291,7 +292,8 @@ def for_flux2_alone(text_model, file, family, vocabulary):
             if highest >= vocabulary:
                 raise CheckpointError(
                     f"{file} has an embedding of {vocabulary} tokens, and this prompt has the token {highest}: weights "
-                    f"and tokenizer are not of the same model. Download the text encoder again."
+                    f"and tokenizer are not of the same model. Download the text encoder again.",
+                    "tokenizer",
                 )
             return super().encode_token_weights(token_weight_pairs)
 
@@ -299,7 +301,8 @@ def for_flux2_alone(text_model, file, family, vocabulary):
             raise CheckpointError(
                 f"{file} was loaded by Load FLUX.2 Text Encoder, without the layers above {family.last_tap} and the "
                 f"head, which FLUX.2 never reads: it cannot write text. Load the same file with the node Load CLIP for "
-                f"Generate Text, or use Improve Prompt with Mistral (FLUX.2)."
+                f"Generate Text, or use Improve Prompt with Mistral (FLUX.2).",
+                "improving-prompts",
             )
 
     return ForFlux2
@@ -330,7 +333,8 @@ def _tokenizer_data(checkpoint, family, weights, sizes):
     if highest >= sizes["vocab_size"]:
         raise CheckpointError(
             f"{checkpoint.name} has an embedding of {sizes['vocab_size']} tokens, and its tokenizer has {highest + 1}: "
-            f"they are not of the same model. Download the text encoder again."
+            f"they are not of the same model. Download the text encoder again.",
+            "tokenizer",
         )
     return {f"{family.name}_tokenizer_class": _mistral_tokenizer(ready, data, sizes["hidden_size"])}
 
@@ -425,7 +429,8 @@ class DecoderVAE(comfy.sd.VAE):
         raise CheckpointError(
             "This VAE has a decoder alone: it turns latents into images, and cannot encode an image. Load a whole "
             "FLUX.2 VAE for VAE Encode and reference images, such as flux2-vae.safetensors or "
-            "full_encoder_small_decoder.safetensors."
+            "full_encoder_small_decoder.safetensors.",
+            "wrong-kind-of-file",
         )
 
     encode_tiled = encode

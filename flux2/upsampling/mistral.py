@@ -137,7 +137,8 @@ def configuration(parts, image_token):
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{parts.checkpoint.name} has a vision tower that cannot be used: its weights and the vision_config of "
-            f"config.json do not describe one ({type(error).__name__}: {str(error)[:100]}). Download it again."
+            f"config.json do not describe one ({type(error).__name__}: {str(error)[:100]}). Download it again.",
+            "improving-prompts",
         ) from None
     return Mistral3Config(
         text_config=text,
