@@ -250,7 +250,7 @@ def test_another_packs_override_before_and_after_ours(tools, flux2):
     assert_same(out, expected)
     assert (
         len(seen) == STEPS * 6
-        and "No Select Attention" in report(tools, after, out)[0]
+        and "took its place" in report(tools, after, out)[0]
         and "attention_override" in report(tools, after, out)[0]
     )
 
