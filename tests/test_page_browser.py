@@ -177,9 +177,10 @@ def test_what_a_node_raises_is_on_it_and_leads_to_its_section(page, model_files,
     page.load_api(
         {
             "1": {"class_type": "Flux2LoadModel", "inputs": {"model_name": name, "weight_dtype": "as stored"}},
-            "2": {"class_type": "Flux2FastBlocks", "inputs": {"model": ["1", 0], "precision": "checkpoint"}},
+            # the page remembers a widget's value by node id and name: an id that no graph loaded after this one has
+            "92": {"class_type": "Flux2FastBlocks", "inputs": {"model": ["1", 0], "precision": "checkpoint"}},
             "3": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-            "4": {"class_type": "Flux2AttentionReport", "inputs": {"model": ["2", 0], "latent": ["3", 0]}},
+            "4": {"class_type": "Flux2AttentionReport", "inputs": {"model": ["92", 0], "latent": ["3", 0]}},
         }
     )
     with pytest.raises(RuntimeError, match="Fast Blocks cannot run here"):
