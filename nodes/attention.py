@@ -36,7 +36,7 @@ def known_slugs(*slugs):
     try:
         for slug in slugs:
             if slug not in (None, NO_SECOND, registry.AUTO, registry.COMFYUI):
-                registry.row(slug)
+                registry.row(slug if isinstance(slug, str) else repr(slug)[:40])
     except UserError as error:
         return error_links.answer(error)
     return True

@@ -34,7 +34,7 @@ class PromptCache:
     """A folder of encoded prompts, at most `limit` bytes in all."""
 
     def __init__(self, folder, limit):
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit = Path(folder), int(limit)
 
     def path(self, key):
         return self.folder / f"{name_of(key)}.safetensors"
