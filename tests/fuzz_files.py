@@ -174,7 +174,9 @@ def change_header(raw, rng):
             del header[name]
         else:
             metadata = header.setdefault("__metadata__", {})
-            if "_quantization_metadata" in metadata and rng.random() < 0.7:
+            if not isinstance(metadata, dict):
+                continue
+            if isinstance(metadata.get("_quantization_metadata"), str) and rng.random() < 0.7:
                 marks = change_json(json.loads(metadata["_quantization_metadata"]), rng)
                 if rng.random() < 0.3 and isinstance(marks, dict):
                     marks["layers"] = {rng.choice(names).removesuffix(".weight"): {"format": rng.choice(FORMATS)}}
@@ -334,11 +336,11 @@ def outcome(function):
     return result[0], time.process_time() - start, result[1]
 
 
-def fuzz(count, seed, folder, show=print):
-    """Counter of outcomes over `count` cases; everything but results and sentences is shown."""
+def fuzz(count, seed, folder, show=print, first=0):
+    """Counter of outcomes over `count` cases from number `first` on; everything but results and sentences is shown."""
     total, slowest = collections.Counter(), 0.0
     made = bases(Path(folder) / "bases")
-    for number in range(count):
+    for number in range(first, first + count):
         rng = random.Random(f"{seed}/{number}")
         place = Path(folder) / "now"
         shutil.rmtree(place, ignore_errors=True)
@@ -362,6 +364,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--seed", default="1")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, to try one again")
     args = parser.parse_args()
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.argv = sys.argv[:1]
@@ -373,7 +376,7 @@ def main():
     core.cpu = True
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        total, slowest = fuzz(args.count, args.seed, folder, lambda text: print(text, flush=True))
+        total, slowest = fuzz(args.count, args.seed, folder, lambda text: print(text, flush=True), args.first)
     print(f"{args.count} files, seed {args.seed}: {dict(total)}, slowest call {slowest:.2f} s")
     return 1 if set(total) - {"done", "sentence"} else 0
 
