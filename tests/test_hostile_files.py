@@ -432,6 +432,13 @@ def test_marks_that_lie_are_said(load, examine, tmp_path, case):
     assert "Load FLUX.2 Model refuses it: " in examine.describe_path(str(path))
 
 
+def test_marks_that_lie_in_a_file_of_nobody_are_said(examine, tmp_path):
+    """A file that no loader takes, found by the fuzz (seed 1, case 8300)."""
+    path = maker.write(tmp_path / "x.safetensors", {"a.weight": torch.zeros(1)}, {"_quantization_metadata": "["})
+    text = examine.describe_path(str(path))
+    assert "something that this pack does not know" in text and "quantisation metadata cannot be read" in text
+
+
 # --- VAEs and memory -------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,8 @@ def describe_path(path):
             examine(checkpoint, found.slot)
         return describe(checkpoint, found)
     except CheckpointError as error:
-        return f"{_summary(checkpoint, found)}\n{identify.SLOTS[found.slot].node} refuses it: {error}"
+        refuses = f"{identify.SLOTS[found.slot].node} refuses it: " if found.slot else ""  # no loader of ours takes it
+        return f"{_summary(checkpoint, found)}\n{refuses}{error}"
 
 
 def _summary(checkpoint, found):
