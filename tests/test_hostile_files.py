@@ -265,11 +265,13 @@ def test_claims_of_a_tokenizer_are_bounded(load, tmp_path, case):
 
 def test_the_published_patterns_are_those_of_the_installed_transformers(comfy):
     """The pattern of tekken files, and the one that transformers' converter takes where it is told none."""
+    import importlib
     import inspect
 
     from flux2_pack.flux2.loading import tekken
-    from transformers import convert_slow_tokenizer
 
+    # by name: the package also has a function that is called so
+    convert_slow_tokenizer = importlib.import_module("transformers.convert_slow_tokenizer")
     assert maker.PATTERN in tekken.PATTERNS
     default = inspect.signature(convert_slow_tokenizer.TikTokenConverter.__init__).parameters["pattern"].default
     assert default in tekken.PATTERNS

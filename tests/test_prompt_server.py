@@ -186,4 +186,10 @@ def test_the_page_has_a_button_and_the_report(server, names, clear):
             "app.graph.nodes.find(({type}) => type === 'Flux2EncodePrompt').widgets.find(({name}) => name === "
             "'report').value"
         )
+        # all prompts of all graphs go: the page asks first
+        page.wait_for("document.querySelector('.flux2-dialog')?.innerText.includes('prompts')")
+        assert page.js(f"return {report}") == "Hit: this is a report"
+        page.js("""
+            const buttons = [...document.querySelectorAll('.flux2-dialog button')];
+            buttons.find(({innerText}) => innerText === 'Delete').click();""")
         page.wait_for(f"{report}.startsWith('Cleared: 1 prompts')")
