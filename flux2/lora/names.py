@@ -92,7 +92,8 @@ OTHER_MODELS = tuple(
         (
             "FLUX.1",
             r"double_blocks_\d+_(img|txt)_mod_|single_blocks_\d+_modulation_"
-            r"|transformer_blocks_\d+_norm1_(context_)?linear|single_transformer_blocks_\d+_(norm_linear|proj_mlp|proj_out)|transformer_blocks_\d+_ff(_context)?_net_"
+            r"|transformer_blocks_\d+_norm1_(context_)?linear"
+            r"|single_transformer_blocks_\d+_(norm_linear|proj_mlp|proj_out)|transformer_blocks_\d+_ff(_context)?_net_"
             r"|vector_in_|time_text_embed_",
         ),
         ("FLUX.3", r"(content_)?mode_blocks_"),
