@@ -79,11 +79,8 @@ def lse_bhs(lse, q):
     flat = lse.squeeze(-1) if lse.ndim == 4 and lse.shape[-1] == 1 else lse
     if flat.ndim != 3 or flat.shape[:2] != (b, h) or flat.shape[2] < s:
         raise RuntimeError(
-            (
-                f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}; expected (batch {b}, heads {h}, at "
-                "least "
-                f"{s} queries)."
-            )
+            f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}; expected (batch {b}, heads {h}, at "
+            f"least {s} queries)."
         )
     return flat[..., :s].float()
 

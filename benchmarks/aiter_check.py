@@ -37,13 +37,10 @@ from flux2_pack.attention.device import Device  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Bounds on the relative error of the output and the absolute error of the log-sum-exp, on gaussian data. Exact kernels
-# have no entry: their
-# bounds come from the data. aiter-sage: probabilities and values are fp8 e4m3, whose rounding error is 2**-4 / sqrt(3)
-# / 1.4 = 0.026 rms of a
-# value, 0.037 for a product of two, and the bound twice that; the interpreter truncates instead of rounding, which
-# doubles it. The log-sum-exp
-# sees int8 rounding only, 0.014 rms of a score and less in the sum; a shift of the keys that is not put back would be
-# above 1.
+# have no entry: their bounds come from the data. aiter-sage: probabilities and values are fp8 e4m3, whose rounding
+# error is 2**-4 / sqrt(3) / 1.4 = 0.026 rms of a value, 0.037 for a product of two, and the bound twice that; the
+# interpreter truncates instead of rounding, which doubles it. The log-sum-exp sees int8 rounding only, 0.014 rms of a
+# score and less in the sum; a shift of the keys that is not put back would be above 1.
 QUANTISED = {"aiter-sage": (0.15 if INTERPRETED else 0.075, 0.02)}
 
 
@@ -51,8 +48,7 @@ def problem(
     torch, lengths, heads=(2, 2), head_dim=128, dtype=None, device="cpu", strides="contiguous", offset=0.0, batch=1
 ):
     """Gaussian q, k, v (B, S, H, D). strides: contiguous, "bhsd" memory, slices of one fused "qkv" tensor, or "far"
-    apart
-    in memory.
+    apart in memory.
     """
     generator = torch.Generator().manual_seed(sum(lengths))
     make = {
@@ -319,8 +315,7 @@ def call_of(*tensors, need_lse):
 
 def prepare(args):
     """Import the adapters over the shim. Returns (torch, slug -> adapter); backends that this source tree lacks are
-    named
-    and left out.
+    named and left out.
     """
     import torch
 

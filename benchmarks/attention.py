@@ -114,8 +114,7 @@ def measured(slug, seq, work, known, times, exact, sdpa_error, call):
 
 def library_call(slug, q, k, v):
     """The library's own function on BSHD tensors, without our adapter: the baseline of the overhead. None where it is
-    not
-    listed.
+    not listed.
     """
     qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
     if slug == "sdpa":
@@ -197,10 +196,8 @@ def main():
         costs = [c for c in map(overhead, registry.ROWS) if c]
     for cost in costs:
         print(
-            (
-                f"host time per call: {cost['backend']:<12} library {cost['library_us']} us, through the selector "
-                f"{cost['ours_us']} us, more by {cost['overhead_us']} us"
-            )
+            f"host time per call: {cost['backend']:<12} library {cost['library_us']} us, through the selector "
+            f"{cost['ours_us']} us, more by {cost['overhead_us']} us"
         )
     write({"cases": rows, "overhead": costs}, options.json)
 

@@ -55,8 +55,7 @@ def launchable(option):
 
 def kernels():
     """[{kernel, length, options, ms, gb_per_s}]: every kernel with every option, and a plain copy of the same size
-    beside
-    it.
+    beside it.
     """
     rows = []
     for length in LENGTHS:
@@ -165,8 +164,7 @@ def cast(value, dtype):
 
 def exact(patcher):
     """Errors of fused and core's blocks in bf16 against float32, with PyTorch's exact attention for all; and that two
-    runs
-    are bit-identical.
+    runs are bit-identical.
     """
     inner, rows = patcher.model.diffusion_model, []
     for kind, block, fused in (
@@ -386,8 +384,7 @@ def int8_products():
 
 def sustained():
     """TFLOP/s of bf16 products over a second each, when the card has reached its power limit: cuBLAS against quack's
-    own
-    choice and its tuned one.
+    own choice and its tuned one.
     """
     from quack.gemm_interface import gemm
 

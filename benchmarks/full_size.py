@@ -108,8 +108,7 @@ INPUT_SCALE = 0.02
 
 def build_fp8(sizes=DEV, seed=0):
     """A MODEL as ComfyUI loads an fp8 checkpoint: every product of the blocks in e4m3 with a scale for its weight and
-    one
-    for its input, the rest in bf16.
+    one for its input, the rest in bf16.
     """
     import comfy.model_management
     import comfy.sd

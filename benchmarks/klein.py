@@ -126,8 +126,7 @@ def clip_of(weights, kind, sizes, layers=None, precision="float32", tokenizer_da
 
 def share(network, weights):
     """Let a loaded text encoder hold the tensors of `weights` themselves, so that both encoders and diffusers' take
-    memory
-    once.
+    memory once.
     """
     for name, parameter in network.named_parameters():
         source = next((value for key, value in weights.items() if name.endswith(key)), None)
@@ -152,8 +151,7 @@ def vae_of(fused_blocks="off"):
 
 class Nodes:
     """The nodes of core's klein template as functions, on one MODEL, CLIP and VAE; the picture is (1, H, W, 3) float32
-    in
-    host memory.
+    in host memory.
     """
 
     def __init__(self, model, clip, vae, pixels):

@@ -1,6 +1,5 @@
 """What a FLUX.2 step on many GPUs should cost, on paper, from parts that were measured: for GPUs and hosts that are
-not at
-hand.
+not at hand.
 
   python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52                       the defaults are
       FLUX.2-dev at 1024 x 1024 on H200
@@ -31,8 +30,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Work:
     """One forward pass. one_gpu_ms, attention_ms: on one GPU, attention being part of it; fixed_ms: what does not
-    become
-    less with more GPUs.
+    become less with more GPUs.
     """
 
     one_gpu_ms: float
@@ -49,9 +47,8 @@ class Work:
 @dataclass(frozen=True)
 class Links:
     """host_gbs, network_gbs: payload that one GPU sends within its host and to other hosts; host_us, network_us:
-    latency
-    per exchange, within a host and across; memory_gbs: of the GPU's own memory, for merges; hidden: share of the
-    Ulysses exchange that other work covers, 0 to 1.
+    latency per exchange, within a host and across; memory_gbs: of the GPU's own memory, for merges; hidden: share of
+    the Ulysses exchange that other work covers, 0 to 1.
     """
 
     host_gbs: float = 330.0
@@ -215,11 +212,8 @@ def main():
     work = fitted(work, links, measured)
     known = dict(measured)
     print(
-        (
-            f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not "
-            "divided "
-            f"{work.fixed_ms:.1f} ms"
-        )
+        f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not "
+        f"divided {work.fixed_ms:.1f} ms"
     )
     print(f"{'':46s}{'compute':>9}{'ulysses':>9}{'ring':>9}{'gather':>9}{'ms':>9}{'speedup':>9}{'measured':>10}")
     rows = []

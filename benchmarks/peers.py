@@ -99,8 +99,7 @@ def diffusers_peer(setting, is_compiled):
 
 def fastest_attention(setting, inputs, time_ms):
     """({name: ms}, the fastest) of diffusers' attention backends for one step; ({}, None) where none runs or diffusers
-    is
-    not installed.
+    is not installed.
     """
     found = {}
     for name in twins.ATTENTION if inputs["x"].is_cuda else twins.ATTENTION[:1]:

@@ -96,8 +96,7 @@ def flops(sizes, image, text):
 
 class Ceiling:
     """The two products of a single block in one number format, timed beside the peers. Nothing is timed where this
-    device
-    has none in that format.
+    device has none in that format.
     """
 
     def __init__(self, sizes, tokens, weights, device):

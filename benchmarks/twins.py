@@ -1,6 +1,5 @@
 """diffusers' FLUX.2 transformer over the tensors of a ComfyUI MODEL: the same weights in the same memory, so that both
-fit
-on one card.
+fit on one card.
 
   pip download --no-deps --only-binary=:all: -d .whl diffusers==0.42.1 importlib_metadata lazy-importer     # pure
       Python, 6 MB

@@ -1,6 +1,5 @@
 """How fast Mistral 3 writes prompts, at full size (24B) with random weights made on the GPU, through the same code as
-the
-node.
+the node.
 
   COMFYUI_PATH=... python benchmarks/upsample.py [--json FILE] [--tokens 128] [--small]
 

@@ -5,8 +5,7 @@
 
 An error keeps its type and traceback. It names its section itself (attention/errors.py): a class of errors has a
 `topic`, `UserError(text, topic)` takes one. Memory that is short is known whoever says so. Other errors are left as
-they
-are: they come from elsewhere.
+they are: they come from elsewhere.
 """
 
 import contextlib

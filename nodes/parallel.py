@@ -44,8 +44,7 @@ class Flux2SequenceParallel(io.ComfyNode):
             description="Computes every step of one image on several GPUs at once: each GPU has the whole model and a "
             "part of the image. Same image, less "
             "time. Samplers, guiders, previews, LoRA, references and Select Attention work as with one GPU, before or "
-            "after this node. "
-            "The first image starts a process per GPU; they stay for the next ones.",
+            "after this node. The first image starts a process per GPU; they stay for the next ones.",
             search_aliases=[
                 "multi gpu",
                 "multigpu",

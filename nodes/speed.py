@@ -68,8 +68,7 @@ class Flux2CompileBlocks(io.ComfyNode):
                     tooltip="The same model with compiled blocks. Attention Report and Warm Up say how many calls "
                     "were compiled and how long that "
                     "took. Compiled code is kept in ComfyUI's user folder (flux2_attention/compiled), unless "
-                    "TORCHINDUCTOR_CACHE_DIR "
-                    "names another place."
+                    "TORCHINDUCTOR_CACHE_DIR names another place."
                 )
             ],
         )

@@ -33,8 +33,7 @@ class BadSettings(ValueError):
 @dataclass(frozen=True)
 class PictureSettings:
     """What to draw. References are names on the server. Width or height None: 1024, or with references that of the
-    first
-    one.
+    first one.
 
     models: {folder under models/: name}; a folder left out keeps the name in the workflow file. memory: {the same
     folders: memory mode}. fast_blocks: precision of Fast Blocks, or None; compile_blocks: whether blocks are compiled;
@@ -135,8 +134,7 @@ def fill(settings):
 
 def add_speed(workflow, settings):
     """The speed nodes that were asked for, behind Select Attention: fused blocks, compiled blocks, several GPUs, then
-    the
-    warm-up of all that.
+    the warm-up of all that.
     """
     if settings.fast_blocks:
         insert(workflow, "Flux2FastBlocks", precision=settings.fast_blocks)
@@ -164,8 +162,7 @@ def add_speed(workflow, settings):
 
 def insert(workflow, class_type, **inputs):
     """Put a node MODEL -> MODEL in front of whatever reads the model that Select Attention, or the node inserted
-    before,
-    gives.
+    before, gives.
     """
     last = next(key for key, node in reversed(workflow.items()) if node["class_type"] in MODEL_CHAIN)
     for node in workflow.values():

@@ -122,10 +122,8 @@ class ComfyClient:
         info = await self.object_info(node)
         if info is None:
             raise ComfyError(
-                (
-                    f"The ComfyUI at {self.url} has no node {node}. Install Flux 2 Attention into its custom_nodes and "
-                    "restart it."
-                )
+                f"The ComfyUI at {self.url} has no node {node}. Install Flux 2 Attention into its custom_nodes and "
+                "restart it."
             )
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         kind, *options = inputs[name]
@@ -156,8 +154,7 @@ class ComfyClient:
 
     async def run(self, workflow, on_progress=lambda progress: None):
         """Queue an API workflow, report progress, return its Result. Cancelled or timed out, the job is removed from
-        the
-        server too.
+        the server too.
         """
         try:
             return await asyncio.wait_for(self._run(workflow, on_progress), self.seconds_to_run)

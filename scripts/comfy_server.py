@@ -124,25 +124,19 @@ class ComfyServer:
         while (nodes := fetch_json(f"{self.url}/object_info/{READY_NODE}")) is None:
             if self.process.poll() is not None:
                 raise ServerFailed(
-                    (
-                        f"ComfyUI ended with status {self.process.returncode} while starting. The end of its "
-                        f"log:\n{self.log_tail()}"
-                    )
+                    f"ComfyUI ended with status {self.process.returncode} while starting. The end of its "
+                    f"log:\n{self.log_tail()}"
                 )
             if time.monotonic() > deadline:
                 raise ServerFailed(
-                    (
-                        f"ComfyUI was not ready after {self.seconds_to_start} seconds. The end of its "
-                        f"log:\n{self.log_tail()}"
-                    )
+                    f"ComfyUI was not ready after {self.seconds_to_start} seconds. The end of its "
+                    f"log:\n{self.log_tail()}"
                 )
             time.sleep(0.2)
         if READY_NODE not in nodes:
             raise ServerFailed(
-                (
-                    f"ComfyUI started but did not load the pack (no node {READY_NODE}). The end of its "
-                    f"log:\n{self.log_tail(60)}"
-                )
+                f"ComfyUI started but did not load the pack (no node {READY_NODE}). The end of its "
+                f"log:\n{self.log_tail(60)}"
             )
 
     def stop(self):

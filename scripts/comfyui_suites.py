@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Run ComfyUI's own test suites, tests-unit and tests/execution, without this pack and with it, and compare the
-outcome of
-every test.
+outcome of every test.
 
   python scripts/comfyui_suites.py --install           also install what the suites need beside ComfyUI, into a folder
                                                        of its own in the cache
@@ -113,10 +112,8 @@ def run(comfyui, suite, tests, extra):
         )
     if not report.is_file():
         raise SystemExit(
-            (
-                f"suites: pytest ended with status {done.returncode} and no report. The end of its "
-                f"log:\n{tail(comfyui / 'suite.log')}"
-            )
+            f"suites: pytest ended with status {done.returncode} and no report. The end of its "
+            f"log:\n{tail(comfyui / 'suite.log')}"
         )
     return outcomes(report)
 

@@ -20,8 +20,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"compare: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use "
-        ".venv/bin/python, "
-        "or install aiohttp, tqdm and Pillow."
+        ".venv/bin/python, or install aiohttp, tqdm and Pillow."
     ) from None
 
 WORKFLOW, FILES = "flux2_compare_attention.json", ("compare-pictures.png", "compare-differences.png")

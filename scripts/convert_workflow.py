@@ -45,8 +45,7 @@ def parse(arguments=None):
 
 def check_backend(slug):
     """NotConvertible for a name that no backend has, where PyTorch is there to ask the pack; else ComfyUI says it when
-    the
-    graph runs.
+    the graph runs.
     """
     if slug == "auto" or importlib.util.find_spec("torch") is None:
         return
@@ -97,8 +96,7 @@ def target(path, output, undone):
 
 def write(path, text):
     """In UTF-8 whatever the console's or system's own encoding is, and with the ends of lines as they are. path: None
-    for
-    the standard output.
+    for the standard output.
     """
     data = text.encode("utf-8")
     try:

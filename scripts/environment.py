@@ -68,10 +68,8 @@ def run(command, what):
 def require_python():
     if sys.version_info < (3, 10):
         raise SystemExit(
-            (
-                f"environment: Python 3.10 or newer is needed, this is {platform.python_version()}. Run with another "
-                "python3 on PATH."
-            )
+            f"environment: Python 3.10 or newer is needed, this is {platform.python_version()}. Run with another "
+            "python3 on PATH."
         )
 
 
@@ -165,8 +163,7 @@ def digest(comfy):
 
 def problem(venv):
     """Why this environment cannot be used as it is, or None. Modules are located, not imported: torch alone takes
-    seconds
-    to import.
+    seconds to import.
     """
     if not (venv / MARKER).is_file():
         return "it is not there" if not venv.exists() else "its installation was interrupted"
@@ -233,10 +230,8 @@ def link(venv):
         temporary.replace(name)
     elif name.resolve() != venv:
         raise SystemExit(
-            (
-                f"environment: {name} is a folder of your own; move it away, or set FLUX2_PYTHON to the python that "
-                "should be used."
-            )
+            f"environment: {name} is a folder of your own; move it away, or set FLUX2_PYTHON to the python that "
+            "should be used."
         )
 
 

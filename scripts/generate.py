@@ -29,8 +29,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"generate: {error.name} is missing in {sys.executable}. Run `bash scripts/demo.sh` once and use "
-        ".venv/bin/python, "
-        "or install aiohttp, tqdm and Pillow."
+        ".venv/bin/python, or install aiohttp, tqdm and Pillow."
     ) from None
 from api_workflow import BadSettings, PictureSettings, default_models
 from comfy_server import ComfyServer, ServerFailed

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Keep locales/ in step with the nodes: English comes from the schemas, translations are kept, what is missing or
-outdated
-is listed.
+outdated is listed.
 
   python scripts/make_locales.py                  write locales/en/nodeDefs.json, backend lists in all languages,
                                                   locales/state.json

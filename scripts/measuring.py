@@ -62,8 +62,7 @@ def needed(workflow):
 
 def models_for(args, workflow, comfyui):
     """{folder: [file]} for a server of our own: the small models, or those that were asked for. Folders that the
-    workflow
-    does not read get small ones.
+    workflow does not read get small ones.
     """
     small, wanted = drawing_models(), wanted_models(args)
     if not any(wanted.values()):

@@ -36,8 +36,7 @@ def fetch(url):
 
 def contract(info):
     """{"inputs": [{name, kind, type, ...}] in the order of the widgets, "outputs": [[type, is a list]], "output_node"}
-    of
-    one node.
+    of one node.
     """
     inputs = [
         entry(name, kind, info["input"][kind][name])
@@ -140,10 +139,8 @@ def write(found):
     for name, node in found.items():
         inputs = ",\n".join("    " + json.dumps(i) for i in node["inputs"])
         lines.append(
-            (
-                f'{json.dumps(name)}: {{"inputs": [\n{inputs}],\n  "outputs": {json.dumps(node["outputs"])}, '
-                f'"output_node": {json.dumps(node["output_node"])}}}'
-            )
+            f'{json.dumps(name)}: {{"inputs": [\n{inputs}],\n  "outputs": {json.dumps(node["outputs"])}, '
+            f'"output_node": {json.dumps(node["output_node"])}}}'
         )
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -1,6 +1,5 @@
 """A pytest plugin for ComfyUI's own suites, used by comfyui_suites.py: a ComfyUI server that a test starts is waited
-for
-until it answers.
+for until it answers.
 
 The suites wait about twenty seconds, which a busy machine does not keep. Nothing else changes: a server that ends or
 stays silent is left to the test.

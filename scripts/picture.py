@@ -21,8 +21,7 @@ SAMPLER = "SamplerCustomAdvanced"
 @dataclass(frozen=True)
 class Picture:
     """data: the PNG file. reports: what the report node measured, one dict per run of the sampler. seconds: from
-    queueing
-    to the end.
+    queueing to the end.
     """
 
     data: bytes
@@ -114,11 +113,8 @@ def match(wanted, available, folder, url):
         return alike[0]
     if alike:
         raise ComfyError(
-            (
-                f"{Path(wanted).name} is in several places of models/{folder} at {url}: {', '.join(alike)}. Give one "
-                "of "
-                "these names."
-            )
+            f"{Path(wanted).name} is in several places of models/{folder} at {url}: {', '.join(alike)}. Give one "
+            "of these names."
         )
     raise ComfyError(
         f"{url} has no {Path(wanted).name} in models/{folder}. It has: {', '.join(available) or 'no file there'}."

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """What the Comfy Registry wants to know of this pack, checked; and the three facts that only the publisher knows,
-written
-once.
+written once.
 
   python scripts/registry.py                                        say what is wrong with pyproject.toml, .comfyignore
                                                                     and CHANGELOG.md

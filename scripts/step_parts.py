@@ -1,6 +1,5 @@
 """Where the time of a step goes: the parts of benchmarks/fast_check.py and of the benchmark node, each timed alone,
-added
-up for a whole step of FLUX.2-dev.
+added up for a whole step of FLUX.2-dev.
 
 Products are taken at the rate that fast_check measured for all tokens together; a double block runs them for text and
 image apart. Standard library alone.
@@ -33,8 +32,7 @@ HEADER = (
 
 def product_ms(check, tokens, shapes, rate):
     """Milliseconds of one block's products: 2 * tokens * k * n operations each, at the rate in TFLOP/s that was
-    measured
-    for the shape.
+    measured for the shape.
     """
     measured = {(p["m"], p["k"], p["n"]): p[rate] for p in check["products"]}
     return sum(2e-9 * tokens * k * n / measured[tokens, k, n] for k, n in shapes)

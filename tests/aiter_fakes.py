@@ -142,8 +142,7 @@ def flydsl_quantised(given):
 
 def v4_packed(given):
     """Scores are already scaled, and in base 2: the query quantiser does that. The one recipe that mha_v4 itself
-    cannot be
-    asked for.
+    cannot be asked for.
     """
     per_32, per_tensor = AttentionScaleMode.E8M0_PER_1X32, AttentionScaleMode.F32_PER_TENSOR
     assert [given[f"{n}_scale_mode"] for n in "qkv"] == [per_32, per_32, per_tensor]
@@ -214,8 +213,7 @@ BACKENDS = "flux2_pack.attention.backends."
 
 def forget(monkeypatch, libraries=("aiter",)):
     """Take a library and our AITER backends out of sys.modules and the registry, for one test, and what the test
-    imports
-    out afterwards.
+    imports out afterwards.
     """
     for name in [n for n in sys.modules if n.split(".")[0] in libraries]:
         monkeypatch.delitem(sys.modules, name)
@@ -252,8 +250,7 @@ class Library:
 
     def provide(self, functions):
         """Add recorded functions [{"file", "name", "parameters"}] to the modules they lie in; flash_attn_func also to
-        the
-        package itself.
+        the package itself.
         """
         for function in functions:
             path, name = function["file"], function["name"]

@@ -22,8 +22,7 @@ HEADS, HEAD = 12, 16  # heads that 2, 3 and 4 ranks can share
 @dataclass(frozen=True)
 class Case:
     """tokens: per rank, taken from the front for smaller groups; more_keys: added to each rank's keys; mask: how to
-    make
-    one; rings: whether a ring can do it.
+    make one; rings: whether a ring can do it.
     """
 
     tokens: tuple = (16, 16, 16, 16)

@@ -1,6 +1,5 @@
 """One page of the session's ComfyUI in one Chromium, shared by the tests that only need some page. conftest.py takes
-this
-in as a plugin.
+this in as a plugin.
 """
 
 import pytest

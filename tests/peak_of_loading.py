@@ -20,8 +20,7 @@ import pack  # noqa: F401
 
 class PeakOfAnonymousMemory:
     """with PeakOfAnonymousMemory() as peak: ...; peak.bytes: how much this process' own memory grew at most. Mapped
-    files
-    do not count.
+    files do not count.
     """
 
     def __enter__(self):

@@ -48,8 +48,7 @@ def server(comfyui, model_files, tmp_path_factory):
 
 def broken_models(folder, good):
     """{folder: files}: a text file, a truncated copy, a link to nowhere and, as wrong-slot.safetensors, a model of
-    another
-    kind.
+    another kind.
     """
     made = {}
     for kind in MODEL_FOLDERS:

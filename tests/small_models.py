@@ -69,8 +69,7 @@ def diffusion_model(
     hidden=256, double=2, single=4, guidance=True, context=3 * TEXT_HIDDEN, dtype=torch.bfloat16, seed=SEED
 ):
     """State dict of a FLUX.2 diffusion model in the keys of the original (black-forest-labs) file. `hidden` is a
-    multiple
-    of 128.
+    multiple of 128.
     """
     w = Weights(f"{seed}/model", dtype)
     w.linear("img_in", hidden, 128)
@@ -262,8 +261,7 @@ def _resnet(w, block, inputs, outputs):
 
 def ensure(folder):
     """Write the three files under `folder` unless this version of them is there. Returns {"root", "model",
-    "text_encoder",
-    "vae"}: paths.
+    "text_encoder", "vae"}: paths.
     """
     root = Path(folder)
     paths = {"root": root, **{name: root / file for name, file in FILES.items()}}

@@ -428,8 +428,7 @@ FAILURES = {
 
 def failure(prepared, mesh, prepare_rank):
     """{said, nan, intact, after}: what this rank raised; whether its output has NaN; whether the groups can be used;
-    the
-    error of the next pass.
+    the error of the next pass.
     """
     case = CASES["lengths that divide nothing"]
     model = share(selected(prepared.models["dev"]), mesh)

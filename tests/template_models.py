@@ -1,6 +1,5 @@
 """Small models under the names of the published files, so that shipped and official workflows run as they are.
-conftest.py
-takes this in as a plugin.
+conftest.py takes this in as a plugin.
 
 `official_server` gives a running server every file that our templates and ComfyUI's FLUX.2 templates name, and a
 picture for every LoadImage; what was put there is taken away when the module's tests end, because other tests want a

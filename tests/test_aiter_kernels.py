@@ -33,8 +33,7 @@ def newer(tmp_path_factory):
 
 def check(tmp_path, source, *arguments, interpret=False):
     """Run the script in a process of its own (kernels are interpreted or compiled for the whole process). Returns its
-    JSON
-    line.
+    JSON line.
     """
     environment = {
         **os.environ,

@@ -1,6 +1,5 @@
 """Every backend that runs here against float32, over the whole registry; and the adapters of libraries that are not
-here,
-on fakes.
+here, on fakes.
 """
 
 import contextlib

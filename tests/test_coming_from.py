@@ -1,6 +1,5 @@
 """docs/coming-from.md, row by row: every node, input, value, backend and flag exists, the flags run, and diffusers
-knows
-what is said to be its own.
+knows what is said to be its own.
 
   bash scripts/test.sh tests/test_coming_from.py
 

@@ -367,8 +367,7 @@ def test_a_compiled_model_still_draws_the_same_afterwards(tools, flux2, node):
 
 def test_a_model_compiled_before_the_selection_is_not_believed(tools, flux2):
     """Its graph may keep the attention of the selection that it was compiled with: such a row says so instead of
-    comparing
-    a backend with itself.
+    comparing a backend with itself.
     """
     model = compiled_as_by_core(flux2)
     found, _, _ = compared(tools, model, ["sdpa-math"], steps=2)

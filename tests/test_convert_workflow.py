@@ -1,6 +1,5 @@
 """scripts/convert_workflow.py on ComfyUI's own FLUX.2 graphs and on hand-made ones: what it replaces, what it leaves,
-the
-way back, the same picture.
+the way back, the same picture.
 
   bash scripts/test.sh -k test_convert_workflow
 

@@ -1,6 +1,5 @@
 """The text encoder's own attention choice: the same conditioning, only on this CLIP, kept when ComfyUI loads the
-weights
-again.
+weights again.
 """
 
 import pytest

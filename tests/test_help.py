@@ -1,6 +1,5 @@
 """Help: a page for every node that ComfyUI's page shows, words that find every node, and errors that lead to the
-section
-that explains them.
+section that explains them.
 
   bash scripts/test.sh tests/test_help.py
 

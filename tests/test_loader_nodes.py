@@ -1,6 +1,5 @@
 """The loader nodes as ComfyUI sees them: schema, choices from the model folders, values in and out, and sentences for
-what
-is wrong.
+what is wrong.
 """
 
 import shutil

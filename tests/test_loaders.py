@@ -156,8 +156,7 @@ def grid(time, height, width):
 
 def run_diffusers(model, latents, prompt, sigma, guidance):
     """latents: list of (1, 128, H, W), the picture first and then references. Returns the prediction for the picture,
-    same
-    shape.
+    same shape.
     """
     tokens = torch.cat([latent.flatten(2).transpose(1, 2) for latent in latents], dim=1)  # (1, S, 128)
     ids = torch.cat([grid(10 * number, *latent.shape[2:]) for number, latent in enumerate(latents)])[None]
@@ -518,8 +517,7 @@ def test_vae_agrees_with_diffusers(load, diffusers_vae):
 
 def test_tiles_of_any_size_give_nearly_the_whole_picture(load, diffusers_vae):
     """Core's VAE Decode (Tiled) on our VAE: sizes in pixels, a multiple of the 16 pixels of one latent place; one tile
-    is
-    the whole.
+    is the whole.
     """
     from nodes import VAEDecodeTiled
 
@@ -733,6 +731,5 @@ def test_sampled_latents_agree_with_the_pipeline_of_diffusers(load, dev, diffuse
         noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
     )
     # The pipeline returns its tokens (1, S, 128). It goes through timesteps of a thousandth and back, and ComfyUI
-    # through the denoised picture at
-    # each step: four steps measure 8e-6 apart, where one forward pass is 2e-7.
+    # through the denoised picture at each step: four steps measure 8e-6 apart, where one forward pass is 2e-7.
     assert relative_error(result.flatten(2).transpose(1, 2), expected) <= 4e-5

@@ -1,6 +1,5 @@
 """Errors, verdicts and times on tensors alone: what they are for known inputs, and that the probe sees each fault in
-one
-attention call.
+one attention call.
 """
 
 import math
@@ -168,8 +167,7 @@ def test_each_fault_is_implausible_in_one_call(function, dtype):
 @pytest.mark.parametrize("function", [scale_off_by_a_percent, one_key_of_padding])
 def test_small_faults_exceed_what_exact_kernels_do(function):
     """In float32 by far. In bfloat16 a percent of scale is still above the threshold; one key of padding in 700 is
-    below
-    the format's own rounding.
+    below the format's own rounding.
     """
     assert error_of(function, torch.float32).worst_head > 1000 * EPS
     if function is scale_off_by_a_percent:

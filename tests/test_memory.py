@@ -1,6 +1,5 @@
 """Memory modes by ComfyUI's own accounting: what load_models_gpu, free_memory and the samplers do to a component in
-each
-mode.
+each mode.
 
 With a GPU, on it; else on a pretended one, the device cpu:0, whose free memory is a budget less what ComfyUI counts as
 loaded. Also the peak of host memory while a diffusers folder is loaded. Not covered: speed, and ComfyUI's dynamic

@@ -1,6 +1,5 @@
 """Saved workflows rely on node ids, inputs, their order, types, defaults and outputs: they are those of the snapshot,
-or
-were appended and noted there.
+or were appended and noted there.
 """
 
 import copy

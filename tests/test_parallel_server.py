@@ -1,6 +1,5 @@
 """Sequence parallel in a running ComfyUI: the same latents with the node as without, cancel, a killed rank, unloading,
-and
-nothing left at the end.
+and nothing left at the end.
 
 A server of its own, whose processes may be killed: CPU, float32, small models, two ranks (FLUX2_CPU_RANKS=2).
 """
@@ -228,8 +227,7 @@ def test_unloading_in_comfyui_frees_the_ranks(own_server, model_files):
 
     def dropped():
         """Ask again every two seconds: ComfyUI 0.30 sleeps through a request that comes while it collects garbage
-        after a
-        prompt.
+        after a prompt.
         """
         if next(asked) % 40 == 0:
             post(own_server, "/free", {"unload_models": True})

@@ -1,6 +1,5 @@
 """The folder of encoded prompts and the words in a prompt, without ComfyUI: what is kept, what is believed, what goes,
-and
-two processes at once.
+and two processes at once.
 """
 
 import os

@@ -1,6 +1,5 @@
 """Encode Prompt on real encoders: core's conditioning, hits that leave the encoder unread, keys made from content,
-special
-tokens, lists of prompts.
+special tokens, lists of prompts.
 """
 
 import asyncio

@@ -1,6 +1,5 @@
 """The prompt nodes in a running ComfyUI: pictures as with CLIP Text Encode, hits across runs, the clear button's
-address,
-and the page's widgets.
+address, and the page's widgets.
 """
 
 import json

@@ -184,8 +184,7 @@ def test_it_writes_with_most_weights_left_in_main_memory(tools, saved):
 
 def test_layers_whose_weights_lie_ready_are_not_asked_to_cast_them(tools, saved, monkeypatch):
     """Three quarters of a token's time on a GPU; what is written is the same, and the layers are as before, after a
-    cancel
-    too.
+    cancel too.
     """
     clip = encoder(tools, saved[0])
     first = greedy(tools, clip, [picture()])
@@ -405,8 +404,7 @@ def test_encoders_that_cannot_write_are_refused_before_they_are_loaded(tools, sm
 @pytest.mark.parametrize("temperature", [0.0, 0.15])
 def test_numbers_that_overflow_are_said(tools, clip, monkeypatch, temperature):
     """As float16 weights give them. Drawing from them ends the GPU's context, and with it the server; taking the
-    likeliest
-    writes rubbish.
+    likeliest writes rubbish.
     """
     head = tools.writer.writer_of(clip, None, None).network.lm_head
     monkeypatch.setattr(head, "forward", lambda x, original=head.forward: original(x) * float("nan"))

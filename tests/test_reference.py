@@ -1,6 +1,5 @@
 """The whole against the reference: our workflow on a running ComfyUI against diffusers' Flux2Pipeline, latents to
-float32
-rounding.
+float32 rounding.
 
 Both have the same files, noise, sigmas, prompt and reference picture; the prompt is encoded by transformers' Mistral 3
 through diffusers' own function, so tokens, padding and the cut at 512 tokens are the reference's. Also: what a bad file

@@ -257,8 +257,7 @@ def test_another_packs_override_before_and_after_ours(tools, flux2):
 
 def newer_core_setter(model, function):
     """What set_model_optimized_attention of cores after 0.30 writes into the slot, from its behaviour: the first
-    argument
-    is dropped.
+    argument is dropped.
     """
 
     def optimized_attention_override(_, *args, **kwargs):

@@ -1,6 +1,5 @@
 """The nodes inside a running ComfyUI, over its API: pictures, latents equal to core's, independent clones, and
-refusals in
-words.
+refusals in words.
 
   bash scripts/test.sh -k test_server
 
@@ -28,8 +27,7 @@ CPU_BACKENDS = ("auto", "sdpa", "sdpa-flash", "sdpa-math")
 SIZE = {"width": 128, "height": 96, "steps": 3}
 CALLS = 3 * 6  # steps times blocks: the small model has two double and four single blocks
 # Another order of summation in attention moves these latents by 1.1e-7 of their largest value (measured, every backend
-# against core's
-# sub-quadratic attention); a softmax scale that is off by a tenth moves them by 1.4e-3.
+# against core's sub-quadratic attention); a softmax scale that is off by a tenth moves them by 1.4e-3.
 SAME = 5e-6
 # ids in the workflow files
 NODE = {"model": "1", "select": "4", "sampler": "12", "report": "13", "decode": "14", "save": "15"}

@@ -1,6 +1,5 @@
 """The small FLUX.2 that draws (benchmarks/small): its training code computes what ComfyUI computes, its pictures,
-captions
-and judge are right.
+captions and judge are right.
 
 Models here have random weights unless a test says "shipped".
 """

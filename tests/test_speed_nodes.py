@@ -1,6 +1,5 @@
 """Compiled blocks and warming up, on real ComfyUI MODELs in process: core's own latents, few graphs, nothing left
-behind,
-and reasons in words.
+behind, and reasons in words.
 
 Float32 on the CPU, torch.compile with a backend that needs no compiler; one test compiles with inductor. What they gain
 is measured on a GPU by benchmarks/step.py. Graphs are kept from test to test on purpose: the same graph must serve

@@ -1,6 +1,5 @@
 """ComfyUI's own FLUX.2 on several ranks predicts what it predicts on one: 2, 3 and 4 gloo ranks, each group started
-once
-(split_ranks.py).
+once (split_ranks.py).
 """
 
 import ast

@@ -367,8 +367,7 @@ def menu_item(page, label, seconds=browser.SECONDS_TO_ANSWER):
 
 def open_below(page, label, wanted):
     """Rest the mouse on a menu entry until the wanted entry below it is there. A menu that is still sliding in misses
-    the
-    mouse, so it comes again, as a person's would.
+    the mouse, so it comes again, as a person's would.
     """
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.action_chains import ActionChains

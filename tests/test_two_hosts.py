@@ -1,6 +1,5 @@
 """Two hosts: network namespaces of this machine, which share nothing but a cable between them. Rank 0 in one,
-torchrun's
-worker in the other.
+torchrun's worker in the other.
 
 Needs root and Debian's iproute2 (scripts/test.sh installs it). What is checked inside stands in two_hosts.py. Not
 covered: NCCL, different machines.

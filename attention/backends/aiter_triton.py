@@ -302,8 +302,7 @@ class SageMxfp4(Sage):
 
     def scaled(self, q, scale):
         """The wrapper has no scale argument and uses D**-0.5, so any other scale goes into q: one rounding to q's
-        dtype,
-        nothing else.
+        dtype, nothing else.
         """
         ratio = scale / default_scale(q.shape[-1])
         return q if ratio == 1 else (q.float() * ratio).to(q.dtype)

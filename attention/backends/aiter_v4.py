@@ -27,8 +27,7 @@ WRITES_LSE = takes(getattr(V4, "mha_v4_packed", None), "lse")
 
 class MhaV4(Adapter):
     """Query/key format `qk` and value format `v`, as in AITER's AttentionFormat ("FP8" is whichever the GPU computes
-    in),
-    on `archs`.
+    in), on `archs`.
     """
 
     distribution = "amd-aiter"

@@ -121,8 +121,7 @@ def cudnn(q, k, v, scale, need_lse):
 
 class Math(Adapter):
     """Two matrix products and a softmax, as the formula reads. Needs memory for the whole score matrix; the
-    log-sum-exp is
-    computed apart.
+    log-sum-exp is computed apart.
     """
 
     limits = Limits(dtypes=FLOATS, mask=True, lse=True, max_offset=None)

@@ -1,6 +1,5 @@
 """xFormers memory_efficient_attention: it dispatches to CUTLASS or FlashAttention kernels. fp16, bf16 and float32;
-layout
-(B, S, H, D).
+layout (B, S, H, D).
 """
 
 import torch

@@ -1,6 +1,5 @@
 """The FLUX.2 autoencoder in plain, trainable PyTorch, with the keys of the original file. ComfyUI's AutoencoderKL
-computes
-the same.
+computes the same.
 
 Pictures (B, 3, H, W) in -1..1 <-> latents (B, 128, H / 16, W / 16): 32 channels at 1/8, folded 2x2, each of the 128
 normalised to mean 0 and variance 1 by stored statistics. Group norms have 32 groups, so the number of channels is a
@@ -20,8 +19,7 @@ def conv(inputs, outputs, size=3, stride=1):
 
 class Norm(nn.GroupNorm):
     """Keeps the number format of its input (autocast would go to float32 and double the traffic); the sums are in
-    float32
-    all the same.
+    float32 all the same.
     """
 
     def forward(self, x):

@@ -125,8 +125,7 @@ def _maybe(phrase, keep):
 
 def describe(scenes, generator, full=False):
     """(phrases (B, S), relation (B,), or -1) of scenes as they are. With `full` every caption says the background,
-    relates
-    the first two objects if there are two, and says the place of a single one: the captions that are judged.
+    relates the first two objects if there are two, and says the place of a single one: the captions that are judged.
     """
     dice, rows = Dice(generator), len(scenes)
     always = torch.ones(rows, dtype=torch.bool, device=dice.device)
@@ -141,8 +140,7 @@ def describe(scenes, generator, full=False):
 
 def compose(scenes, generator):
     """(scenes, phrases (B, S)): `scenes` with everything that their captions leave unsaid set to what is drawn then:
-    cells
-    by RELATED or ALONE, medium size, a grey background.
+    cells by RELATED or ALONE, medium size, a grey background.
     """
     dice, rows = Dice(generator), len(scenes)
     single = scenes.count == 1
@@ -163,8 +161,7 @@ def compose(scenes, generator):
 
 def _phrases(scenes, dice, relation, places, sized, grounded):
     """(B, S). `relation` (B,) or -1, `places` (B,), `sized` (B, N) and `grounded` (B,) say what is said; the last two
-    are
-    drawn if None.
+    are drawn if None.
     """
     rows = len(scenes)
     introduction = _maybe(

@@ -1,6 +1,5 @@
 """A small Mistral 3 text encoder in plain, trainable PyTorch, with ComfyUI's state dict keys
-(comfy/text_encoders/llama.py
-computes the same).
+(comfy/text_encoders/llama.py computes the same).
 
 30 layers, of which FLUX.2 joins the hidden states after 10, 20 and 30. Attention is causal, so padding on the right
 changes nothing. Shapes: B prompts, T tokens, D = 128 channels of a head.

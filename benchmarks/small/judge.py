@@ -1,6 +1,5 @@
 """Judging pictures of scenes by code, with scikit-image: which shapes of which colour are there, where, and did an
-edit do
-what it should?
+edit do what it should?
 
 Text to image: pixels are given to the nearest of the known colours, connected pixels of a colour are a shape, and a
 shape's kind is that of the six whose drawing its outline covers best. A picture is right if the shapes in it are those

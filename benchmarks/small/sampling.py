@@ -19,8 +19,7 @@ STEPS, GUIDANCE = 20, 4.0
 
 def noise_schedule(steps, image_tokens):
     """(steps + 1,) noise levels from 1 to 0, as ComfyUI's Flux2Scheduler has them (comfy_extras/nodes_flux.py, below
-    4300
-    tokens).
+    4300 tokens).
     """
     at_200, at_10 = 0.00016927 * image_tokens + 0.45666666, 8.73809524e-05 * image_tokens + 1.89833333
     mu = at_200 + (at_200 - at_10) / 190 * (steps - 200)
@@ -118,8 +117,7 @@ def masks(pixels):
 
 def features(mask):
     """(..., 4) of masks (..., H, W): how much of its bounding box a mask fills, its centre in the box (2), and whether
-    the
-    box's middle is filled.
+    the box's middle is filled.
     """
     height, width = mask.shape[-2:]
     mask = mask.float()

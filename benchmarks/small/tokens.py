@@ -1,6 +1,5 @@
 """The small tokenizer: Mistral's tekken format, every byte and every word of the captions and of FLUX.2's template as
-one
-token.
+one token.
 
 Any text can be tokenised (by bytes and prefixes of words); the captions take few tokens. `words` gives the ids without
 the tokenizers library.

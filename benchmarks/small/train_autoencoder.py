@@ -115,10 +115,8 @@ def train(model, seconds, batch, generator, painter, autocast):
         mean.add(loss)
         if report():
             log(
-                (
-                    f"autoencoder {clock.elapsed:5.0f} s  step {count:5d}  {'crops' if cropping else 'whole'}  loss "
-                    f"{mean.read():.4f}"
-                )
+                f"autoencoder {clock.elapsed:5.0f} s  step {count:5d}  {'crops' if cropping else 'whole'}  loss "
+                f"{mean.read():.4f}"
             )
     torch.backends.cudnn.benchmark = False
     measure(model, batch, generator, painter, autocast)

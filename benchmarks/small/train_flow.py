@@ -40,8 +40,7 @@ UNSEEN = 0.1  # weight of the error in those dimensions of the latent that the d
 
 def velocity(transformer, noisy, reference, text, time, guidance):
     """(B, N, 128) velocity. `noisy` and `reference` (or None) are image tokens of square pictures, `text` (B, rows, C)
-    the
-    last of ROWS rows.
+    the last of ROWS rows.
     """
     side = int(noisy.shape[1] ** 0.5)
     rotation = _rotation(text.shape[1], side, reference is not None, noisy.device)
@@ -148,9 +147,8 @@ def inside(cell, shown):
 
 def touchable(before):
     """(B, 256) 1.0 for the image tokens that some edit of a scene could change: the cells of its shapes, and those
-    above
-    them, where hats go. The same for every edit of it: weight on the changed cells alone would reward a model that is
-    unsure which shape is meant for changing all of them.
+    above them, where hats go. The same for every edit of it: weight on the changed cells alone would reward a model
+    that is unsure which shape is meant for changing all of them.
     """
     return inside(torch.cat([before.cell, before.cell - 3], dim=1), before.shown.repeat(1, 2))
 
@@ -180,10 +178,9 @@ class Pool:
 
 class Flow:
     """The state of the training: the transformer, its average, pools and the optimiser. `batch` counts pictures of
-    steps
-    with LONGEST text rows and no reference; others have as many tokens. `guided` is the share of the run from which
-    guidance has an effect: on scenes alone. What an instruction does to a picture includes what it leaves unclear,
-    which shape is meant say, and guidance would exaggerate that too.
+    steps with LONGEST text rows and no reference; others have as many tokens. `guided` is the share of the run from
+    which guidance has an effect: on scenes alone. What an instruction does to a picture includes what it leaves
+    unclear, which shape is meant say, and guidance would exaggerate that too.
     """
 
     def __init__(self, model, copy, maker, batch, pool, autocast, guided=GUIDED, edits=EDITS, rate=1.0):
@@ -318,8 +315,7 @@ class Diverged(RuntimeError):
 
 def attempt(flow, share, to_eager):
     """One step, or None if it failed: then compilation is undone, and the second time the batch halved, so that a run
-    is
-    not lost to a compiler.
+    is not lost to a compiler.
     """
     try:
         return flow.step(share)
@@ -344,20 +340,15 @@ def train(flow, seconds, checkpoint, to_eager):
             mean.add(loss)
         if flow.steps in (1, 2, 3, 48) and loss is not None:
             log(
-                (
-                    f"step {flow.steps} given out {clock.elapsed:.0f} s into the flow; compiled: "
-                    f"{dict(torch._dynamo.utils.counters['frames'])}"
-                )
+                f"step {flow.steps} given out {clock.elapsed:.0f} s into the flow; compiled: "
+                f"{dict(torch._dynamo.utils.counters['frames'])}"
             )
         if report():
             value, now = mean.read(), (flow.pictures, clocks.monotonic())
             speed, before = (now[0] - before[0]) / (now[1] - before[1]), now
             log(
-                (
-                    f"flow {clock.elapsed:5.0f} s  share {share:.3f}  step {flow.steps:6d}  {speed:6.0f} pictures/s  "
-                    "loss "
-                    f"{value:.4f}"
-                )
+                f"flow {clock.elapsed:5.0f} s  share {share:.3f}  step {flow.steps:6d}  {speed:6.0f} pictures/s  "
+                f"loss {value:.4f}"
             )
             if value != value:
                 raise Diverged("the loss is not a number: take the last checkpoint and lower RATES")

@@ -1,6 +1,5 @@
 """Training of the small text encoder, before the transformer sees it: its three taps must tell what is in each cell of
-the
-picture.
+the picture.
 
 A reader that is thrown away afterwards attends to the prompt's states, once per cell of the grid (and once for the
 background, or once for an edit), and names kind, colour and size. One attention and one matrix, no more, so what it can
@@ -219,8 +218,7 @@ def train(encoder, seconds, batch, generator, autocast):
         if report():
             log(
                 f"text {clock.elapsed:5.0f} s  step {count:6d}  {batch * count / clock.elapsed:6.0f} captions/s  loss "
-                f"{mean.read():.4f}; "
-                f"{examine(encoder, book, ids, generator, autocast, batch)}"
+                f"{mean.read():.4f}; {examine(encoder, book, ids, generator, autocast, batch)}"
             )
     tidy(encoder)
     log(f"text done: {count} steps; {examine(encoder, book, ids, generator, autocast, batch)}")

@@ -200,8 +200,7 @@ class Transformer(nn.Module):
 
     def reset(self):
         """Start as the identity: no branch adds anything and the velocity is zero; text and time are read from the
-        first
-        step on.
+        first step on.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

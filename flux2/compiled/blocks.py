@@ -104,9 +104,8 @@ class CompileLog:
 
 class CompilePlan:
     """How the blocks of a MODEL are compiled. mode and backend: torch.compile's. on_failure: REFUSE raises
-    CompileRefused
-    where a block cannot be compiled, EAGER runs it eager and says so in the log. tell(sentence) is called around each
-    compilation.
+    CompileRefused where a block cannot be compiled, EAGER runs it eager and says so in the log. tell(sentence) is
+    called around each compilation.
     """
 
     def __init__(self, mode=MODES[0], on_failure=REFUSE, backend="inductor", tell=lambda text: None):
@@ -141,8 +140,7 @@ class CompilePlan:
 
     def fail(self, kind, error):
         """Remember why a kind of block cannot be compiled, so that it is tried once. CompileRefused where that shall
-        stop
-        the run.
+        stop the run.
         """
         reason = f"torch.compile failed on the {kind} blocks: {summary(error)}"
         if self.on_failure == REFUSE:

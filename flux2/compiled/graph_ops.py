@@ -1,6 +1,5 @@
 """What a compiled block reaches outside its graph, by custom operators: attention, and layers whose weights a graph
-cannot
-hold.
+cannot hold.
 
 An operator looks up what to call when it runs, in the block that is running. So one graph serves every block of its
 kind: it names a layer by its place and holds no attention backend, no block number and no way of fetching weights. Any

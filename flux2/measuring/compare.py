@@ -66,9 +66,8 @@ def missed_calls(recording, expected):
         return ""
     return (
         f"Only {recording.calls} of {expected or 'its'} attention calls reached the selected backend, so the figures "
-        "would be of a mixture. "
-        "A model that was compiled keeps the kernels it was compiled with: select first, compile behind it, and "
-        "connect each compiled model to model_a, model_b, model_c or model_d."
+        "would be of a mixture. A model that was compiled keeps the kernels it was compiled with: select first, "
+        "compile behind it, and connect each compiled model to model_a, model_b, model_c or model_d."
     )
 
 

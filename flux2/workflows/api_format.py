@@ -1,6 +1,5 @@
 """Convert API workflows, {id: {"class_type", "inputs", "_meta"}}: what POST /prompt takes and "Export (API)" writes.
-See
-convert.py.
+See convert.py.
 """
 
 import copy

@@ -68,10 +68,8 @@ def check_wanted(graph, wanted):
     known = {str(key[1]) for key, node in graph.nodes.items() if node.type in LOADERS}
     if unknown := [identity for identity in wanted if identity not in known]:
         raise NotConvertible(
-            (
-                f"There is no loader {', '.join(unknown)}. The loaders that can be replaced are: "
-                f"{', '.join(sorted(known)) or 'none'}."
-            )
+            f"There is no loader {', '.join(unknown)}. The loaders that can be replaced are: "
+            f"{', '.join(sorted(known)) or 'none'}."
         )
 
 

@@ -1,6 +1,5 @@
 """Where a new node goes on a canvas so that it covers nothing: positions and sizes in pixels, positions without the
-title
-bar.
+title bar.
 """
 
 import itertools

@@ -407,8 +407,7 @@ def restored_inputs(node, before, names):
         if entry["name"] not in names:
             raise NotConvertible(
                 f"The input {entry['name']} of {node['type']} {node['id']} is connected, and {before['type']} has no "
-                "such input. "
-                "Disconnect it first."
+                "such input. Disconnect it first."
             )
         inputs.setdefault(names[entry["name"]], renamed(entry, names))["link"] = entry["link"]
     return list(inputs.values())

@@ -53,10 +53,8 @@ class Widget:
         if value not in inverse:
             choices = ", ".join(map(repr, inverse))
             raise NotConvertible(
-                (
-                    f"{self.new} is set to {value!r}, which ComfyUI's {self.old} does not have. Set it to one of "
-                    f"{choices} first."
-                )
+                f"{self.new} is set to {value!r}, which ComfyUI's {self.old} does not have. Set it to one of "
+                f"{choices} first."
             )
         return inverse[value]
 
@@ -96,8 +94,7 @@ class Loader:
 
     def back(self, now, original):
         """ComfyUI's values again: the original ones, except where ours was changed since. NotConvertible when that has
-        no
-        counterpart.
+        no counterpart.
         """
         before, values = self.forward(original), dict(original)
         for widget in self.widgets:

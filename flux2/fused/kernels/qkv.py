@@ -13,8 +13,7 @@ RMS_EPS = torch.finfo(torch.float32).eps  # torch's default for rms_norm compute
 @triton.jit
 def _normed_rotated(SRC, weight, c00, c01, c10, c11, at, inside, eps, D: tl.constexpr, ROPE: tl.constexpr):
     """RMSNorm over the head axis of a (HEADS, D) tile, times weight, then pairs of elements turned by 2 x 2 matrices
-    (D/2
-    of each entry).
+    (D/2 of each entry).
     """
     x = tl.load(SRC + at, mask=inside, other=0.0)
     dtype = x.dtype

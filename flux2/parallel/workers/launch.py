@@ -100,8 +100,7 @@ def listen(host, port):
         raise OSError(
             error.errno,
             f"Rank 0 cannot listen at {host}:{port}: {error.strerror}. Another program has that port, or the address "
-            "is not this "
-            f"machine's: set {LISTEN} to another one.",
+            f"is not this machine's: set {LISTEN} to another one.",
         ) from error
 
 

@@ -60,8 +60,7 @@ def source_of(patcher):
     if made is None:
         raise NotReplicable(
             "Sequence parallel loads this model on every GPU, and its loader does not say how (it sets no "
-            "cached_patcher_init). "
-            "Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
+            "cached_patcher_init). Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
         )
     function, arguments, *index = made
     loader = next((name for name, where in LOADERS.items() if where == place_of(function)), None)
@@ -108,8 +107,7 @@ def weights_of(patcher):
     except Unsendable as error:
         raise patch_transfer.Refused(
             f"Sequence parallel cannot send these weight patches to the other GPUs: they hold {error}. LoRA of every "
-            "kind that ComfyUI "
-            "knows can be sent; merged models cannot: save the merged model and load that."
+            "kind that ComfyUI knows can be sent; merged models cannot: save the merged model and load that."
         ) from error
 
 
