@@ -19,8 +19,12 @@ def comfyui_path():
 
 
 @pytest.fixture(scope="session")
-def comfy():
-    """ComfyUI's modules, importable, on the CPU. Returns its folder."""
+def comfy(tmp_path_factory):
+    """ComfyUI's modules, importable, on the CPU. Returns its folder.
+
+    Its models, input, output, temp and user are folders of this session: the checkout may be the user's own, and
+    nothing is written there.
+    """
     path = comfyui_path()
     sys.path.insert(0, path)
     argv, sys.argv = sys.argv, sys.argv[:1]  # ComfyUI reads the command line at import
@@ -31,6 +35,8 @@ def comfy():
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
+    args.base_directory = str(tmp_path_factory.mktemp("comfyui"))  # folder_paths reads it at import
+    assert "folder_paths" not in sys.modules
     sys.argv = argv
     return path
 
