@@ -1,24 +1,24 @@
-"""What a FLUX.2 step on many GPUs should cost, on paper, from parts that were measured: for GPUs and hosts that are
-not at hand.
+"""What a FLUX.2 step on many GPUs should cost, on paper, from parts that were measured: for machines that are not at
+hand.
 
-  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52                       the defaults are
-      FLUX.2-dev at 1024 x 1024 on H200
-  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52 --measured
-  benchmarks/results/parallel-h200.json --json FILE
+  python benchmarks/parallel_model.py --one-gpu-ms 400 --attention-ms 52
+      the defaults are FLUX.2-dev at 1024 x 1024 on H200
+  python benchmarks/parallel_model.py --attention-ms 52 --two-gpus benchmarks/results/parallel-h200.json --json FILE
+      four and eight GPUs from the two-GPU case of that file, and what it measured of them, if it did
 
 The model. With S tokens of width W in b bytes, P = U x R GPUs and s = S / P tokens on each:
   compute    fixed + (one_gpu - fixed) / P; fixed is what every GPU does again (modulation, launches), fitted to
              measured cases when there are any
   Ulysses    per attention call each GPU sends 3 s W b (U-1)/U and gets its result back for s W b (U-1)/U
-             (DeepSpeed-Ulysses, section 3.2), each
-             taking a latency; what leaves the host travels at the same time as what stays, and the slower one counts
+             (DeepSpeed-Ulysses, section 3.2), each taking a latency; what leaves the host travels at the same time as
+             what stays, and the slower one counts
   ring       R-1 rotations of keys and values, 2 (S/R) (W/U) b each, hidden behind the attention of one part (attention
-             / P / R); what is longer than
-             that counts, and the merges, which read and write the output in float32
+             / P / R); what is longer than that counts, and the merges, which read and write the output in float32
   gather     the result, s C b to each GPU, once per step
+  waiting    ranks that wait for one another: what a measured two-GPU step takes beyond its parts; 0 on paper
 Bandwidths are what a GPU can send, in GB/s of payload; measure them with benchmarks/exchange.py. Overlap of the Ulysses
-exchange with other work is a share that is given (0 by default). Not in the model: ranks that wait for one another,
-clocks that fall, other traffic on the network.
+exchange with other work is a share that is given (0 by default). Not in the model: clocks that fall, hosts that launch
+kernels more slowly than the GPUs run them, other traffic on the network.
 """
 
 import argparse
@@ -30,12 +30,13 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Work:
     """One forward pass. one_gpu_ms, attention_ms: on one GPU, attention being part of it; fixed_ms: what does not
-    become less with more GPUs.
+    become less with more GPUs; waiting_ms: what ranks wait for one another, on two GPUs or more.
     """
 
     one_gpu_ms: float
     attention_ms: float
     fixed_ms: float = 0.0
+    waiting_ms: float = 0.0
     tokens: int = 4608
     width: int = 6144
     heads: int = 48
@@ -138,12 +139,15 @@ def gather_ms(work, layout, links):
 
 
 def predict(work, layout, links):
-    """{"compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "ms", "speedup"} of one step; speedup against one_gpu_ms."""
+    """{"compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "waiting_ms", "ms", "speedup"} of one step; speedup against
+    one_gpu_ms.
+    """
     parts = {
         "compute_ms": work.fixed_ms + (work.one_gpu_ms - work.fixed_ms) / layout.gpus,
         "ulysses_ms": ulysses_ms(work, layout, links),
         "ring_ms": ring_ms(work, layout, links),
         "gather_ms": gather_ms(work, layout, links),
+        "waiting_ms": work.waiting_ms * (layout.gpus > 1),
     }
     total = sum(parts.values())
     return {**parts, "ms": total, "speedup": work.one_gpu_ms / total}
@@ -160,6 +164,28 @@ def fitted(work, links, measured):
     ]
     weight = sum(share * share for share, _ in rows)
     return replace(work, fixed_ms=max(0.0, sum(share * rest for share, rest in rows) / weight)) if rows else work
+
+
+def from_two_gpus(work, links, case):
+    """(Work, Links) of which the parts are those of a two-GPU Ulysses case of benchmarks/parallel.py.
+
+    The fixed part follows from its compute time, the payload per second from its exchange time (packing included), and
+    what is left of the step is waiting. Raises ValueError for a case that does not say these times.
+    """
+    missing = [name for name in ("one_gpu_ms", "compute_ms", "exchange_ms", "sent_mb", "ms") if name not in case]
+    if missing or (case["gpus"], case["ulysses"]) != (2, 2):
+        raise ValueError(
+            f"A case of two GPUs with Ulysses 2 is needed, with {', '.join(missing) or 'its times'}; {case} is not one."
+        )
+    latency_ms = 2 * work.blocks * links.host_us / 1e3
+    work = replace(
+        work,
+        one_gpu_ms=case["one_gpu_ms"],
+        fixed_ms=max(0.0, 2 * case["compute_ms"] - case["one_gpu_ms"]),
+        tokens=sum(case["tokens"]),
+        waiting_ms=max(0.0, case["ms"] - case["compute_ms"] - case["exchange_ms"]),
+    )
+    return work, replace(links, host_gbs=case["sent_mb"] / (case["exchange_ms"] - latency_ms))
 
 
 def layouts(work, per_host=8):
@@ -187,7 +213,7 @@ def read_measured(path, name):
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--one-gpu-ms", type=float, required=True, help="a step on one GPU")
+    parser.add_argument("--one-gpu-ms", type=float, help="a step on one GPU; --two-gpus knows it")
     parser.add_argument("--attention-ms", type=float, required=True, help="of that, attention")
     parser.add_argument(
         "--fixed-ms", type=float, default=0.0, help="what every GPU does again; fitted when --measured is given"
@@ -197,25 +223,44 @@ def options():
     for name, field in Links.__dataclass_fields__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=field.default)
     parser.add_argument("--measured", help="file of benchmarks/parallel.py, to fit the fixed part and to compare with")
+    parser.add_argument("--two-gpus", help="file of benchmarks/parallel.py: every part comes from its two-GPU case")
     parser.add_argument("--case", default="bf16-1024", help="which cases of that file")
-    parser.add_argument("--json", help="file to write the result to")
-    return parser.parse_args()
+    parser.add_argument("--json", help="file to write the result to; other cases in it stay")
+    given = parser.parse_args()
+    if given.one_gpu_ms is None and not given.two_gpus:
+        parser.error("--one-gpu-ms or --two-gpus is needed: what a step takes on one GPU.")
+    return given
 
 
 def main():
     given = options()
     work = Work(
-        given.one_gpu_ms, given.attention_ms, given.fixed_ms, given.tokens, given.width, given.heads, given.blocks
+        given.one_gpu_ms,
+        given.attention_ms,
+        given.fixed_ms,
+        tokens=given.tokens,
+        width=given.width,
+        heads=given.heads,
+        blocks=given.blocks,
     )
     links = Links(**{name: getattr(given, name) for name in Links.__dataclass_fields__})
-    measured = read_measured(given.measured, given.case) if given.measured else []
-    work = fitted(work, links, measured)
+    path = given.two_gpus or given.measured
+    measured = read_measured(path, given.case) if path else []
+    if given.two_gpus:
+        cases = json.loads(Path(given.two_gpus).read_text())["cases"]
+        two = [case for case in cases if case["name"] == given.case and (case["gpus"], case["ulysses"]) == (2, 2)]
+        if not two:
+            raise SystemExit(f"{given.two_gpus} has no case {given.case} of two GPUs with Ulysses 2.")
+        work, links = from_two_gpus(work, links, two[0])
+    else:
+        work = fitted(work, links, measured)
     known = dict(measured)
     print(
         f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not "
         f"divided {work.fixed_ms:.1f} ms"
     )
-    print(f"{'':46s}{'compute':>9}{'ulysses':>9}{'ring':>9}{'gather':>9}{'ms':>9}{'speedup':>9}{'measured':>10}")
+    columns = ("compute", "ulysses", "ring", "gather", "waiting", "ms", "speedup")
+    print(f"{'':46s}{''.join(f'{name:>9}' for name in columns)}{'measured':>10}")
     rows = []
     for layout in dict.fromkeys([*known, *layouts(work)]):
         found = predict(work, layout, links)
@@ -226,13 +271,14 @@ def main():
                 "measured_ms": known.get(layout),
             }
         )
-        cells = [
-            f"{found[name]:9.2f}" for name in ("compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "ms", "speedup")
-        ]
+        cells = [f"{found.get(f'{name}_ms', found.get(name)):9.2f}" for name in columns]
         print(f"{str(layout):46s}{''.join(cells)}{known.get(layout, ''):>10}")
-    result = {"work": vars(work), "links": vars(links), "rows": rows}
+    result = {"case": given.case, "from": path, "work": vars(work), "links": vars(links), "rows": rows}
     if given.json:
-        Path(given.json).write_text(json.dumps(result, indent=1) + "\n")
+        file = Path(given.json)
+        others = json.loads(file.read_text())["cases"] if file.exists() else []
+        cases = [case for case in others if case["case"] != given.case] + [result]
+        file.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
     print(json.dumps(result))
 
 

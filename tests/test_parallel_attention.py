@@ -280,6 +280,22 @@ def test_the_cost_model_adds_up(model):
     assert two_hosts == pytest.approx(one_host * (4 / 7) * 330 / 45), "four of seven peers are behind the network"
 
 
+def test_the_cost_model_takes_every_part_from_two_gpus(model):
+    """A step whose parts the model made itself is predicted on four GPUs from its two-GPU case alone."""
+    true, links = model.Work(440.0, 52.0, fixed_ms=14.0, waiting_ms=5.0), model.Links(host_gbs=180.0)
+    two = model.predict(true, model.Layout(2, 1), links)
+    sent = model.ulysses_bytes(true, model.Layout(2, 1))[0] / 1e6
+    case = {"gpus": 2, "ulysses": 2, "one_gpu_ms": 440.0, "sent_mb": sent, "tokens": [2304, 2304]}
+    case |= {"ms": two["ms"] - two["gather_ms"], "exchange_ms": two["ulysses_ms"], "compute_ms": two["compute_ms"]}
+    found = model.predict(
+        *model.from_two_gpus(model.Work(0.0, 52.0), model.Links(), case)[:1], model.Layout(4, 1), links
+    )
+    assert found == pytest.approx(model.predict(true, model.Layout(4, 1), links))
+    assert model.from_two_gpus(model.Work(0.0, 52.0), model.Links(), case)[1].host_gbs == pytest.approx(180.0)
+    with pytest.raises(ValueError, match="compute_ms"):
+        model.from_two_gpus(true, links, {name: case[name] for name in case if name != "compute_ms"})
+
+
 def test_the_cost_model_takes_the_fixed_part_from_measurements(model):
     links, true = model.Links(), model.Work(400.0, 52.0, fixed_ms=6.0)
     measured = [
