@@ -3,6 +3,7 @@ here, on fakes.
 """
 
 import contextlib
+from dataclasses import replace
 import importlib
 import sys
 import types
@@ -254,6 +255,23 @@ def test_sage_1_does_not_get_to_write_to_the_callers_keys(monkeypatch):
     before = k.clone()
     out, _ = load("sage", monkeypatch).ADAPTERS["sage1"].attend(q, k, v)
     assert torch.equal(k, before) and reference.relative_error(out, reference.attend(q, k, v)[0]) < 5e-3
+
+
+def test_sages_triton_kernels_refuse_keys_that_do_not_fill_their_blocks(monkeypatch):
+    """They have no mask for the rest of a block: 0.28 of the output was lost at 77 keys on an H200."""
+    modules = {"sageattention": {"sageattn": fake_sage([]), "sageattn_qk_int8_pv_fp8_cuda": None}}
+    fake(monkeypatch, **modules)
+    adapters = load("sage", monkeypatch).ADAPTERS
+
+    def reasons(slug, arch, kv_len, mask="none"):
+        call = call_of(*tensors(kv_len=kv_len, dtype=torch.float16), mask)
+        return adapters[slug].unsupported(replace(call, device=Device("nvidia", arch, "a card")))
+
+    for slug, arch in (("sage1", "sm90"), ("sage1", "sm86"), ("sage2", "sm86")):
+        assert "multiples of 64, and this call has 77 keys." in reasons(slug, arch, 77)[0]
+        assert "a mask that hides some of the keys" in reasons(slug, arch, 128, "keys")[0]
+        assert reasons(slug, arch, 128) == []
+    assert reasons("sage2", "sm90", 77) == [] == reasons("sage2", "sm89", 77, "keys")
 
 
 def test_sage_versions_are_told_apart(monkeypatch):

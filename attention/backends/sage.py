@@ -3,6 +3,9 @@ before trusting.
 
 Version 1 is one Triton kernel and runs on any NVIDIA GPU; version 2 brings CUDA kernels per architecture and chooses
 among them. They are told apart by what they contain. Layout "NHD" is (B, S, H, D).
+
+The Triton kernels do not mask the rest of their last block of keys: its zeros count as keys of weight exp(0). That
+shrinks the output (0.28 of it at 77 keys of random data), so such lengths are refused.
 """
 
 import inspect
@@ -14,6 +17,7 @@ from ..adapter import Adapter, lse_bhs
 from ..call import Limits
 
 PARAMETERS = inspect.signature(sageattn).parameters
+KEYS_IN_A_BLOCK = 64  # BLOCK_N of the Triton kernels of 1.0.6 and 2.2 (attn_qk_int8_per_block.py and its _h96)
 IS_VERSION_2 = any(name.startswith("sageattn_qk_int8_pv_fp") and name.endswith("_cuda") for name in dir(sageattention))
 
 
@@ -32,6 +36,20 @@ class Sage(Adapter):
             if installed == self.major
             else [f"The installed sageattention is version {installed}; this backend is version {self.major}."]
         )
+
+    def unsupported(self, call):
+        reasons = super().unsupported(call)
+        # version 2 takes its Triton kernel on sm86 (sageattention 2.2, core.py)
+        if self.major == 1 or call.device.arch == "sm86":
+            block = f"Its kernel counts the rest of its last block of {KEYS_IN_A_BLOCK} keys as keys"
+            if call.kv_len % KEYS_IN_A_BLOCK:
+                reasons.append(
+                    f"{block}, so it is right only for multiples of {KEYS_IN_A_BLOCK}, and this call has "
+                    f"{call.kv_len} keys."
+                )
+            elif call.mask == "keys":
+                reasons.append(f"{block}, so it is not right for a mask that hides some of the keys.")
+        return reasons
 
     def kernel(self, q, k, v, mask=None):
         return "sageattn (CUDA, chosen by architecture)" if self.major == 2 else "sageattn (Triton)"
