@@ -1,10 +1,13 @@
 """ComfyUI's attention override <-> our call and layout. Imports no ComfyUI: the contract is a function signature.
 
 Core calls `override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
-skip_output_reshape=False, **kwargs)` from its wrap_attn (comfy/ldm/modules/attention.py, read at 0.30 and at the newer
-core that passes single-owner containers: those are unwrapped by core for an override without a `container_function`,
-which this one is). Kwargs understood: scale, enable_gqa, low_precision_attention, transformer_options; others are none
-of an exact kernel's business and only travel on when a call is delegated to the override behind this one.
+skip_output_reshape=False, **kwargs)` from its wrap_attn (comfy/ldm/modules/attention.py, read at 0.30, 0.33 and later).
+Kwargs understood: scale, enable_gqa, low_precision_attention, transformer_options; others are none of an exact kernel's
+business and only travel on when a call is delegated to the override behind this one.
+
+From 0.33 on core may pass q, k and v in containers that give up their tensor when it is taken. For an override without
+a `container_function` core takes them out first; none of ours has one, because core calls it without `func`, which a
+delegated call needs, and a kernel needs q, k and v until its output is there anyway.
 """
 
 import torch
@@ -12,6 +15,19 @@ import torch
 from . import ops
 from .call import default_scale
 from .dispatch import Decision
+
+# of transformer_options: {(block type, block index): attention function that the block's own file asks for}, in cores
+# whose blocks have such a choice. Core passes neither it nor the block to an override.
+CHOSEN_BY_BLOCK = "flux2_attention_of_blocks"
+
+
+def core_function(func, kwargs):
+    """What core would compute a call with if the slot were empty: the function that the block's own file asks for,
+    else `func`. kwargs: of the call.
+    """
+    options = kwargs.get("transformer_options") or {}
+    block = options.get("block_type"), options.get("block_index")
+    return options.get(CHOSEN_BY_BLOCK, {}).get(block, func)
 
 
 class AttentionOverride:
@@ -48,8 +64,9 @@ class AttentionOverride:
                 skip_reshape=skip_reshape,
                 skip_output_reshape=skip_output_reshape,
             )
-            out = self.previous(func, q, k, v, heads, **rest) if self.previous else func(q, k, v, heads, **rest)
-            self.dispatcher.count(result, computed_by=name_of(self.previous or func))
+            computing = self.previous or core_function(func, rest)
+            out = self.previous(func, q, k, v, heads, **rest) if self.previous else computing(q, k, v, heads, **rest)
+            self.dispatcher.count(result, computed_by=name_of(computing))
             return out
         out = result[0]
         return out.transpose(1, 2) if skip_output_reshape else out.reshape(out.shape[0], out.shape[1], -1)
@@ -90,7 +107,7 @@ class Observer:
         self.inner = inner
 
     def __call__(self, func, *args, **kwargs):
-        return self.inner(func, *args, **kwargs) if self.inner else func(*args, **kwargs)
+        return self.inner(func, *args, **kwargs) if self.inner else core_function(func, kwargs)(*args, **kwargs)
 
 
 def name_of(function):

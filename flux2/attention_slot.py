@@ -13,7 +13,7 @@ import logging
 from comfy.patcher_extension import WrappersMP
 
 from ..attention.device import synchronise
-from ..attention.override import AttentionOverride, Observer, name_of
+from ..attention.override import CHOSEN_BY_BLOCK, AttentionOverride, Observer, name_of
 from . import error_links
 
 SLOT = "optimized_attention_override"
@@ -83,6 +83,7 @@ def observed(model, observer, key):
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         observer.step = step_of(transformer_options)[0] or 0
+        transformer_options = with_choices_of_blocks(executor.class_obj.diffusion_model, transformer_options)
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, wrapper)
@@ -125,12 +126,28 @@ def during_forward(dispatcher):
     """A wrapper around one forward pass: tells the dispatcher the step, from the sampler's own sigmas."""
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        transformer_options = with_choices_of_blocks(executor.class_obj.diffusion_model, transformer_options)
         # a look at the sigmas waits for the GPU
         step, steps = step_of(transformer_options) if dispatcher.schedule else (None, 0)
         with dispatcher.forward(step, steps):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     return wrapper
+
+
+def with_choices_of_blocks(network, transformer_options):
+    """The options of a forward pass of a network, with the attention functions that its blocks' own files ask for.
+
+    Cores after 0.33 keep such a choice in a block's `comfy_attention.function` (None: no choice) and use it where the
+    slot is empty. Who is in the slot and leaves a call to core looks it up here.
+    """
+    found = {
+        (kind, number): function
+        for kind in ("double", "single")
+        for number, block in enumerate(getattr(network, f"{kind}_blocks", ()))
+        if (function := getattr(getattr(block, "comfy_attention", None), "function", None)) is not None
+    }
+    return {**transformer_options, CHOSEN_BY_BLOCK: found} if found else transformer_options
 
 
 def step_of(transformer_options):

@@ -26,7 +26,7 @@ from comfy.patcher_extension import WrappersMP
 from ...attention.errors import Explained, UserError
 from . import toolchain, graph_ops
 from .. import error_links
-from ..fused.blocks import FusedBlock, fusing_of
+from ..fused.blocks import FusedBlock, fusing_of, own_choice
 from ..module_forward import forward_as
 
 KEY = "flux2_compile"
@@ -268,7 +268,7 @@ class Runner:
             name: value for name, value in options.items() if name in names_read(type(self.block)) and name != "patches"
         }
         with (
-            graph_ops.inside(options, dict(self.layers)),
+            graph_ops.inside(options, dict(self.layers), own_choice(self.block)),
             graph_ops.stand_ins(self.block, self.layers, like) as number,
         ):
             outside = f", {number} of {len(self.layers)} layers called outside the graph" if number else ""

@@ -20,24 +20,27 @@ from ..fused.linear import norm_weight
 
 
 class _Running(threading.local):
-    """The block that this thread is running: core's transformer_options of the call, and {place: layer}."""
+    """The block that this thread is running: core's transformer_options of the call, {place: layer}, and the block's
+    own choice of attention (fused.blocks.own_choice).
+    """
 
     options = None
     layers = None
+    own = {}
 
 
 _running = _Running()
 
 
 @contextmanager
-def inside(options, layers):
+def inside(options, layers, own):
     """Around a call of a compiled block."""
-    before = _running.options, _running.layers
-    _running.options, _running.layers = options, layers
+    before = _running.options, _running.layers, _running.own
+    _running.options, _running.layers, _running.own = options, layers, own
     try:
         yield
     finally:
-        _running.options, _running.layers = before
+        _running.options, _running.layers, _running.own = before
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -45,7 +48,7 @@ def inside(options, layers):
 
 @torch.library.custom_op("flux2_blocks::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], heads: int, scale: Optional[float]) -> Tensor:
-    extra = {} if scale is None else {"scale": scale}
+    extra = _running.own if scale is None else {"scale": scale, **_running.own}
     out = flux_math.optimized_attention(
         q, k, v, heads, mask=mask, skip_reshape=True, transformer_options=_running.options, **extra
     )

@@ -66,6 +66,7 @@ def double_block(block, products, img, txt, vec, pe, attn_mask, segment, options
         attn_mask,
         options,
         {"img_slice": [txt.shape[1], tokens]},
+        own_choice(block),
     )
 
     for x, attn, proj, mlp, mod1, mod2, segment, finite in (
@@ -97,7 +98,7 @@ def single_block(block, products, x, vec, pe, attn_mask, segment, options):
     both = product(block.linear1, both)
     qkv = partial(single_qkv, both, block.num_heads, norm_weights(block.norm, x))
     shape = (*x.shape[:2], block.num_heads, block.norm.query_norm.weight.numel(), x.dtype)
-    attn = attention(qkv, shape, pe, attn_mask, options, {})
+    attn = attention(qkv, shape, pe, attn_mask, options, {}, own_choice(block))
     del qkv
     hidden = swiglu(both[..., 3 * block.hidden_size :], attn, to=to(block.linear2, x))
     del both, attn  # the largest tensors of a step: gone before the product's output is allocated
@@ -110,12 +111,12 @@ def patched(options):
     return "attn1_patch" in options.get("patches", {})
 
 
-def attention(qkv, shape, pe, mask, options, extra):
+def attention(qkv, shape, pe, mask, options, extra, own):
     """Attention (B, S, H*D), through core's attention function and the patches around it.
 
     qkv(pe or None, place=None): the kernel that makes q, k, v (B, S, H, D), rotated where it gets pe. Patches get them
-    not rotated; core rotates them then. shape: (B, S, H, D, dtype). On several GPUs the kernel can write them straight
-    into the memory of the GPU that computes each head.
+    not rotated; core rotates them then. shape: (B, S, H, D, dtype). own: the block's own_choice. On several GPUs the
+    kernel can write them straight into the memory of the GPU that computes each head.
     """
     patches, extra, sharded = options.get("patches", {}), {**options, **extra}, options.get(attention_slot.SLOT)
     if isinstance(sharded, ShardedAttention) and not patches.keys() & {"attn1_patch", "attn1_output_patch"}:
@@ -138,14 +139,19 @@ def attention(qkv, shape, pe, mask, options, extra):
             q, k, v, pe, mask = (
                 out.get(name, old) for name, old in zip(("q", "k", "v", "pe", "attn_mask"), (q, k, v, pe, mask))
             )
-        attn = flux_layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+        attn = flux_layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options, **own)
     else:
         attn = flux_math.optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options
+            q, k, v, q.shape[1], skip_reshape=True, mask=mask, transformer_options=options, **own
         )
     for patch in patches.get("attn1_output_patch", ()):
         attn = patch(attn, extra)
     return attn
+
+
+def own_choice(block):
+    """The arguments by which a block hands its own choice of attention on: cores after 0.33 keep one in each block."""
+    return {"preferred_attention": block.comfy_attention} if hasattr(block, "comfy_attention") else {}
 
 
 # --- in the place of core's ------------------------------------------------------------------------------------------

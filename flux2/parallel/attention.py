@@ -10,7 +10,7 @@ import torch
 
 from ...attention.errors import UserError
 from ...attention.dispatch import AttentionDispatcher
-from ...attention.override import AttentionOverride
+from ...attention.override import AttentionOverride, core_function
 from ...attention.parallel import usp
 from ..attention_slot import dispatcher_behind
 
@@ -122,7 +122,8 @@ class ShardedAttention:
                 if self.inner:
                     out = self.inner(func, *heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
                 else:
-                    out = func(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
+                    computing = core_function(func, rest)
+                    out = computing(*heads_first, q.shape[2], mask=mask, skip_reshape=True, **rest)
                 return out.unflatten(-1, (q.shape[2], -1)), None
             except BaseException as error:  # it raises after the collectives: another rank may wait for this one before
                 self.state.sharded.failed(error)

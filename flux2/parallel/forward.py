@@ -22,7 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention.errors import UserError, explained
 from ...attention.parallel import usp
-from ..attention_slot import SLOT
+from ..attention_slot import SLOT, with_choices_of_blocks
 from .attention import ShardedAttention
 from .shards import TokenShards
 
@@ -102,6 +102,7 @@ class ShardedForward:
 
     def __init__(self, network, mesh, fallback=None, failed=lambda error: None):
         self.inner, self.mesh, self.fallback, self.failed = network.forward_orig, mesh, fallback, failed
+        self.network = network
         self.names = parameters(self.inner)
         self.heads, self.head_dim = network.num_heads, network.hidden_size // network.num_heads
         self.out_channels = network.out_channels
@@ -146,7 +147,7 @@ class ForwardState:
         """What forward_orig is called with: the same, our patch behind the other post_input patches, the sharded
         attention around the override that is in the slot.
         """
-        options = dict(self.options)
+        options = dict(with_choices_of_blocks(self.sharded.network, self.options))
         patches = dict(options.get("patches", {}))
         options["patches"] = {**patches, "post_input": [*patches.get("post_input", []), self.shard_inputs]}
         options[SLOT] = ShardedAttention(self, options.get(SLOT), self.sharded.fallback)
