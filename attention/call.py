@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import Device, PLATFORM_NAMES, describe
+from .device import PLATFORM_NAMES, PRODUCTS, Device, describe
 from .errors import Explained
 
 CHOOSE_ANOTHER = "Choose another backend"
@@ -102,8 +102,8 @@ class Hardware:
         if allowed and not arch_matches(device.arch, allowed):
             return [
                 (
-                    f"It needs one of the architectures {', '.join(allowed)}, and this is {device.name} "
-                    f"({device.arch}).{' ' + self.why if self.why else ''}"
+                    f"It needs one of the architectures {', '.join(allowed)} ({', '.join(cards(allowed))}), and this "
+                    f"is {device.name} ({device.arch}).{' ' + self.why if self.why else ''}"
                 )
             ]
         return []
@@ -112,6 +112,15 @@ class Hardware:
 def arch_matches(arch, allowed):
     """True when arch is one of allowed; "sm9x" and "gfx11xx" match any digit in place of x."""
     return any(len(arch) == len(a) and all(c in ("x", d) for c, d in zip(a, arch)) for a in allowed)
+
+
+def cards(allowed):
+    """Product names of architectures: ("sm9x",) gives ["H100", "H200"]. One without a known card stays as it is."""
+    return [
+        name
+        for pattern in allowed
+        for name in sum((names for arch, names in PRODUCTS.items() if arch_matches(arch, [pattern])), []) or [pattern]
+    ]
 
 
 @dataclass(frozen=True)

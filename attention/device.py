@@ -20,6 +20,31 @@ PLATFORM_NAMES = {
 }
 
 
+# What the makers call cards of an architecture, in the order of sm and gfx numbers: NVIDIA's table of compute
+# capabilities (developer.nvidia.com/cuda-gpus), AMD's of ROCm's GPUs. Names of families, not every card.
+PRODUCTS = {
+    "sm75": ["RTX 20"],
+    "sm80": ["A100"],
+    "sm86": ["RTX 30"],
+    "sm87": ["Jetson Orin"],
+    "sm89": ["RTX 40", "L40S"],
+    "sm90": ["H100", "H200"],
+    "sm100": ["B200"],
+    "sm103": ["B300"],
+    "sm110": ["Jetson Thor"],
+    "sm120": ["RTX 50"],
+    "sm121": ["DGX Spark"],
+    "gfx90a": ["MI210", "MI250"],
+    "gfx942": ["MI300", "MI325X"],
+    "gfx950": ["MI350X", "MI355X"],
+    "gfx1100": ["RX 7900"],
+    "gfx1101": ["RX 7700", "RX 7800"],
+    "gfx1102": ["RX 7600"],
+    "gfx1150": ["Radeon 890M"],
+    "gfx1151": ["Radeon 8060S"],
+    "gfx1200": ["RX 9060"],
+    "gfx1201": ["RX 9070"],
+}
 PLATFORMS = {"mps": "apple", "xpu": "intel"}  # torch's device types by another name; CUDA and ROCm share one
 FLOAT64 = ("cpu", "nvidia", "amd")  # ComfyUI's supports_fp64 says the same: Apple, Intel and DirectML have none
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flux2_pack.attention.status import badge, backends_here
+from flux2_pack.attention.call import cards
 from flux2_pack.attention import registry
 from flux2_pack.attention.run_log import RunLog
 from flux2_pack.attention.dispatch import USE_SDPA, Schedule, AttentionDispatcher
@@ -161,6 +162,27 @@ def test_hardware_reads_like_the_table_of_backends(slug):
         f"| `{slug}` | {row.library}: {row.summary} | {backends_here.hardware_text(row.hardware)} |"
         in (ROOT / "docs" / "backends.md").read_text()
     )
+
+
+def test_hardware_is_named_by_its_cards():
+    here = registry.describe("cpu").__class__
+    row = backends_here.entry("aiter-fp8", here("amd", "gfx90a", "AMD Instinct MI210"))
+    assert row["cards"] == "AMD MI300, MI325X, MI350X, MI355X" and row["hardware"] == "AMD gfx942, gfx950"
+    assert row["marks"][0] == "needs MI300 or MI325X or MI350X or MI355X"
+    assert (
+        "gfx942, gfx950 (MI300, MI325X, MI350X, MI355X), and this is AMD Instinct MI210 (gfx90a)." in row["reasons"][0]
+    )
+    flash = backends_here.cards_text(registry.row("flash4").hardware)
+    assert flash.startswith("NVIDIA A100, RTX 30, Jetson Orin, RTX 40, L40S, H100, H200, B200") and "sm" not in flash
+    assert backends_here.cards_text(registry.row("sdpa").hardware) == "any"
+    assert "gfx1250" in backends_here.cards_text(registry.row("aiter-flydsl").hardware), "no card is known for it"
+
+
+def test_every_architecture_of_a_backend_has_a_card_or_is_named():
+    for slug, row in registry.ROWS.items():
+        for platform, archs in row.hardware.archs.items():
+            unknown = [arch for arch in archs if cards([arch]) == [arch]]
+            assert unknown in ([], ["gfx1250"]), (slug, platform)
 
 
 def test_the_test_call_of_every_backend_is_not_remembered(monkeypatch):

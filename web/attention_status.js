@@ -52,10 +52,10 @@ function verdict(reasons) {
 
 function rowOf(entry, tested, node, close) {
   const hint = entry.command ? commandLine(entry.command) : entry.install ? make("div", { textContent: entry.install }) : null;
-  const about = `${entry.summary}; ${t(entry.exact ? "exact" : "approximate")}; ${entry.hardware}`;
+  const about = `${entry.summary}; ${t(entry.exact ? "exact" : "approximate")}; ${entry.cards ?? entry.hardware}`;
   const take = node && entry.state === "runs here" ? button(t("use this one"), () => (choose(node, entry.backend), close())) : null;
   return make("tr", {}, make("td", {}, make("code", { textContent: entry.backend }), take),
-    make("td", {}, make("div", { textContent: entry.reasons.join(" ") || entry.version }), verdict(tested?.[entry.backend]), hint, make("small", { textContent: about })));
+    make("td", {}, make("div", { textContent: entry.reasons.join(" ") || entry.version }), verdict(tested?.[entry.backend]), hint, make("small", { textContent: about, title: entry.hardware })));
 }
 
 function choose(node, backend) { // as a click in the list does

@@ -11,6 +11,7 @@ import re
 import torch
 
 from .. import registry
+from ..call import Hardware, cards
 from ..device import PLATFORM_NAMES, describe
 
 HERE, MISSING, ELSEWHERE = "runs here", "to install", "other hardware"
@@ -27,8 +28,9 @@ def list_backends(device):
     a backend combo, in the order in which to offer them: `auto`, `comfyui`, then the backends as above; each with
       backend       the slug, the combo's value
       group         "here", "not installed" or "other hardware": `auto` and `comfyui` are always "here"
-      marks         what to say behind the slug, a list of "not installed", "needs NVIDIA", "needs gfx950" (or other
-                    hardware), "approximate" and "experimental" (no author of this pack has run it on its hardware)
+      marks         what to say behind the slug, a list of "not installed", "needs NVIDIA", "needs MI350X or MI355X"
+                    (or other hardware), "approximate" and "experimental" (no author of this pack has run it on its
+                    hardware)
       label_suffix  the marks in one text, "" where there is nothing to say: "needs AMD \u00b7 approximate"
       reason        the first sentence why it cannot run here, or ""
     """
@@ -64,7 +66,7 @@ def marks_of(slug, state, device):
 def needed(hardware, device):
     """The hardware that is missing, short: the platforms, or on the right platform the architectures."""
     if device.platform in hardware.archs:
-        return " or ".join(hardware.archs[device.platform])
+        return " or ".join(cards(hardware.archs[device.platform]))
     return " or ".join(SHORT_NAMES.get(name, name) for name in hardware.archs)
 
 
@@ -104,6 +106,7 @@ def entry(slug, device):
         "exact": row.exact,
         "experimental": registry.experimental(slug),
         "hardware": hardware_text(row.hardware),
+        "cards": cards_text(row.hardware),
         "state": state,
         "group": GROUPS[state],
         "marks": marks_of(slug, state, device),
@@ -120,6 +123,13 @@ def hardware_text(hardware):
         return "any"
     return "; ".join(
         " ".join([SHORT_NAMES.get(name, name), ", ".join(archs)]).strip() for name, archs in hardware.archs.items()
+    )
+
+
+def cards_text(hardware):
+    """The same by the names of cards: "NVIDIA H100, H200; AMD MI300, MI325X"."""
+    return hardware_text(
+        Hardware({name: cards(archs) for name, archs in hardware.archs.items()}, "", hardware.anywhere)
     )
 
 
