@@ -233,6 +233,26 @@ def test_a_page_that_was_opened_after_the_run_and_the_newer_node_design(server, 
         page.wait_for("document.body.innerText.includes('sdpa-flash ·')")
 
 
+def test_an_answer_that_comes_late_does_not_take_back_what_a_message_told(shared_page):
+    """The page asks for a status while the run goes on; the run's end may be told before the answer is there."""
+    shared_page.load({"nodes": [], "links": [], "version": 0.4}, "late")
+    shared_page.js(
+        """
+        const node = LiteGraph.createNode(args[0]);
+        app.graph.add(node);
+        const {fetchApi} = app.api, asked = new Promise(done => { window.answer = done; });
+        app.api.fetchApi = () => asked;
+        node.onExecuted({flux2_attention_status: ['late']});
+        app.api.fetchApi = fetchApi;
+        const ended = {token: 'late', state: 'ran', text: 'sdpa · 1 s/step (2 steps)'};
+        app.api.dispatchCustomEvent('flux2_attention_status', ended);
+        window.answer(new Response(JSON.stringify({token: 'late', state: 'running', text: 'sdpa · running'})));
+        await new Promise(done => setTimeout(done, 200));""",
+        SELECTOR,
+    )
+    assert texts(shared_page) == ["sdpa · 1 s/step (2 steps)"]
+
+
 # --- the dialog
 
 

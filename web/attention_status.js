@@ -25,7 +25,8 @@ function tell(node, status) {
 async function ask(node, token) {
   const answer = await api.fetchApi(`${ROUTE}/status/${encodeURIComponent(token)}`);
   const status = answer.ok ? await answer.json() : { state: null, text: "", report: "" };
-  if (stateOf(node)?.token === token) tell(node, status);
+  const known = stateOf(node);
+  if (known?.token === token && known.heard !== token) tell(node, status); // a message that came meanwhile is newer
 }
 
 function follow(node, output) {
@@ -150,7 +151,7 @@ app.registerExtension({
   ],
   setup() {
     api.addEventListener(UI_KEY, ({ detail }) => {
-      for (const node of selectors()) if (stateOf(node)?.tokens?.includes(detail.token)) tell(node, detail);
+      for (const node of selectors()) if (stateOf(node)?.tokens?.includes(detail.token)) tell(node, { ...detail, heard: detail.token });
     });
   },
   nodeCreated(node) {
