@@ -43,6 +43,7 @@ IMPORTS = [
     "skimage",
     "matplotlib",
     "pytest",
+    "xdist",
 ]
 
 

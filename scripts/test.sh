@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them. Arguments go to pytest: bash scripts/test.sh tests/test_server.py -k clones -x
+# Install what the tests need and run them. Arguments go to pytest:
+#   bash scripts/test.sh                                        everything
+#   bash scripts/test.sh -m quick                               every module in under 90 seconds on two cores
+#   bash scripts/test.sh tests/test_server.py -k clones -x      some tests, in one process
+# The whole folder is shared out among as many processes as there are cores, four at most (each takes 2 to 4 GB of
+# memory), a file staying in one process; FLUX2_TEST_WORKERS sets their number. One process where there is a GPU, whose
+# memory would be shared too, and where -k, -x, a debugger or files are named.
 # The browser test wants Chromium, that of two hosts the program ip: on Debian and Ubuntu they are installed when this runs as root; otherwise those tests are
 # skipped and say so.
 set -euo pipefail
@@ -26,6 +32,25 @@ if ! command -v ip >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/
 fi
 
 cd "$root"
-targets=(tests)
-for argument in "$@"; do [ -e "${argument%%::*}" ] && targets=(); done  # a test file among the arguments replaces the whole folder
-exec "$python" -m pytest "${targets[@]}" -ra --durations=10 "$@"
+targets=(tests) workers=${FLUX2_TEST_WORKERS:-}
+for argument in "$@"; do
+  case $argument in
+    -k* | -x | --exitfirst | --maxfail* | -n* | --numprocesses* | -s | --pdb* | --trace | --co* | --lf | --ff | --sw | --last-failed) workers=1 ;;
+  esac
+  [ -e "${argument%%::*}" ] && targets=() workers=1  # a test file among the arguments replaces the whole folder
+done
+if [ -z "$workers" ]; then
+  workers=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+  [ "$workers" -le 4 ] || workers=4
+  for gpu in /dev/nvidia[0-9]* /dev/kfd /dev/dxg; do [ -e "$gpu" ] && workers=1; done
+fi
+shared=()
+if [ "$workers" -gt 1 ]; then
+  if "$python" -c "import xdist" 2>/dev/null; then
+    shared=(-n "$workers" --dist loadfile --no-loadscope-reorder)  # tests/conftest.py gives the order
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  else
+    echo "test: $python has no pytest-xdist, so the tests run in one process" >&2
+  fi
+fi
+exec "$python" -m pytest "${targets[@]}" -ra --durations=10 "${shared[@]}" "$@"

@@ -112,6 +112,16 @@ class Page:
     def __exit__(self, *_):
         self.resources.close()
 
+    def leave(self):
+        """Show an empty page: ComfyUI's draws all the time, which takes a third of a core."""
+        self.driver.get("about:blank")
+
+    def come_back(self):
+        """Open the page again if it was left."""
+        if self.driver.current_url == "about:blank":
+            self.driver.get(self.url)
+            self.wait_for(READY, SECONDS_TO_OPEN)
+
     def resize(self, width, height, scale=1):
         """What the page can show, in CSS pixels, and how many pixels of a screenshot make one of them."""
         self.driver.execute_cdp_cmd(

@@ -1,5 +1,9 @@
-"""Fixtures: the pack as flux2_pack, ComfyUI on the CPU, the small models, a running server."""
+"""Fixtures: the pack as flux2_pack, ComfyUI on the CPU, the small models, a running server. And what lets several
+processes share the tests out (pytest-xdist; scripts/test.sh chooses their number): each has its own server, browser and
+temporary folder.
+"""
 
+import contextlib
 import os
 from pathlib import Path
 import sys
@@ -49,3 +53,44 @@ def small_models(model_files):
         for name, folder in (("model", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae"))
     }
     return {"root": found["vae"].parent.parent, **found}
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+# files that take longest, in the order in which they are begun: one that begins last would keep one process busy alone
+LONGEST = ()
+
+
+def pytest_collection_modifyitems(config, items):
+    if shared_out(config):
+        turn = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
+
+
+def shared_out(config):
+    """Whether this is one of several processes that share the tests out."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test marked `alone` has the machine for itself: no other process of this run is in a test meanwhile."""
+    if not shared_out(item.config):
+        return (yield)
+    with in_turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextlib.contextmanager
+def in_turn(alone):
+    """Two locks, of files that are there anyway: one that tests share, and a door before it, so that a test that waits
+    to be alone is the next one.
+    """
+    import fcntl
+
+    here = Path(__file__)
+    with open(here.with_name("pytest.ini")) as door, open(here) as machine:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield

@@ -846,6 +846,20 @@ def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
     assert torch.allclose(scales, torch.full((1, 16), 6 / 448)) and not fp8.copies
 
 
+def test_no_copy_is_kept_where_it_would_take_the_room_of_what_comes_next(tools, monkeypatch):
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
+
+    monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
+    linear = tools.comfy.ops.manual_cast.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16), requires_grad=False)
+    for free, kept in ((4 * 2**30, []), (4 * 2**30 + 1, [linear])):
+        monkeypatch.setattr(tools.comfy.model_management, "get_free_memory", lambda device: free)
+        fp8 = fp8_rowwise.RowwiseFp8()
+        fp8.weight(linear, torch.device("cpu"), torch.bfloat16)
+        assert list(fp8.copies) == kept
+
+
 def test_fp8_leaves_weights_in_formats_that_it_does_not_know(tools):
     """Packs that load GGUF and the like keep packed bytes in a tensor class of their own, in a layer that is a
     Linear.

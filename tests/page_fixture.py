@@ -8,12 +8,21 @@ import browser
 
 
 @pytest.fixture(scope="session")
-def shared_page(server):
-    """A browser.Page. Skips, with the reason, where Chromium or its driver is missing."""
+def session_page(server):
     if reason := browser.missing():
         pytest.skip(f"no browser: {reason}")
     with browser.Page(server.url) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def shared_page(session_page):
+    """A browser.Page, left between the modules that ask for it. Skips, with the reason, where Chromium or its driver is
+    missing.
+    """
+    session_page.come_back()
+    yield session_page
+    session_page.leave()
 
 
 def unknown_nodes(page):

@@ -91,6 +91,7 @@ CLAIMS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claims_of_a_header_are_bounded(examine, tmp_path, claim):
     path = raw(tmp_path / "x.safetensors", CLAIMS[claim])
@@ -108,6 +109,7 @@ NAMED = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_file_of_many_names_is_identified_soon_and_others_go_on(examine, tmp_path, kind):
     names = [NAMED[kind](number) for number in range(header.MOST_TENSORS - 2)]
@@ -120,6 +122,7 @@ def test_a_file_of_many_names_is_identified_soon_and_others_go_on(examine, tmp_p
     assert "x.safetensors" in text
 
 
+@pytest.mark.alone
 def test_identification_costs_the_same_for_each_name(tmp_path):
     """Ten times the names, at most some twenty times the seconds: a rule does not look at names one by one."""
 
@@ -257,10 +260,10 @@ TOKENIZERS = {
 def test_claims_of_a_tokenizer_are_bounded(load, tmp_path, case):
     data = torch.frombuffer(bytearray(TOKENIZERS[case]), dtype=torch.uint8)
     path = maker.write(tmp_path / "x.safetensors", maker.text_encoder() | {"tekken_model": data})
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="The tokenizer in x.safetensors cannot be read"):
         load.load_text_encoder(str(path))
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 def test_the_published_patterns_are_those_of_the_installed_transformers(comfy):
@@ -302,13 +305,13 @@ def test_no_text_ends_the_worker(clip, case, way):
         prompts = text.split(TEXTS[case], "each line") if way == "Encode Prompt List" else [TEXTS[case]]
         return [tokens.tokenize(clip, text.clean(prompt)[0]) for prompt in prompts]
 
-    start = time.perf_counter()
+    start = time.process_time()
     if "million" in case:
         with pytest.raises(ValueError, match="The prompt is too long: it has 12000002 letters"):
             run()
     else:
         assert run()
-    assert time.perf_counter() - start < 2 * SOON
+    assert time.process_time() - start < 2 * SOON
 
 
 def test_a_panic_is_a_sentence_and_a_cancel_stays_one(comfy):

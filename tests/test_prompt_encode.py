@@ -257,6 +257,18 @@ def test_how_the_encoder_was_loaded_and_the_token_limit_are_in_the_key(tools, sm
     assert tools.prompts.encode(encoder(tools, path, memory="CPU when idle"), PROMPT, cache).hit
 
 
+def test_what_another_comfyui_or_pytorch_encoded_is_encoded_again(tools, small_models, cache, monkeypatch):
+    import comfyui_version
+
+    clip = encoder(tools, small_models["text_encoder"])
+    tools.prompts.encode(clip, PROMPT, cache)
+    for module in (comfyui_version, torch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0.0.1")
+            assert not tools.prompts.encode(clip, PROMPT, cache).hit
+    assert tools.prompts.encode(clip, PROMPT, cache).hit
+
+
 def lora():
     name = "text_encoders.mistral3_24b.transformer.model.layers.3.self_attn.q_proj"
     generator = torch.Generator().manual_seed(5)

@@ -915,6 +915,31 @@ def test_a_gpu_without_room_for_the_model_is_named(tools, two, session, expected
     assert difference(sample(tools, two), expected) < SAME
 
 
+def test_the_room_is_asked_for_before_a_model_is_loaded(tools, two, session, expected, monkeypatch):
+    """By the bytes that the model takes; models of other sessions leave the GPUs first."""
+    sample(tools, two)
+    session.drop(wait=True)
+    answers, asked, left = session._answers, [], []
+
+    class Other:
+        def drop(self, wait):
+            left.append(wait)
+
+    monkeypatch.setattr(tools.session, "_sessions", {session, Other()})
+
+    def no_room(what, *rest):
+        if what != "room":
+            return answers(what, *rest)
+        asked.append(len(left))
+        return {1: {"free": tools.replica.bytes_on_device(two) - 1, "total": 48e9}}
+
+    with monkeypatch.context() as patch, pytest.raises(tools.pool.RanksFailed, match="another program uses that GPU"):
+        patch.setattr(session, "_answers", no_room)
+        sample(tools, two)
+    assert asked == [0, 1] and left == [True], "asked, others leave, asked again"
+    assert difference(sample(tools, two), expected) < SAME
+
+
 # --- who may join
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1341,6 +1366,7 @@ def test_a_rank_that_cannot_be_started_takes_those_before_it_along(tools, monkey
     assert started[0].poll() is not None
 
 
+@pytest.mark.alone
 def test_ranks_that_do_not_stop_are_waited_for_together(tools):
     """A cancel waits for it, with seven ranks as with one."""
     hanging, begun = [subprocess.Popen(["sleep", "60"]) for _ in range(5)], time.monotonic()
@@ -1404,6 +1430,7 @@ def test_unloading_frees_every_rank(tools, two, session, expected, monkeypatch):
     wait_until(lambda: not alive(pid), 60)
 
 
+@pytest.mark.alone
 def test_a_cancel_while_the_ranks_start_leaves_nothing_for_long(tools, model, small_models, monkeypatch):
     monkeypatch.setattr(tools.session, "GRACE", 1)
     fresh = tools.load.load_model(str(small_models["model"]))
