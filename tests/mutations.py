@@ -183,7 +183,7 @@ MUTATIONS = [
         "flux2/loading/fingerprint.py",
         "for number in range(SAMPLES):",
         "for number in range(1):",
-        "tests/test_prompt_encode.py -k other_content",
+        "tests/test_prompt_encode.py -k four_samples",
     ),
     Mutation(
         "a lazy encoder's prompts are kept under the name of a file that was replaced before it was read",
@@ -400,7 +400,7 @@ def copy_of_the_tree(folder):
 
 
 def survives(mutation, tree):
-    """"" when the tests named with a mutation fail in a copy of the tree to which it is applied; else what happened
+    """ "" when the tests named with a mutation fail in a copy of the tree to which it is applied; else what happened
     instead.
     """
     file = tree / mutation.file

@@ -6,7 +6,6 @@ its own that would be missing if the other rank did not know of it.
 """
 
 import json
-import os
 
 import pytest
 import safetensors.torch
@@ -25,16 +24,18 @@ LORA = "small.safetensors"
 
 @pytest.fixture(scope="module")
 def two_ranks(comfyui, model_files):
-    """A ComfyServer whose Sequence Parallel uses two ranks of the CPU."""
-    os.environ["FLUX2_CPU_RANKS"] = "2"
-    try:
+    """A ComfyServer whose Sequence Parallel uses two ranks of the CPU. Its compiler looks for no vector instructions
+    and starts no pool of processes on each rank.
+    """
+    settings = {"FLUX2_CPU_RANKS": "2", "ATEN_CPU_CAPABILITY": "default", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
         with ComfyServer(comfyui, models=model_files, arguments=["--cpu", "--force-fp32"]) as running:
             folder = running.base / "models" / "loras"
             folder.mkdir(exist_ok=True)
             save_lora(model_files["diffusion_models"][0], folder / LORA)
             yield running
-    finally:
-        os.environ.pop("FLUX2_CPU_RANKS")
 
 
 def save_lora(model, path, rank=4):

@@ -248,6 +248,21 @@ def test_other_content_has_another_name(tools, tmp_path, change):
     assert fingerprint_of(tools, maker.write(tmp_path / "b.safetensors", weights)) != name
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_each_of_four_samples_of_a_large_weight_is_in_the_name(tools, tmp_path, monkeypatch, number):
+    """Of the small encoder's: its weights are all below the size up to which a weight is read whole."""
+    from flux2_pack.flux2.loading import fingerprint
+
+    monkeypatch.setattr(fingerprint, "SMALL", 1024)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 256)
+    weights = maker.text_encoder()
+    name = fingerprint_of(tools, maker.write(tmp_path / "a.safetensors", weights))
+    big = weights["model.layers.17.mlp.gate_proj.weight"].view(-1).view(torch.uint8)
+    assert big.numel() > 8 * fingerprint.SMALL
+    big[number * (big.numel() - 256) // 3 + 128] ^= 1
+    assert fingerprint_of(tools, maker.write(tmp_path / "b.safetensors", weights)) != name
+
+
 def test_how_the_encoder_was_loaded_and_the_token_limit_are_in_the_key(tools, small_models, cache):
     path = small_models["text_encoder"]
     tools.prompts.encode(encoder(tools, path), PROMPT, cache)

@@ -39,18 +39,18 @@ def assert_close(result, expected):
     assert ((result - expected).norm() / expected.norm()).item() < CLOSE
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 2, 2), (2, 128, 1, 3), (1, 128, 5, 1)])
+@pytest.mark.parametrize("shape", [(2, 128, 1, 2), (1, 128, 3, 1)])
 def test_decoding(vaes, shape):
     latent = noise(*shape)
     assert_close(*(vaes[choice].decode(latent) for choice in ("on", "off")))
 
 
 def test_decoding_in_tiles(vaes):
-    latent = noise(1, 128, 6, 4)
-    assert_close(*(vaes[choice].decode_tiled(latent, tile_x=4, tile_y=4, overlap=1) for choice in ("on", "off")))
+    latent = noise(1, 128, 3, 2)
+    assert_close(*(vaes[choice].decode_tiled(latent, tile_x=2, tile_y=2, overlap=0) for choice in ("on", "off")))
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 16, 3), (1, 37, 50, 3)])
+@pytest.mark.parametrize("shape", [(1, 32, 16, 3), (1, 17, 33, 3)])
 def test_encoding(vaes, shape):
     assert_close(*(vaes[choice].encode(noise(*shape).sigmoid()) for choice in ("on", "off")))
 
@@ -59,12 +59,12 @@ def test_a_decoder_whose_groups_are_no_power_of_two(comfy, tmp_path):
     from flux2_pack.flux2.loading import load
 
     path = maker.write(tmp_path / "vae.safetensors", maker.vae(decoder_channels=96))
-    assert_close(*(load.load_vae(path, "fp32", fused_blocks=c).decode(noise(1, 128, 1, 2)) for c in ("on", "off")))
+    assert_close(*(load.load_vae(path, "fp32", fused_blocks=c).decode(noise(1, 128, 1, 1)) for c in ("on", "off")))
 
 
 def test_weights_that_are_cast_at_each_call(vaes):
     """As ComfyUI leaves layers that did not fit on the GPU, and as a patch at call time changes them."""
-    vae, latent = vaes["on"], noise(1, 128, 1, 2)
+    vae, latent = vaes["on"], noise(1, 128, 1, 1)
     layers = [m for m in vae.first_stage_model.decoder.modules() if hasattr(m, "comfy_cast_weights")]
     expected = vae.decode(latent)
     for layer in layers:
