@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import pack  # noqa: F401
+from quick import is_quick
 
 pytest_plugins = ["server_fixture", "page_fixture", "template_models"]
 
@@ -61,7 +62,11 @@ def small_models(model_files):
 LONGEST = ()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if is_quick(item.path.stem, item.originalname or item.name):
+            item.add_marker(pytest.mark.quick)
     if shared_out(config):
         turn = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))

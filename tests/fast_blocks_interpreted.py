@@ -83,7 +83,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.quick if case == "text to image" else ()) for case in CASES]
+)
 def test_a_forward_pass_equals_cores(tools, flux2, case):
     given = inputs(CASES[case])
     model = fast(tools, flux2)
@@ -433,6 +435,7 @@ def test_the_kernels_of_an_int8_checkpoint_write_the_input_of_its_products(tools
     assert len(made) == 2 * 2 * 3 + 4 * 2 and {group for group, _ in made} == {256 if kind == "ConvRot" else 0}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", INT8)
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_an_int8_product_is_cores_to_the_last_bit_but_where_rounding_is_a_tie(tools, kind, tokens):
@@ -737,6 +740,7 @@ def rows_by_torch(x, to):
     return Quantised((x.float() / scale).to(to.dtype), scale, to, x.dtype)
 
 
+@pytest.mark.quick
 def test_rows_of_fp8_have_the_scale_of_their_largest_element(comfy):
     """And are, bit for bit, what quantising the unquantised result gives: so the error that is measured is theirs."""
     from flux2_pack.flux2.fused.kernels import norm, quantise, swiglu
@@ -792,6 +796,7 @@ def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until
     assert relative(changed, again) > 1e-4
 
 
+@pytest.mark.quick
 def test_products_that_fp8_leaves_alone_are_said(tools):
     from flux2_pack.flux2.fused import fp8_rowwise
 
@@ -824,6 +829,7 @@ def test_copies_leave_room_for_the_vae_when_a_sampling_ends(tools, flux2, monkey
     assert torch.equal(forward(model, given), out)
 
 
+@pytest.mark.quick
 def test_a_copy_goes_when_its_weight_has_been_moved(tools, monkeypatch):
     """As partial unloading does, of which ComfyUI tells nobody."""
     from flux2_pack.flux2.fused import fp8_rowwise

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 HERE = Path(__file__).parent
+PARTS = [pytest.param("quick", marks=pytest.mark.quick), "not quick"]  # of the tests in the interpreter
 
 
 def run(words, tmp_path, interpret):
@@ -25,13 +26,11 @@ def run(words, tmp_path, interpret):
     )
 
 
-def test_fused_blocks_equal_cores_in_the_interpreter(small_models, tmp_path):
+@pytest.mark.parametrize("part", PARTS)
+def test_fused_blocks_equal_cores_in_the_interpreter(small_models, tmp_path, part):
     pytest.importorskip("triton")
-    done = run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "fast_blocks_interpreted.py"],
-        tmp_path,
-        "1",
-    )
+    words = ["-m", "pytest", "-q", "-m", part, "-p", "no:cacheprovider", "--tb=short"]
+    done = run([*words, HERE / "fast_blocks_interpreted.py"], tmp_path, "1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
 

@@ -1,5 +1,5 @@
-"""The list of mutations cannot rot: each is still of one place of the product and of tests that are there. Whether they
-die is tried by hand: python tests/mutations.py
+"""The lists of mutations and of quick tests cannot rot: each mutation is still of one place of the product and of tests
+that are there. Whether they die is tried by hand: python tests/mutations.py
 """
 
 import re
@@ -7,6 +7,7 @@ import re
 import pytest
 
 from mutations import MUTATIONS, ROOT
+from quick import QUICK
 
 
 def test_there_are_forty_and_each_is_another():
@@ -22,3 +23,10 @@ def test_a_mutation_is_of_one_place_and_of_tests_that_are_there(number):
     file, *chosen = mutation.tests.split(" -k ")
     names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name in names if chosen == [] or chosen[0] in name], mutation.tests
+
+
+@pytest.mark.parametrize("file", QUICK)
+def test_what_is_named_as_quick_is_there(file):
+    names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), re.MULTILINE)
+    for beginning in QUICK[file]:
+        assert any(name.startswith(f"test_{beginning}") for name in names), beginning

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_fast_blocks import run
+from test_fast_blocks import PARTS, run
 
 HERE = Path(__file__).parent
 
@@ -21,10 +21,11 @@ def prepare(comfy):
     return prepare
 
 
-def test_fused_blocks_equal_comfyuis_in_the_interpreter(small_models, tmp_path):
+@pytest.mark.parametrize("part", PARTS)
+def test_fused_blocks_equal_comfyuis_in_the_interpreter(small_models, tmp_path, part):
     pytest.importorskip("triton")
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "vae_blocks_interpreted.py"]
-    done = run(words, tmp_path, "1")
+    words = ["-m", "pytest", "-q", "-m", part, "-p", "no:cacheprovider", "--tb=short"]
+    done = run([*words, HERE / "vae_blocks_interpreted.py"], tmp_path, "1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
 

@@ -39,7 +39,9 @@ def assert_close(result, expected):
     assert ((result - expected).norm() / expected.norm()).item() < CLOSE
 
 
-@pytest.mark.parametrize("shape", [(2, 128, 1, 2), (1, 128, 3, 1)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 128, 1, 1), marks=pytest.mark.quick), (2, 128, 1, 2), (1, 128, 3, 1)]
+)
 def test_decoding(vaes, shape):
     latent = noise(*shape)
     assert_close(*(vaes[choice].decode(latent) for choice in ("on", "off")))
@@ -96,6 +98,7 @@ def test_a_cancel_is_heard_between_layers(vaes, monkeypatch):
         vaes["on"].decode(noise(1, 128, 1, 1))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_statistics_of_a_large_mean(comfy, mean):
     """Sums of squares cancel where the mean is large: these do not. Against float64."""
@@ -112,6 +115,7 @@ def test_statistics_of_a_large_mean(comfy, mean):
     torch.testing.assert_close(rstd.double(), (groups.var(-1, correction=0) + 1e-6).rsqrt(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("scores", [40, 10**6])
 def test_attention_in_chunks(comfy, monkeypatch, scores):
     """Chunks that do not divide the queries; the product into float32 exists on GPUs alone and is done by hand here."""
