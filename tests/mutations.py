@@ -42,7 +42,7 @@ MUTATIONS = [
         "attention/dispatch.py",
         "        self._masks.forget()\n",
         "",
-        "tests/test_attention_masks.py -k inference_mode",
+        "tests/test_attention_masks.py -k between_two_steps",
     ),
     Mutation(
         "a mask that was changed in place is taken for the old one although it has a version",

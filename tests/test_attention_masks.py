@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux2_pack.attention import masks, reference
+from flux2_pack.attention import dispatch, masks, reference
 from flux2_pack.attention.adapter import Adapter
 from flux2_pack.attention.masks import MaskMemory, attend_kept, kept_keys, normalise
 
@@ -92,6 +92,18 @@ def test_masks_of_inference_mode_have_no_version_and_are_examined_again_each_for
         mask[:] = True
         memory.forget()
         assert len(memory(mask, 30)[0].indices) == 1
+
+
+def test_a_mask_that_is_changed_in_place_between_two_steps_is_examined_again():
+    dispatcher = dispatch.AttentionDispatcher("sdpa-flash")
+    with torch.inference_mode():
+        q, k, v = (torch.randn(1, length, 2, 16) for length in (30, 50, 50))
+        mask = keep_of(1)[:, None, None].clone()
+        for step in range(2):
+            with dispatcher.forward(step, 2):
+                out = dispatcher.attend(q, k, v, mask=mask)[0]
+            assert reference.relative_error(out, reference.attend(q, k, v, mask=mask)[0]) < 1e-5
+            mask.logical_not_()
 
 
 def test_an_adapter_is_asked_for_an_implementation():
