@@ -5,13 +5,13 @@ from comfy_api.latest import io
 from ..attention.errors import UserError
 from ..attention.parallel import degrees
 from ..flux2.parallel.forward import unsupported
-from ..flux2.parallel.workers import devices, replica, install
+from ..flux2.parallel.workers import devices, gguf, install, replica
 from .attention import CATEGORY, tuner
 
 
-def parallel(model, gpus=0, ulysses=0, ring=0):
-    """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. Raises ValueError in
-    words.
+def parallel(model, gpus=0, ulysses=0, ring=0, gguf_file=lambda: gguf.file_of(None, None)):
+    """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. gguf_file() -> the
+    file of a MODEL that does not know it. Raises ValueError in words.
     """
     network = model.model.diffusion_model
     heads = getattr(network, "num_heads", 1)
@@ -22,12 +22,14 @@ def parallel(model, gpus=0, ulysses=0, ring=0):
     reasons = unsupported(network, plan.ulysses)
     if reasons:
         raise UserError(" ".join(reasons), "several-gpus")
-    replica.source_of(model)
-    tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
     patched, request = model.clone(), install.ParallelRequest(plan, why)
+    if gguf.is_gguf(model) and getattr(model, "cached_patcher_init", None) is None:
+        patched.cached_patcher_init = gguf.how_loaded(model, gguf_file())
+    replica.source_of(patched)
+    tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
     install.install(patched, request)
     # starting and loading takes them seconds: while the prompt is encoded
-    request.session(model.model, model.load_device).prepare(model)
+    request.session(patched.model, patched.load_device).prepare(patched)
     return patched
 
 
@@ -60,9 +62,9 @@ class Flux2SequenceParallel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A FLUX.2 model from Load FLUX.2 Model or ComfyUI's own loaders: it is loaded on every "
-                    "GPU from the same "
-                    "file. It is cloned: other branches of the graph stay on one GPU.",
+                    tooltip="A FLUX.2 model from Load FLUX.2 Model, ComfyUI's own loaders or Unet Loader (GGUF): it is "
+                    "loaded on every GPU from the same file. It is cloned: other branches of the graph stay on one "
+                    "GPU.",
                 ),
                 io.Int.Input(
                     "gpus",
@@ -88,6 +90,7 @@ class Flux2SequenceParallel(io.ComfyNode):
                     "between hosts. It needs an attention backend with a log-sum-exp. 0 chooses.",
                 ),
             ],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],  # a GGUF model's file is found in the graph
             outputs=[
                 io.Model.Output(
                     tooltip="The same model, computed by several GPUs. Attention Report says what each of them did."
@@ -104,7 +107,12 @@ class Flux2SequenceParallel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, gpus=0, ulysses=0, ring=0) -> io.NodeOutput:
-        return io.NodeOutput(parallel(model, gpus, ulysses, ring))
+        asked = cls.hidden  # the graph that runs; nothing where the node is called by a script
+        return io.NodeOutput(
+            parallel(
+                model, gpus, ulysses, ring, lambda: gguf.file_of(asked and asked.dynprompt, asked and asked.unique_id)
+            )
+        )
 
 
 NODES = [Flux2SequenceParallel]

@@ -1,12 +1,18 @@
 """A MODEL that behaves like one of a GGUF loader of another pack, for tests; written for these tests.
 
   model = gguf_model(state_dict)          # of a FLUX.2 diffusion model in ComfyUI's keys
+  write(file, state_dict)                 # a file that the loader of this stand-in reads, of a format of its own
+  install(folder)                         # the stand-in as a pack in a custom_nodes folder, under the real one's names
 
 What such a loader does differently from ComfyUI's, and this stand-in too: weights of linear layers are packed tensors
 of a class of their own (here: int8 in groups of 32 with a scale each), whose `shape` is that of the numbers they stand
-for; a layer unpacks its weight at each call and adds the patches then; state_dict gives the packed size alone; the
-patcher is a subclass that hands patches to the tensors; and nothing says how to load the model a second time.
+for, and which stay the same object where nothing has to move; a layer unpacks its weight at each call and adds the
+patches then; state_dict gives the packed size alone; the patcher is a subclass that hands patches to the tensors; the
+advanced loader's settings are kept in the class of the layers; and nothing says how to load the model a second time.
 """
+
+import inspect
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_patcher
@@ -30,7 +36,9 @@ class Packed(torch.Tensor):
         return getattr(self, "numbers", None) or self.size()
 
     def to(self, *args, **kwargs):
-        return Packed(torch.Tensor.to(self.as_subclass(torch.Tensor), *args, **kwargs), self.numbers, self.patches)
+        made = super().to(*args, **kwargs)
+        made.numbers, made.patches = self.shape, list(getattr(self, "patches", ()))
+        return made
 
     def clone(self, *args, **kwargs):
         return self
@@ -55,6 +63,7 @@ def unpack(packed):
 class Ops(comfy.ops.manual_cast):
     class Linear(comfy.ops.manual_cast.Linear):
         comfy_cast_weights = True
+        dequant_dtype = patch_dtype = None
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
             torch.nn.Module.__init__(self)
@@ -70,14 +79,14 @@ class Ops(comfy.ops.manual_cast):
         def forward_comfy_cast_weights(self, x):
             weight = self.weight
             if isinstance(weight, Packed):
-                numbers = unpack(weight)
+                numbers = unpack(weight).to(self.dequant_dtype or torch.float32)
                 for patches, key in weight.patches:
                     numbers = comfy.lora.calculate_weight(patches, numbers, key)
                 weight = numbers
             return torch.nn.functional.linear(x, weight.to(x.device, x.dtype))
 
 
-class Patcher(comfy.model_patcher.ModelPatcher):
+class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, **options):
         weight = comfy.utils.get_attr(self.model, key)
         if not isinstance(weight, Packed):
@@ -96,18 +105,26 @@ class Patcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args, **kwargs):
         made = super().clone(*args, **kwargs)
-        made.__class__ = Patcher
+        made.__class__ = GGUFModelPatcher
         return made
 
 
-def gguf_model(weights):
-    """The MODEL of packed weights; those of vectors and of the outermost layers stay as they are."""
-    packed = {
+def packed_weights(weights):
+    """{name: packed}: those of vectors and of the outermost layers stay as they are."""
+    return {
         name: pack(value) if value.ndim == 2 and "_blocks." in name else value.float()
         for name, value in weights.items()
     }
+
+
+def gguf_model(weights):
+    """The MODEL of packed weights."""
+    return model_of(packed_weights(weights))
+
+
+def model_of(packed):
     model = comfy.sd.load_diffusion_model_state_dict(packed, model_options={"custom_operations": Ops})
-    model.__class__ = Patcher
+    model.__class__ = GGUFModelPatcher
     return model
 
 
@@ -117,3 +134,52 @@ def unpacked(weights):
         name: unpack(pack(value)) if value.ndim == 2 and "_blocks." in name else value.float()
         for name, value in weights.items()
     }
+
+
+# --- the stand-in as a pack: a node, its files, its folder ------------------------------------------------------------
+
+
+def write(file, weights):
+    packed = {name: value.as_subclass(torch.Tensor) for name, value in packed_weights(weights).items()}
+    torch.save({name: (value, tuple(weights[name].shape)) for name, value in packed.items()}, file)
+    return file
+
+
+class UnetLoaderGGUF:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "load_unet", "stand-in"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        import folder_paths
+
+        folders = folder_paths.get_folder_paths("diffusion_models")
+        return {"required": {"unet_name": ([file.name for folder in folders for file in Path(folder).glob("*.gguf")],)}}
+
+    def load_unet(self, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None):
+        import folder_paths
+
+        for name, value in (("dequant_dtype", dequant_dtype), ("patch_dtype", patch_dtype)):
+            setattr(Ops.Linear, name, None if value in (None, "default") else getattr(torch, value))
+        stored = torch.load(folder_paths.get_full_path("unet", unet_name), mmap=True, weights_only=True)
+        model = model_of(
+            {name: Packed(value, torch.Size(shape)) if value.dtype == torch.uint8 else value
+             for name, (value, shape) in stored.items()}
+        )  # fmt: skip
+        model.patch_on_device = patch_on_device
+        return (model,)
+
+
+class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
+    pass
+
+
+NODE_CLASS_MAPPINGS = {"UnetLoaderGGUF": UnetLoaderGGUF, "UnetLoaderGGUFAdvanced": UnetLoaderGGUFAdvanced}
+
+
+def install(custom_nodes, name="ComfyUI-GGUF"):
+    """The folder of the pack."""
+    folder = Path(custom_nodes) / name
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("from .nodes import NODE_CLASS_MAPPINGS\n")
+    (folder / "nodes.py").write_text("import nodes\n" + Path(inspect.getsourcefile(install)).read_text())
+    return folder

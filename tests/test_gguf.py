@@ -4,12 +4,19 @@ what ComfyUI computes, or refuse in a sentence.
 Not covered: the loader itself, which cannot be installed here, and its file format.
 """
 
+import json
+import sys
 import types
 
 import pytest
 import torch
 
+import pack  # noqa: F401
+import comfy_server
 import small_models as maker
+from api_workflow import PictureSettings, fill
+from server_fixture import run
+from test_server import NODE, latents, with_latents
 
 CLOSE = 1e-5
 
@@ -23,8 +30,11 @@ def tools(comfy):
     from flux2_pack.flux2.checkpoints.header import CheckpointError
     from flux2_pack.flux2.compiled import blocks as compiled
     from flux2_pack.flux2.lora import load as lora
-    from flux2_pack.flux2.parallel.workers import replica
+    from flux2_pack.flux2.parallel.workers import replica, gguf as gguf_models
     from flux2_pack.nodes import attention
+
+    global gguf
+    gguf = gguf_models
 
     return types.SimpleNamespace(
         core=comfy, gguf=gguf_stand_in, compiled=compiled, lora=lora, attention=attention, replica=replica,
@@ -87,7 +97,7 @@ def compiled(tools, model):
 
 def test_the_stand_in_computes_the_numbers_that_it_holds(tools, model, plain):
     assert error(sample(tools, model), sample(tools, plain)) < CLOSE
-    assert type(model.clone()).__name__ == "Patcher"
+    assert type(model.clone()).__name__ == "GGUFModelPatcher"
 
 
 @pytest.mark.parametrize("node", [selected, compiled])
@@ -114,9 +124,233 @@ def test_load_flux2_lora_adds_the_change_when_a_layer_unpacks(tools, model, plai
     assert error(found, wanted) < CLOSE < 1e-3 < error(sample(tools, model), wanted)
 
 
-def test_sequence_parallel_refuses_what_cannot_be_loaded_again(tools, model):
-    with pytest.raises(ValueError, match="loads this model on every GPU, and its loader does not say how"):
+# --- sequence parallel: the same file by the same loader in another process -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tools, weights, tmp_path_factory):
+    """(the stand-in's folder in a custom_nodes folder, a GGUF file in a model folder), both known to ComfyUI."""
+    import folder_paths
+
+    base = tmp_path_factory.mktemp("installed")
+    file = base / "models" / "sub" / "flux2.gguf"
+    file.parent.mkdir(parents=True)
+    folder = tools.gguf.install(base / "custom_nodes")
+    kept = {name: list(folder_paths.folder_names_and_paths[name][0]) for name in ("diffusion_models", "custom_nodes")}
+    folder_paths.add_model_folder_path("custom_nodes", str(base / "custom_nodes"), is_default=True)
+    folder_paths.add_model_folder_path("diffusion_models", str(base / "models"), is_default=True)
+    yield folder, tools.gguf.write(file, weights)
+    for name, places in kept.items():
+        folder_paths.folder_names_and_paths[name][0][:] = places
+
+
+@pytest.fixture
+def from_file(tools, installed, monkeypatch):
+    """A MODEL that the installed stand-in loaded, as the pack's own loader node does."""
+    import nodes as core_nodes
+
+    folder, _ = installed
+    loader = gguf.imported(folder).NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]
+    monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF", loader)
+    monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, "Flux2SelectAttention", tools.attention.Flux2SelectAttention)
+    return loader().load_unet("sub/flux2.gguf", "float16")[0]
+
+
+def graph(**nodes):
+    from comfy_execution.graph import DynamicPrompt
+
+    return DynamicPrompt({name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()})
+
+
+CHAIN = {
+    "loader": ("UnetLoaderGGUF", {"unet_name": "sub/flux2.gguf"}),
+    "select": ("Flux2SelectAttention", {"model": ["loader", 0], "backend": "auto"}),
+    "parallel": ("Flux2SequenceParallel", {"model": ["select", 0], "gpus": 2}),
+    "other": ("UnetLoaderGGUF", {"unet_name": "other.gguf"}),  # for another branch
+}
+
+
+def test_the_file_of_a_model_is_found_in_the_graph(installed, from_file):
+    assert gguf.file_of(graph(**CHAIN), "parallel") == str(installed[1])
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"select": ("Flux2SelectAttention", {"backend": "auto"})}, "no Unet Loader .GGUF. is before it"),
+        ({"loader": ("UnetLoaderGGUF", {"unet_name": ["text", 0]})}, "comes over a link"),
+        (
+            {"select": ("Somebodys", {"one": ["loader", 0], "two": ["other", 0]})},
+            "2 different files are loaded before it",
+        ),
+        ({"loader": ("UnetLoaderGGUF", {"unet_name": "gone.gguf"})}, "gone.gguf is in the model folder .* no more"),
+        ({"loader": ("SomebodysLoader", {"file": "sub/flux2.gguf"})}, "no Unet Loader .GGUF. is before it"),
+    ],
+)
+def test_a_file_that_the_graph_does_not_tell_is_refused(installed, from_file, changes, reason):
+    with pytest.raises(ValueError, match=f"{reason}.*Use Load FLUX.2 Model"):
+        gguf.file_of(graph(**CHAIN | changes), "parallel")
+
+
+def test_without_a_graph_sequence_parallel_refuses_in_a_sentence(tools, model):
+    with pytest.raises(ValueError, match="does not say which file it came from"):
         tools.replica.source_of(model)
+    with pytest.raises(ValueError, match="no Unet Loader .GGUF. is before it"):
+        gguf.file_of(None, None)
+
+
+def forget_the_pack():
+    gguf.imported.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("flux2_ranks_gguf")]:
+        del sys.modules[name]
+
+
+def marked(model, file):
+    """The MODEL as Sequence Parallel hands it on."""
+    model = model.clone()
+    model.cached_patcher_init = gguf.how_loaded(model, str(file))
+    return model
+
+
+@pytest.fixture
+def worker(tools, installed, monkeypatch):
+    """Replica(source) as in a process that rank 0 started: the pack is imported from the folders that it was given."""
+    import comfy.model_patcher
+    import nodes as core_nodes
+
+    def make(source):
+        with monkeypatch.context() as there:
+            there.setenv(gguf.CUSTOM_NODES, str(installed[0].parent))
+            there.delitem(core_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF", raising=False)
+            there.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.CoreModelPatcher)
+            forget_the_pack()
+            return tools.replica.Replica(json.loads(json.dumps(source)), "cpu")
+
+    return make
+
+
+def test_a_worker_loads_the_same_weights_by_the_pack_that_is_installed(tools, from_file, installed, worker):
+    rank_0 = marked(from_file, installed[1])
+    source = tools.replica.source_of(rank_0)
+    assert source["loader"] == "Unet Loader (GGUF)"
+    assert source["arguments"][:4] == [str(installed[1]), "float16", "default", False]
+    replica = worker(source)
+    assert type(replica.model).__name__ == "GGUFModelPatcher" and not isinstance(replica.model, type(rank_0))
+    assert replica.digest == tools.replica.digest_of(rank_0)
+    assert replica.bytes == tools.replica.bytes_on_device(rank_0)
+    layer = replica.network.single_blocks[0].linear1
+    assert type(layer.weight).__name__ == "Packed" and layer.dequant_dtype is torch.float16
+
+
+def test_a_worker_s_lora_comes_and_goes_as_that_of_rank_0(tools, from_file, installed, worker, tmp_path):
+    """On a CPU the packed weight that is placed is the original: the patches of before must not stay on it."""
+    rank_0, file = marked(from_file, installed[1]), lora_file(tmp_path)
+    replica, plain = worker(tools.replica.source_of(rank_0)), sample(tools, rank_0)
+    for strength in (0.8, -0.4):
+        patched = tools.lora.apply(rank_0, None, file, strength)[0]
+        assert replica.set_weights(*tools.replica.weights_of(patched)) == 3
+        wanted, found = sample(tools, patched), sample(tools, without_patches(replica.model))
+        assert error(found, wanted) < CLOSE < 1e-3 < error(wanted, plain)
+    replica.set_weights({}, [])
+    assert error(sample(tools, without_patches(replica.model)), plain) < CLOSE
+
+
+def without_patches(model):
+    """Its modules as they are: what a worker put on them is not put on again by a sampling."""
+    clone = model.clone()
+    clone.patches, clone.backup = {}, {}
+    clone.unpatch_model = lambda *args, **kwargs: None
+    return clone
+
+
+def test_a_worker_takes_no_pack_that_rank_0_names(tools, installed, tmp_path, monkeypatch):
+    """One on another host looks beside its own ComfyUI, whatever base folder rank 0 has."""
+    monkeypatch.setattr(gguf, "PACK", tmp_path / "custom_nodes" / "flux2-attention")
+    assert gguf.pack_folder() == installed[0]
+    monkeypatch.setenv("FLUX2_RANKS_JOINED", "1")
+    assert gguf.pack_folder() is None
+    own = tools.gguf.install(tmp_path / "custom_nodes", "comfyui-gguf")
+    assert gguf.pack_folder() == own.resolve()
+
+
+def test_a_pack_that_differs_or_is_not_there_is_said(tools, from_file, installed, tmp_path, monkeypatch):
+    how = marked(from_file, installed[1]).cached_patcher_init
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv(gguf.CUSTOM_NODES, str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="is not in custom_nodes there. Install the same version on every host"):
+        how[0](*how[1])
+    with pytest.raises(ValueError, match="look for the pack ComfyUI-GGUF in a folder called comfyui-gguf"):
+        marked(from_file, installed[1])
+    other = tools.gguf.install(tmp_path)
+    monkeypatch.setenv(gguf.CUSTOM_NODES, str(tmp_path))
+    with pytest.raises(ValueError, match="it comes from ComfyUI-GGUF, where the other processes look .* and find"):
+        marked(from_file, installed[1])
+    (other / "nodes.py").write_text("raise ImportError('No module named gguf')\n")
+    with pytest.raises(ValueError, match="is not the same as on rank 0"):
+        how[0](*how[1])
+    file, *settings, _ = how[1]
+    forget_the_pack()
+    monkeypatch.setitem(sys.modules, "nodes", types.ModuleType("nodes"))  # a worker's: no pack is registered
+    with pytest.raises(ValueError, match="cannot be imported there .ImportError: No module named gguf"):
+        how[0](file, *settings, gguf.digest_of(other))
+
+
+def test_comfyui_reloads_the_model_from_the_same_file(tools, from_file, installed):
+    """As ComfyUI does for copies on other devices."""
+    rank_0 = marked(from_file, installed[1])
+    function, arguments = rank_0.cached_patcher_init
+    again = function(*arguments, disable_dynamic=True)
+    assert tools.replica.digest_of(again) == tools.replica.digest_of(rank_0) and again.model is not rank_0.model
+
+
+@pytest.fixture(scope="module")
+def gguf_server(tools, comfyui, model_files, weights, tmp_path_factory):
+    """A server with the stand-in among its packs, and two ranks on the CPU."""
+    base = tmp_path_factory.mktemp("server")
+    made = base / "made"
+    made.mkdir()
+    tools.gguf.install(base / "comfyui" / "custom_nodes")
+    models = {
+        **model_files,
+        "diffusion_models": [tools.gguf.write(made / "flux2.gguf", weights)],
+        "loras": [lora_file(made)],
+    }
+    packs = ["--whitelist-custom-nodes", comfy_server.PACK, "ComfyUI-GGUF"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUX2_CPU_RANKS", "2")
+        with comfy_server.ComfyServer(
+            comfyui, models=models, base=base / "comfyui", arguments=["--cpu", "--force-fp32", *packs]
+        ) as running:
+            yield running
+
+
+def test_two_ranks_in_a_server_give_the_image_of_one(gguf_server, model_files):
+    """Loader of the other pack, LoRA and Sequence Parallel, as a user connects them."""
+    names = {folder: files[0].name for folder, files in model_files.items()}
+    settings = {"models": names, "width": 128, "height": 96, "steps": 3}
+
+    def latent(gpus):
+        workflow = fill(PictureSettings("A red fox", **settings, gpus=gpus))
+        key = next(key for key, node in workflow.items() if node["class_type"] == "Flux2LoadModel")
+        for node in workflow.values():
+            node["inputs"].update({name: ["lora", 0] for name, value in node["inputs"].items() if value == [key, 0]})
+        workflow[key] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "flux2.gguf"}}
+        workflow["lora"] = {
+            "class_type": "Flux2LoadLoRA",
+            "inputs": {"model": [key, 0], "lora_name": "lora.safetensors", "strength": 0.8},
+        }
+        done = run(gguf_server, with_latents(workflow, (NODE["report"], 0)))
+        (report,) = done.collect("flux2_attention")
+        return latents(gguf_server, done)[0], report, "".join(done.collect("text"))
+
+    one, _, said = latent(1)
+    two, report, _ = latent(2)
+    assert "3 of 3 layers applied." in said
+    assert [rank["rank"] for rank in report["parallel"]["ranks"]] == [0, 1]
+    assert error(two, one) < 1e-6 and not torch.equal(two, one)
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
 
 
 def test_our_loaders_and_model_info_name_the_loader_of_gguf_files(tools, tmp_path):

@@ -14,6 +14,7 @@ from ....attention.errors import UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 SECRET, LISTEN, CPU_RANKS = "FLUX2_RANKS_SECRET", "FLUX2_RANKS_LISTEN", "FLUX2_CPU_RANKS"
+CUSTOM_NODES = "FLUX2_RANKS_CUSTOM_NODES"  # rank 0's folders of packs: one of them may be ComfyUI-GGUF
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 LOOPBACK = "127.0.0.1"
 
@@ -31,6 +32,8 @@ def environment_of(rank, size, gpu, address, secret, ranks_here):
     """The environment of a worker: torchrun's variables, the secret, and one visible GPU (gpu: its index here, None for
     the CPU).
     """
+    import folder_paths  # ComfyUI's, which a worker that imports this module has not got yet
+
     host, port = address
     host = LOOPBACK if host in ("0.0.0.0", "::") else host
     values = {
@@ -41,6 +44,7 @@ def environment_of(rank, size, gpu, address, secret, ranks_here):
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
         SECRET: secret,
+        CUSTOM_NODES: os.pathsep.join(folder_paths.get_folder_paths("custom_nodes")),
     }
     if gpu is None:
         values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(

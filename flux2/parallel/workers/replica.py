@@ -24,7 +24,7 @@ import comfy.utils
 import torch
 
 from ....attention.errors import Explained
-from . import patch_transfer
+from . import gguf, patch_transfer
 from .channel import bytes_of
 from .serialize import Unsendable, flatten, restore
 
@@ -36,10 +36,12 @@ LOADERS = {
     "Load FLUX.2 Model": (".flux2.loading.load", "load_model"),
     "Load Diffusion Model": ("comfy.sd", "load_diffusion_model"),
     "Load Checkpoint": ("comfy.sd", "load_checkpoint_guess_config"),
+    "Unet Loader (GGUF)": (".flux2.parallel.workers.gguf", "load_model"),  # by the pack that this worker finds itself
     "benchmark, bf16": (".benchmarks.full_size", "build"),  # random weights, for benchmarks/
     "benchmark, fp8": (".benchmarks.full_size", "build_fp8"),
     "benchmark, int8": (".benchmarks.full_size", "build_int8"),
 }
+OWN_WEIGHTS = {"Unet Loader (GGUF)"}  # these put mapped weights into the modules themselves, as a plain patcher's
 SAMPLES = 64  # numbers of each weight that are compared between ranks
 PLAIN = {"memory_mode": "auto"}  # arguments of our loader that concern rank 0's memory alone
 
@@ -55,8 +57,14 @@ class NotReplicable(Explained, ValueError):
 
 
 def source_of(patcher):
-    """How a MODEL was loaded: {"loader", "arguments", "index"}, JSON; loader: in LOADERS. Raises NotReplicable."""
+    """How a MODEL was loaded: {"loader", "arguments", "index"}, JSON; loader: in LOADERS. Raises NotReplicable or
+    gguf.NotFound.
+    """
     made = getattr(patcher, "cached_patcher_init", None)
+    if made is None and gguf.is_gguf(patcher):
+        raise gguf.NotFound(
+            "the MODEL does not say which file it came from: only the node Sequence Parallel finds that in the graph."
+        )
     if made is None:
         raise NotReplicable(
             "Sequence parallel loads this model on every GPU, and its loader does not say how (it sets no "
@@ -140,6 +148,8 @@ class Replica:
             value = original.data.to(self.device, placed_dtype(root, key, original))
         else:
             value = original.to(self.device)
+            if getattr(value, "patches", None):  # GGUF: on the CPU this is the original, with the patches of before
+                value.patches = []
         comfy.utils.set_attr_param(root, key, value)
         if key in self.model.patches:
             self.model.backup[key] = None  # ours is the mapped file: no copy of the original is to be kept
@@ -200,7 +210,8 @@ class Replica:
 
 def placed_dtype(root, key, weight):
     """The number format in which a weight is put on the device: ComfyUI keeps files in theirs until then."""
-    if type(weight) not in (torch.nn.Parameter, torch.Tensor):  # ComfyUI's quantised tensors know their own format
+    # quantised tensors know their own format: ComfyUI's are a class, those of a GGUF file packed bytes
+    if hasattr(weight, "_qdata") or not weight.dtype.is_floating_point:
         return weight.dtype
     module, name = comfy.utils.resolve_attr(root, key)
     return getattr(module, f"{name}_comfy_model_dtype", weight.dtype)
@@ -258,7 +269,7 @@ def load(source):
     function, arguments = getattr(importlib.import_module(module, package), name), restore(source["arguments"], [])
     named = inspect.signature(function).bind(*arguments)
     named.arguments.update({name: value for name, value in PLAIN.items() if name in named.arguments})
-    comfy.model_patcher.CoreModelPatcher, Mapped.loading = Mapped, True
+    comfy.model_patcher.CoreModelPatcher, Mapped.loading = Mapped, source["loader"] not in OWN_WEIGHTS
     try:
         made = function(*named.args, **named.kwargs)
     finally:
