@@ -179,9 +179,10 @@ def test_a_file_replaced_before_it_was_needed_goes_by_its_new_content(tools, sma
     file = tmp_path / "te.safetensors"
     shutil.copy(small_models["text_encoder"], file)
     clip = encoder(tools, file, when_needed=True)
-    old = tools.lazy.source_of(clip).fingerprint
+    old, unread = tools.lazy.source_of(clip).fingerprint, clip.clone()
     maker.write(file, maker.text_encoder(seed=7))
     first = tools.prompts.encode(clip, PROMPT, cache)
+    assert tools.lazy.source_of(unread).fingerprint == tools.lazy.source_of(clip).fingerprint
     assert not first.hit and tools.lazy.source_of(clip).fingerprint != old
     assert not tools.prompts.encode(encoder(tools, small_models["text_encoder"], when_needed=True), PROMPT, cache).hit
     assert tools.prompts.encode(encoder(tools, file, when_needed=True), PROMPT, cache).hit
