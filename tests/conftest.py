@@ -59,7 +59,21 @@ def small_models(model_files):
 # --- several processes -----------------------------------------------------------------------------------------------
 
 # files that take longest, in the order in which they are begun: one that begins last would keep one process busy alone
-LONGEST = ()
+LONGEST = (
+    "test_ranks",
+    "test_speed_nodes",
+    "test_compare",
+    "test_scripts",
+    "test_fast_blocks",
+    "test_vae_blocks",
+    "test_small_model",
+    "test_parallel_nodes",
+    "test_reference",
+    "test_status_browser",
+    "test_parallel_server",
+    "test_two_hosts",
+    "test_split",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

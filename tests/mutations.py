@@ -82,7 +82,7 @@ MUTATIONS = [
     Mutation(
         "a call that was delegated is not counted",
         "attention/override.py",
-        "self.dispatcher.count(result, computed_by=name_of(self.previous or func))",
+        "self.dispatcher.count(result, computed_by=name_of(computing))",
         "pass",
         "tests/test_attention_reports.py -k leaves_attention",
     ),
