@@ -205,13 +205,19 @@ class AttentionDispatcher:
         self.log.running(self.describe(), self.previous_name).count(decision, computed_by)
 
     def _slug(self, block):
-        if self.schedule is None:
-            return self.backend
-        p = self._progress
+        if self.schedule is None or block is not None:
+            return self.slug_of(block)
         # a compiled graph cannot pass its block number, so there the calls of this forward pass are counted: one
         # attention per block
-        number = p.calls if block is None else self.schedule.block_number(*block)
+        p = self._progress
         p.calls += 1
+        return self.schedule.backend if self.schedule.at_edge(p.step, p.steps, p.calls - 1) else self.backend
+
+    def slug_of(self, block):
+        """The backend chosen for a block (kind, index) in the step that this thread is in."""
+        if self.schedule is None:
+            return self.backend
+        p, number = self._progress, self.schedule.block_number(*block)
         return self.schedule.backend if self.schedule.at_edge(p.step, p.steps, number) else self.backend
 
     def decide(self, q, k, v, mask, kept, scale, need_lse, slug, full_precision, can_delegate=True):

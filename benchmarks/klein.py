@@ -13,7 +13,8 @@ picture, with waits in between.
 core: the nodes of its klein template, called one after another as its executor does, with the encoder as ComfyUI loads
 it (36 layers, float32 activations). ours: the same nodes with Select Attention and Fast Blocks, and encoder and VAE as
 our loaders make them: 27 layers (FLUX.2 reads no others) in bf16, fused blocks. ours-fp8: the same, products in fp8.
-ours-cudnn-fp8: the same, products in bf16 and attention by backend cudnn-fp8. diffusers: Flux2KleinPipeline in bf16
+ours-cudnn-fp8: the same, products in bf16 and attention by backend cudnn-fp8; ours-cudnn-fp8-fused: with
+FLUX2_FP8_QKV=1. diffusers: Flux2KleinPipeline in bf16
 with the fastest of its attention backends, its blocks eager and compiled; benchmarks/twins.py says how to get it.
 --small tries every path on a CPU.
 """
@@ -69,6 +70,7 @@ COLUMNS = {
     "ours_ms": ("ours",),
     "ours_fp8_ms": ("ours-fp8",),
     "ours_cudnn_fp8_ms": ("ours-cudnn-fp8",),
+    "ours_cudnn_fp8_fused_ms": ("ours-cudnn-fp8-fused",),
 }
 CHAT = (
     "{% for message in messages %}<|im_start|>user\n{{ message.content "
@@ -317,6 +319,7 @@ def make(peer, world):
         "ours": lambda: peers.fast(setting, "checkpoint"),
         "ours-fp8": lambda: peers.fast(setting, "fp8"),
         "ours-cudnn-fp8": lambda: peers.fast(setting, "checkpoint", "cudnn-fp8"),
+        "ours-cudnn-fp8-fused": lambda: peers.fast_fp8_qkv(setting),
     }[peer]()
     from flux2_pack.flux2.loading import encoder_families, encoder_precision
 

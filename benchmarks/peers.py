@@ -5,13 +5,14 @@ A peer is made once for a model, and gives a function for each size: prepare(inp
 """
 
 from dataclasses import dataclass
+import os
 
 import torch
 
 import twins
 from full_size import step
 
-OURS = ("ours", "ours-fp8", "ours-cudnn-fp8")
+OURS = ("ours", "ours-fp8", "ours-cudnn-fp8", "ours-cudnn-fp8-fused")
 DIFFUSERS = ("diffusers", "diffusers-compiled")
 ALL = ("core", "core-attention", "core-compiled", *DIFFUSERS, *OURS)
 
@@ -44,6 +45,7 @@ def make(name, setting):
         "ours": lambda: fast(setting, "checkpoint"),
         "ours-fp8": lambda: fast(setting, "fp8"),
         "ours-cudnn-fp8": lambda: fast(setting, "checkpoint", "cudnn-fp8"),
+        "ours-cudnn-fp8-fused": lambda: fast_fp8_qkv(setting),
     }.get(name)
     if model is None:  # core+SLUG: one more backend under core's blocks
         return prepared(select(setting.patcher, name.removeprefix("core+")))
@@ -71,6 +73,22 @@ def fast(setting, precision, slug=None):
     from flux2_pack.nodes.fast import Flux2FastBlocks
 
     return Flux2FastBlocks.execute(select(setting.patcher, slug or setting.attention), precision).args[0]
+
+
+def fast_fp8_qkv(setting):
+    """fast with backend cudnn-fp8, its q, k and v written by the fused blocks: the switch is read when they are
+    installed.
+    """
+    from flux2_pack.flux2.fused import fp8_attention
+
+    before = os.environ.get(fp8_attention.SWITCH)
+    os.environ[fp8_attention.SWITCH] = "1"
+    try:
+        return fast(setting, "checkpoint", "cudnn-fp8")
+    finally:
+        os.environ.pop(fp8_attention.SWITCH)
+        if before is not None:
+            os.environ[fp8_attention.SWITCH] = before
 
 
 def compiled(patcher, compiler):

@@ -13,11 +13,11 @@ backends the fastest on this card is taken.
 Work of a step in floating point operations, S tokens of which I are image, h = 6144: 2 * 13 h^2 S in each block for its
 products, 4 S^2 h for its attention, and 2 h (128 I + text width * text + 128 I) for in- and output. Products of
 modulations are left out (0.01 %). Ceiling: what torch.mm (bf16), torch._scaled_mm (fp8, e4m3) or torch._int_mm and
-comfy-kitchen (int8) reach on the two large products of a single block at this length, measured in the same run; that of
-fp8 for fp8 weights and for ours-fp8, whose attention stays bf16. ours-cudnn-fp8 is ours with backend cudnn-fp8. Peak:
-PyTorch's allocator; the model's weights, what the peer keeps beside them, and what a step takes. Needs about 100 GB of
-GPU memory. --small tries every path in seconds, on a CPU too. Not covered: sampler, text encoder and VAE
-(benchmarks/klein.py).
+comfy-kitchen (int8) reach at best on the two large products of a single block at this length, in the same run; that of
+fp8 for fp8 weights and for ours-fp8, whose attention stays bf16. ours-cudnn-fp8 is ours with backend cudnn-fp8, and
+ours-cudnn-fp8-fused the same with FLUX2_FP8_QKV=1. Peak: PyTorch's allocator; the model's weights, what the peer keeps
+beside them, and what a step takes. Needs about 100 GB of GPU memory. --small tries every path in seconds, on a CPU too.
+Not covered: sampler, text encoder and VAE (benchmarks/klein.py).
 """
 
 import argparse
@@ -54,6 +54,7 @@ COLUMNS = {
     "ours_ms": ("ours",),
     "ours_fp8_ms": ("ours-fp8",),
     "ours_cudnn_fp8_ms": ("ours-cudnn-fp8",),
+    "ours_cudnn_fp8_fused_ms": ("ours-cudnn-fp8-fused",),
 }
 # --small: how many times smaller pictures are, and text tokens: Triton's interpreter takes a second for ten tokens
 SMALLER, SMALL_TEXT = 32, 8
@@ -79,11 +80,6 @@ def time_ms(work):
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def median_ms(work, repeat=5):
-    work()
-    return summary([time_ms(work) for _ in range(repeat)])["ms"]
 
 
 def flops(sizes, image, text):
@@ -116,17 +112,22 @@ class Ceiling:
 
     def round(self):
         for key, work in self.works.items():
-            self.times.setdefault(key, []).append(median_ms(work, 3))
+            work()
+            self.times.setdefault(key, []).extend(time_ms(work) for _ in range(3))
 
     @property
     def tflops(self):
-        """TFLOP/s over both products, each at the best of its variants; None if nothing was timed."""
+        """TFLOP/s over both products, each at the fastest run of its fastest variant; None if nothing was timed."""
         if not self.times:
             return None
-        best = [
-            min(summary(times)["ms"] for (of, _), times in self.times.items() if of == shape) for shape in self.shapes
-        ]
+        best = [min(min(times) for (of, _), times in self.times.items() if of == shape) for shape in self.shapes]
         return sum(2 * self.tokens * inner * outer for inner, outer in self.shapes) / sum(best) / 1e9
+
+    def share(self, tflops):
+        """tflops over the ceiling. None where nothing was timed, and where a step was faster than its own products
+        alone: those ran at lower clocks then, and are no ceiling.
+        """
+        return round(tflops / self.tflops, 3) if self.tflops and tflops <= self.tflops else None
 
 
 def products(weights, rows, inner, outer, device):
@@ -247,8 +248,7 @@ class Case:
             if self.times.get(row["peer"]):
                 row |= summary(self.times[row["peer"]]) | {"rounds": len(self.times[row["peer"]])}
                 row["tflops"] = round(self.flops / row["ms"] / 1e9, 1)
-                limit = self.ceilings[row["weights"]].tflops
-                row["share_of_ceiling"] = round(row["tflops"] / limit, 3) if limit else None
+                row["share_of_ceiling"] = self.ceilings[row["weights"]].share(row["tflops"])
 
     def as_data(self):
         times = {row["peer"]: row["ms"] for row in self.rows if "ms" in row}

@@ -27,9 +27,11 @@ def adapter(monkeypatch):
     return registry.adapter("cudnn-fp8", HOPPER)
 
 
-def test_the_adapter_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize("file", ["cudnn_fp8_interpreted.py", "fp8_qkv_interpreted.py"])
+def test_in_the_interpreter(file, small_models, tmp_path):
+    """The adapter alone, and with q, k and v from the fused blocks."""
     pytest.importorskip("triton")
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / "cudnn_fp8_interpreted.py"]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / file]
     done = run(words, tmp_path, "1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
@@ -42,7 +44,8 @@ def test_its_kernels_compile_for_gpus_that_are_not_here(arch, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
     assert all(k["ok"] for k in kernels)
-    assert {k["name"] for k in kernels} == {"_observe", "_conclude", "_quantise", "_restore"}
+    own = {"_observe", "_conclude", "_quantise", "_restore", "_learn"}
+    assert {k["name"] for k in kernels} == own | {"_qkv_fp8", "_attention_output", "_swiglu"}
 
 
 def call(**changes):

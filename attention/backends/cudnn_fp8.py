@@ -18,12 +18,17 @@ is how large the numbers are beside the result that they make, and scales only h
 
 Nothing depends on an earlier call, and the CPU never waits for the GPU.
 
+A caller whose own kernel makes q, k and v can write them in fp8 itself (`attend_keeping` for the first call of a layer,
+then `attend_written`): means of keys and values, and the range of the values, are those of the layer's calls before,
+kept on the GPU. What is out of that range is cut and counted. flux2/fused/fp8_attention.py is such a caller.
+
 On data center Blackwell the output is 16 bits, as cuDNN offers from 9.13 on: written from its documentation, run
 nowhere yet, and judged there by the test call that every backend has to pass. MXFP8, also offered there, is not used.
 """
 
 import functools
 import threading
+from typing import NamedTuple
 
 import cudnn
 import torch
@@ -31,13 +36,14 @@ import triton
 import triton.language as tl
 
 from ..adapter import Adapter, lse_bhs
-from ..call import Limits, arch_matches
+from ..call import Limits, arch_matches, default_scale
 from ..device import describe
 
 OLDEST, BROKEN = 90100, (91000,)  # versions of cuDNN, as sdpa_fp8 itself says
 SOFTMAX_SCALE = 256.0
 PARTS = 16  # samples, at most
 TOKENS, WARPS = 64, 4  # of a sample, and of a program's tile
+HEADROOM = tl.constexpr(4.0)  # of values over the largest that earlier calls of a layer had
 FP8 = torch.float8_e4m3fn
 WIDE_OUTPUT, WIDE_SINCE = ("sm10x",), 91300  # where, and from which cuDNN on, the output can have 16 bits
 _local = threading.local()  # handles and graphs: a handle of cuDNN's serves one thread at a time
@@ -138,6 +144,28 @@ def _restore(RAW, MEANS, SCALE, OUT, length, heads, D: tl.constexpr, TOKENS: tl.
     tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _learn(
+    SUMS, TOP, CUT, MEANS, SCALES, NEXT_MEANS, NEXT_SCALES, CUTS, sampled, parts, rows, programs,
+    D: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From what a call saw, means of one head for the next call, and in the first program the scale of the values."""
+    row, lane, part = tl.program_id(0), tl.arange(0, 2 * D), tl.arange(0, P)
+    sums = tl.load(SUMS + (part[:, None] * rows + row) * 2 * D + lane[None, :], mask=(part < parts)[:, None], other=0.0)
+    tl.store(NEXT_MEANS + row * 2 * D + lane, tl.sum(sums, 0) / sampled)
+    if row == 0:
+        first, top, cut = programs * 0, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int64)
+        while first < programs:
+            at = first + tl.arange(0, BLOCK)
+            top = tl.maximum(top, tl.load(TOP + at, mask=at < programs, other=0.0))
+            cut += tl.load(CUT + at, mask=at < programs, other=0).to(tl.int64)
+            first += BLOCK
+        scale = tl.maximum(tl.load(SCALES + 2), tl.max(top, 0) * HEADROOM / 448.0)
+        tl.store(NEXT_SCALES + 2, scale)
+        tl.store(NEXT_SCALES + 3, 1.0 / scale)
+        tl.store(CUTS, tl.load(CUTS) + tl.sum(cut, 0))
+
+
 @functools.lru_cache(maxsize=None)
 def rotation(size, dtype, device):
     """Hadamard matrix (size, size) over sqrt(size): orthonormal, its own inverse. size: a power of two."""
@@ -148,15 +176,64 @@ def rotation(size, dtype, device):
 
 
 @functools.lru_cache(maxsize=None)
+def widened(device):
+    """What the scales of a call are multiplied with to be those of the next, whose values may be larger."""
+    return torch.tensor([1.0, 1.0, HEADROOM.value / 2, 2 / HEADROOM.value], device=device)
+
+
+@functools.lru_cache(maxsize=None)
 def constants(device):
     """float32 (3, 1) on the device: the scale of the softmax's probabilities, its inverse, and one."""
     return torch.tensor([[SOFTMAX_SCALE], [1 / SOFTMAX_SCALE], [1.0]], device=device)
 
 
-def output_dtype(q):
-    """What cuDNN writes: fp8 on Hopper, q's dtype where it can."""
-    wide = arch_matches(describe(q.device).arch, WIDE_OUTPUT) and cudnn.backend_version() >= WIDE_SINCE
-    return q.dtype if wide else FP8
+def output_dtype(device, dtype):
+    """What cuDNN writes: fp8 on Hopper, the dtype of the call where it can."""
+    wide = arch_matches(describe(device).arch, WIDE_OUTPUT) and cudnn.backend_version() >= WIDE_SINCE
+    return dtype if wide else FP8
+
+
+class Raw(NamedTuple):
+    """cuDNN's output before it is restored: `data` (B, S, H, D) times `scale` (1,) plus the mean of the values of each
+    head, means[:, 1]; means float32 (B * H, 2, D). dtype: of the call.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    means: torch.Tensor
+    dtype: torch.dtype
+
+
+class Kept:
+    """What the calls of one layer leave for its next call, on the GPU; made by `CudnnFp8.attend_keeping`.
+
+    means float32 (B * H, 2, D) and scales float32 (4,) as of `quantise`, for the next call; of the scales the caller's
+    kernel writes the first two, and it cuts values to the third times 448. turn (D, D): what it multiplies q and k
+    with. cuts int64 (1,): values that were cut so far. A Raw refers to means and scales: they are never written again
+    before the call after the next.
+    """
+
+    def __init__(self, scales, means, dtype):
+        self.scales, self.means = scales * widened(scales.device), means
+        self.turn = rotation(means.shape[-1], dtype, means.device)
+        self.cuts = torch.zeros(1, dtype=torch.int64, device=means.device)
+        self._spare = torch.empty_like(self.scales), torch.empty_like(self.means)
+
+    def learn(self, sums, sampled, top, cut):
+        """Take what the caller's kernel saw of k and v for the next call; returns (scales, means) of this one.
+
+        sums float32 (n, B * H, 2, D), n <= 32: of k before its mean was taken and of v, over `sampled` tokens in all.
+        top float32 and cut int32, both of one size: the largest magnitudes of v without its mean, and how many were
+        cut.
+        """
+        parts, rows, _, size = sums.shape
+        (scales, means), (next_scales, next_means) = (self.scales, self.means), self._spare
+        _learn[(rows,)](
+            sums, top, cut, means, scales, next_means, next_scales, self.cuts, sampled, parts, rows, top.numel(),
+            D=size, P=triton.next_power_of_2(parts), BLOCK=1024, num_warps=WARPS,
+        )  # fmt: skip
+        self.scales, self.means, self._spare = next_scales, next_means, (scales, means)
+        return scales, means
 
 
 def quantise(q, k, v):
@@ -267,27 +344,47 @@ class CudnnFp8(Adapter):
         return f"cuDNN {cudnn.backend_version()} sdpa_fp8"
 
     def run(self, q, k, v, mask, scale, need_lse):
-        batch, q_len, heads, size = q.shape
         with torch.cuda.device(q.device):
             q8, k8, v8, scales, means = quantise(q, k, v)
-            up, down, one = constants(q.device)
-            out_dtype = output_dtype(q)
-            # the output is a mean of values, so it fits into their scale
-            scale_out, descale_out = (scales[3:4], scales[2:3]) if out_dtype == FP8 else (one, one)
-            scalars = (scales[0:1], scales[1:2], scales[2:3], down, up, scale_out)
-            raw, largest = torch.empty(q.shape, device=q.device, dtype=out_dtype), scales.new_empty((2, 1))
-            lse = [scales.new_empty((batch, heads, q_len, 1))] if need_lse else []
-            handle = handle_of(q.device)
-            graph = graph_of(handle, q.device, batch, heads, q_len, k.shape[1], size, scale, need_lse, out_dtype)
-            graph.run(handle, (q8, k8, v8, *scalars, raw, *largest, *lse))
+            raw, lse = self._raw(q8, k8, v8, scales, means, q.dtype, scale, need_lse)
             out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+            batch, q_len, heads, size = q.shape
             grid = (triton.cdiv(q_len, TOKENS), batch * heads)
-            _restore[grid](raw, means, descale_out, out, q_len, heads, D=size, TOKENS=TOKENS, num_warps=WARPS)
+            _restore[grid](raw.data, means, raw.scale, out, q_len, heads, D=size, TOKENS=TOKENS, num_warps=WARPS)
         if not need_lse:
             return out, None
         # softmax of scores without the keys' mean: what the mean adds to all scores of a query
         shift = torch.einsum("bqhd,bhd->bhq", q.float(), means[:, 0].view(batch, heads, size)) * scale
-        return out, lse_bhs(lse[0], q) + shift
+        return out, lse_bhs(lse, q) + shift
+
+    def attend_keeping(self, q, k, v, scale=None):
+        """(Raw, Kept): `attend` without its last pass, and what the next call of this layer needs."""
+        with torch.cuda.device(q.device):
+            q8, k8, v8, scales, means = quantise(q, k, v)
+            kept = Kept(scales, means, q.dtype)
+            return self._raw(q8, k8, v8, scales, means, q.dtype, scale or default_scale(q.shape[-1]), False)[0], kept
+
+    def attend_written(self, q8, k8, v8, scales, means, dtype, scale=None):
+        """Raw of q8, k8 and v8 that a caller's kernel has written with a Kept; scales, means: those it was written
+        with, as Kept.learn returns them. dtype: of the model.
+        """
+        with torch.cuda.device(q8.device):
+            return self._raw(q8, k8, v8, scales, means, dtype, scale or default_scale(q8.shape[-1]), False)[0]
+
+    def _raw(self, q8, k8, v8, scales, means, dtype, scale, need_lse):
+        """(Raw, cuDNN's log-sum-exp or None)."""
+        batch, q_len, heads, size = q8.shape
+        up, down, one = constants(q8.device)
+        out_dtype = output_dtype(q8.device, dtype)
+        # the output is a mean of values, so it fits into their scale
+        scale_out, descale_out = (scales[3:4], scales[2:3]) if out_dtype == FP8 else (one, one)
+        scalars = (scales[0:1], scales[1:2], scales[2:3], down, up, scale_out)
+        raw, largest = torch.empty(q8.shape, device=q8.device, dtype=out_dtype), scales.new_empty((2, 1))
+        lse = [scales.new_empty((batch, heads, q_len, 1))] if need_lse else []
+        handle = handle_of(q8.device)
+        graph = graph_of(handle, q8.device, batch, heads, q_len, k8.shape[1], size, scale, need_lse, out_dtype)
+        graph.run(handle, (q8, k8, v8, *scalars, raw, *largest, *lse))
+        return Raw(raw, descale_out, means, dtype), lse[0] if need_lse else None
 
 
 ADAPTERS = {"cudnn-fp8": CudnnFp8()}

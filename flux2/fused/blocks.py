@@ -19,7 +19,8 @@ from comfy.ldm.flux import layers as flux_layers, math as flux_math
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.errors import UserError
-from . import kernels
+from . import fp8_attention, kernels
+from .kernels.formats import FP8_TENSOR
 from .linear import Products, norm_weights
 from .. import attention_slot
 from ..module_forward import forward_as
@@ -67,14 +68,15 @@ def double_block(block, products, img, txt, vec, pe, attn_mask, segment, options
         options,
         {"img_slice": [txt.shape[1], tokens]},
         own_choice(block),
+        products.attention,
     )
 
-    for x, attn, proj, mlp, mod1, mod2, segment, finite in (
+    for x, span, proj, mlp, mod1, mod2, segment, finite in (
         # core mends float16 images once, after the last double block
-        (img, attn[:, txt.shape[1] :], img_attn.proj, block.img_mlp, img_mod1, img_mod2, segment, False),
-        (txt, attn[:, : txt.shape[1]], txt_attn.proj, block.txt_mlp, txt_mod1, txt_mod2, (0, 0), True),
+        (img, (txt.shape[1], tokens), img_attn.proj, block.img_mlp, img_mod1, img_mod2, segment, False),
+        (txt, (0, txt.shape[1]), txt_attn.proj, block.txt_mlp, txt_mod1, txt_mod2, (0, 0), True),
     ):
-        hidden = product(proj, attn)
+        hidden = product(proj, of_tokens(attn, *span, products, proj))
         hidden = add_gated_norm_modulate(
             x, hidden, mod1.gate, mod2.shift, mod2.scale, segment=segment, to=to(mlp[0], x)
         )
@@ -98,7 +100,7 @@ def single_block(block, products, x, vec, pe, attn_mask, segment, options):
     both = product(block.linear1, both)
     qkv = partial(single_qkv, both, block.num_heads, norm_weights(block.norm, x))
     shape = (*x.shape[:2], block.num_heads, block.norm.query_norm.weight.numel(), x.dtype)
-    attn = attention(qkv, shape, pe, attn_mask, options, {}, own_choice(block))
+    attn = attention(qkv, shape, pe, attn_mask, options, {}, own_choice(block), products.attention)
     del qkv
     hidden = swiglu(both[..., 3 * block.hidden_size :], attn, to=to(block.linear2, x))
     del both, attn  # the largest tensors of a step: gone before the product's output is allocated
@@ -106,17 +108,31 @@ def single_block(block, products, x, vec, pe, attn_mask, segment, options):
     return add_gated(x, hidden, mod.gate, segment=segment, finite=x.dtype == torch.float16)
 
 
+def of_tokens(attn, start, stop, products, proj):
+    """Attention (B, stop - start, H*D) of some tokens as the input of a product: a tensor or a Quantised. attn: what
+    `attention` gives.
+    """
+    if torch.is_tensor(attn):
+        return attn[:, start:stop]
+    from .kernels.attention_output import attention_output
+
+    to = products.input_format(proj, attn.data)
+    return attention_output(attn, start, stop, to=to if to is not None and to.kind == FP8_TENSOR else None)
+
+
 def patched(options):
     """Whether patches want q and k, which they get normalised and not yet rotated, as in core's block."""
     return "attn1_patch" in options.get("patches", {})
 
 
-def attention(qkv, shape, pe, mask, options, extra, own):
+def attention(qkv, shape, pe, mask, options, extra, own, fp8=None):
     """Attention (B, S, H*D), through core's attention function and the patches around it.
 
-    qkv(pe or None, place=None): the kernel that makes q, k, v (B, S, H, D), rotated where it gets pe. Patches get them
-    not rotated; core rotates them then. shape: (B, S, H, D, dtype). own: the block's own_choice. On several GPUs the
-    kernel can write them straight into the memory of the GPU that computes each head.
+    qkv(pe or None, place=None, fp8=None): the kernel that makes q, k, v (B, S, H, D), rotated where it gets pe. Patches
+    get them not rotated; core rotates them then. shape: (B, S, H, D, dtype). own: the block's own_choice. On several
+    GPUs the kernel can write them straight into the memory of the GPU that computes each head. fp8: the model's
+    Fp8Attention, or None; with it the kernel can write them in fp8, and the result can be an
+    attention.backends.cudnn_fp8.Raw.
     """
     patches, extra, sharded = options.get("patches", {}), {**options, **extra}, options.get(attention_slot.SLOT)
     if isinstance(sharded, ShardedAttention) and not patches.keys() & {"attn1_patch", "attn1_output_patch"}:
@@ -131,8 +147,16 @@ def attention(qkv, shape, pe, mask, options, extra, own):
         )
         if attn is not None:
             return attn
-    q, k, v = (t.transpose(1, 2) for t in qkv(None if patched(options) else pe))
+    fp8 = None if patches.keys() & {"attn1_patch", "attn1_output_patch"} or mask is not None or pe is None else fp8
+    raw = fp8 and fp8.written_call(qkv, shape, pe, options)
+    if raw:
+        return raw
+    q, k, v = qkv(None if patched(options) else pe)
     del qkv  # and with it the products' outputs, which nobody else holds
+    raw = fp8 and fp8.first_call(q, k, v, options)
+    if raw:
+        return raw
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if patched(options):
         for patch in patches["attn1_patch"]:
             out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
@@ -252,14 +276,15 @@ def unsuitable(kind, block):
 class FusedLog:
     """How many block calls of the current sampling were computed by fused kernels, and why others were not."""
 
-    def __init__(self, fp8=None, left=None):
-        self.fp8, self.all_left = fp8, left
+    def __init__(self, fp8=None, left=None, attention=None):
+        self.fp8, self.all_left, self.attention = fp8, left, attention
         self.begin()
 
     def begin(self):
         self.fast, self.left = Counter(), Counter()
-        if self.fp8:
-            self.fp8.begin()
+        for part in (self.fp8, self.attention):
+            if part:
+                part.begin()
 
     def as_text(self):
         if self.all_left:
@@ -269,12 +294,13 @@ class FusedLog:
             return "Fused blocks: nothing has been sampled yet."
         lines = [f"Fused blocks: {fast} of {fast + left} block calls."]
         lines += [f"  left to ComfyUI's block, {count} calls: {reason}" for reason, count in self.left.most_common()]
-        return "\n".join(lines + ([self.fp8.as_text()] if self.fp8 else []))
+        return "\n".join(lines + [part.as_text() for part in (self.fp8, self.attention) if part])
 
     def as_data(self):
         errors = {"fp8_errors": dict(self.fp8.errors)} if self.fp8 else {}
         reason = {"reason": self.all_left} if self.all_left else {}
-        return {"fast": sum(self.fast.values()), "left": dict(self.left), **errors, **reason}
+        attention = {"fp8_attention": self.attention.as_data()} if self.attention else {}
+        return {"fast": sum(self.fast.values()), "left": dict(self.left), **errors, **attention, **reason}
 
 
 class Fusing:
@@ -283,7 +309,9 @@ class Fusing:
     """
 
     def __init__(self, fp8=None, left=None):
-        self.fp8, self.left, self.log, self.products = fp8, left, FusedLog(fp8, left), Products(fp8)
+        attention = fp8_attention.Fp8Attention() if fp8_attention.switched_on() else None
+        self.fp8, self.left = fp8, left
+        self.log, self.products = FusedLog(fp8, left, attention), Products(fp8, attention)
         # core's compile node would trace into it: the blocks run as they are, between graphs of what is around them
         self.untraced = torch.compiler.disable(self.run)
 

@@ -17,10 +17,12 @@ FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 
 
 class Products:
-    """How a MODEL's fused blocks call their linear layers. fp8: an fp8_rowwise.RowwiseFp8 for bf16 layers, or None."""
+    """How a MODEL's fused blocks call their linear layers. fp8: an fp8_rowwise.RowwiseFp8 for bf16 layers, or None;
+    attention: an fp8_attention.Fp8Attention, whose output a product may take in fp8, or None.
+    """
 
-    def __init__(self, fp8=None):
-        self.fp8 = fp8
+    def __init__(self, fp8=None, attention=None):
+        self.fp8, self.attention = fp8, attention
 
     def input_format(self, linear, like):
         """The Format in which a kernel should write the input of a linear layer, or None for like's dtype."""
