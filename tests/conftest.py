@@ -1,5 +1,5 @@
-"""Fixtures: the pack as flux2_pack, ComfyUI on the CPU, the small models, a running server. And what lets several
-processes share the tests out (pytest-xdist; scripts/test.sh chooses their number): each has its own server, browser and
+"""Fixtures: the pack as flux2_pack, ComfyUI, the small models, a running server. And what lets several processes
+share the tests out (pytest-xdist; scripts/test.sh chooses their number): each has its own server, browser and
 temporary folder.
 """
 
@@ -13,7 +13,7 @@ import pytest
 import pack  # noqa: F401
 from quick import is_quick
 
-pytest_plugins = ["server_fixture", "page_fixture", "template_models"]
+pytest_plugins = ["devices", "server_fixture", "page_fixture", "template_models"]
 
 
 def comfyui_path():
@@ -25,7 +25,7 @@ def comfyui_path():
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
-    """ComfyUI's modules, importable, on the CPU. Returns its folder.
+    """ComfyUI's modules, importable, on the device of this run (devices.py). Returns its folder.
 
     Its models, input, output, temp and user are folders of this session: the checkout may be the user's own, and
     nothing is written there.
@@ -36,10 +36,10 @@ def comfy(tmp_path_factory):
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
-    import torch
     from comfy.cli_args import args
+    from devices import on_cpu
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = on_cpu()
     args.base_directory = str(tmp_path_factory.mktemp("comfyui"))  # folder_paths reads it at import
     assert "folder_paths" not in sys.modules
     sys.argv = argv

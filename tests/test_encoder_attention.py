@@ -54,8 +54,6 @@ def test_weights_that_are_loaded_again_keep_the_choice(nodes, small_models):
 
 
 def test_a_backend_that_cannot_run_here_is_refused(nodes, small_models):
-    if torch.cuda.is_available():
-        pytest.skip("it can run here")
     with pytest.raises(ValueError, match="'sdpa-efficient' cannot run here"):
         nodes.choose_encoder_attention(load(small_models), "sdpa-efficient")
 

@@ -353,7 +353,7 @@ def test_the_example_backend_is_among_what_the_tests_of_all_backends_run(tmp_pat
     registry = tmp_path / "attention" / "registry.py"
     registry.write_text(registry.read_text().replace("\nROWS = {\n", "\nROWS = {\n" + steps["The row"], 1))
     (tmp_path / "tests").mkdir()
-    for name in ("pack.py", "pytest.ini", *(file.removeprefix("tests/") for file in named)):
+    for name in ("pack.py", "devices.py", "pytest.ini", *(file.removeprefix("tests/") for file in named)):
         shutil.copyfile(ROOT / "tests" / name, tmp_path / "tests" / name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pack", "-p", "no:cacheprovider", "-q", "-k", "einsum", *named],
