@@ -13,7 +13,7 @@ import pytest
 import pack  # noqa: F401
 from quick import is_quick
 
-pytest_plugins = ["devices", "server_fixture", "page_fixture", "template_models"]
+pytest_plugins = ["devices", "summary", "server_fixture", "page_fixture", "template_models"]
 
 
 def comfyui_path():
