@@ -275,7 +275,8 @@ def row(slug):
     """The BackendRow of a slug. ValueError with the valid slugs for an unknown one."""
     if slug not in ROWS:
         raise UserError(
-            f"There is no attention backend '{slug}'. The backends are: {', '.join(SLUGS)}.", "unknown-backend"
+            f"There is no attention backend '{str(slug)[:40]}'. The backends are: {', '.join(SLUGS)}.",
+            "unknown-backend",
         )
     return ROWS[slug]
 

@@ -115,11 +115,7 @@ def build_fp8(sizes=DEV, seed=0):
 
     device = comfy.model_management.get_torch_device()
     weights, quantised = fp8_checkpoint(sizes, device, seed)
-    metadata = {
-        "_quantization_metadata": json.dumps(
-            {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in quantised}}
-        )
-    }
+    metadata = marks(dict.fromkeys(quantised, {"format": "float8_e4m3fn"}))
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata, disable_dynamic=True)
     patcher.model.to(device)
     return patcher
@@ -132,44 +128,53 @@ def build_int8(sizes=DEV, seed=0):
     import comfy.model_management
     import comfy.sd
     from comfy.quant_ops import TensorWiseINT8Layout
-    from flux2_pack.flux2.checkpoints import keys
 
     device = comfy.model_management.get_torch_device()
-    generator, weights, layers = torch.Generator(device).manual_seed(seed), {}, {}
-    for name, shape in keys.model_shapes(variant_of(sizes)).items():
-        weight = torch.ones(shape, device=device, dtype=torch.bfloat16)
-        if len(shape) > 1:
-            weight.normal_(0.0, shape[1] ** -0.5, generator=generator)
-        if len(shape) > 1 and "_blocks." in name:
+    weights, layers = {}, {}
+    for name, weight in random_weights(sizes, device, seed):
+        if weight.ndim > 1 and "_blocks." in name:
             weight, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
             weights[f"{name}_scale"] = params.scale
             layers[name.removesuffix(".weight")] = {"format": "int8_tensorwise", "convrot": True}
         weights[name] = weight
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    metadata = marks(layers)
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, {}, metadata, disable_dynamic=True)
     patcher.model.to(device)
     return patcher
 
 
-def fp8_checkpoint(sizes, device, seed):
-    """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
+def marks(layers):
+    """The metadata of a file whose layers are quantised. layers: {name: {"format": ...}}."""
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def random_weights(sizes, device, seed):
+    """(name in ComfyUI's keys, bf16 weight) of a diffusion model of these sizes, made on `device` one at a time."""
     from flux2_pack.flux2.checkpoints import keys
 
-    generator, weights, quantised = torch.Generator(device).manual_seed(seed), {}, []
+    generator = torch.Generator(device).manual_seed(seed)
     for name, shape in keys.model_shapes(variant_of(sizes)).items():
         weight = torch.ones(shape, device=device, dtype=torch.bfloat16)
-        if len(shape) > 1:
-            weight.normal_(0.0, shape[1] ** -0.5, generator=generator)
-        if len(shape) > 1 and "_blocks." in name:
-            layer, scale = name.removesuffix(".weight"), weight.abs().max().float() / 448
-            weight = (weight / scale).to(torch.float8_e4m3fn)
-            weights |= {
-                f"{layer}.weight_scale": scale,
-                f"{layer}.input_scale": torch.tensor(INPUT_SCALE, device=device),
-            }
+        yield name, weight.normal_(0.0, shape[1] ** -0.5, generator=generator) if len(shape) > 1 else weight
+
+
+def fp8_checkpoint(sizes, device, seed):
+    """(state dict in ComfyUI's keys, names of the fp8 layers), random, made on `device` one layer at a time."""
+    weights, quantised = {}, []
+    for name, weight in random_weights(sizes, device, seed):
+        if weight.ndim > 1 and "_blocks." in name:
+            layer = name.removesuffix(".weight")
+            weights |= fp8_layer(layer, weight) | {f"{layer}.input_scale": torch.tensor(INPUT_SCALE, device=device)}
             quantised.append(layer)
-        weights[name] = weight
+        else:
+            weights[name] = weight
     return weights, quantised
+
+
+def fp8_layer(layer, weight):
+    """A layer's weight in e4m3 with one scale, as a state dict."""
+    scale = weight.abs().max().float() / 448
+    return {f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
 
 
 def step_inputs(patcher, pixels, references=0, seed=1, reference_pixels=1024, text_tokens=TEXT_TOKENS):

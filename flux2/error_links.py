@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from ..attention.errors import is_out_of_memory
+from . import node_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/troubleshooting.md"
@@ -30,6 +31,7 @@ SECTIONS = (
     "quantised-backends",
     "backend-unavailable",
     "unknown-backend",
+    "linked-values",
     "first-and-last-steps-and-blocks",
     "attention-of-the-text-encoder",
     "tokenizer",
@@ -120,8 +122,8 @@ def links():
 
 
 def linked(node):
-    """A node class like `node` whose errors name their section. What ComfyUI's base
-    class does stays as it is.
+    """A node class like `node` that checks its values when it runs, and whose errors name their section. What
+    ComfyUI's base class does stays as it is.
     """
     base = node.GET_BASE_CLASS()
     own = {
@@ -129,6 +131,8 @@ def linked(node):
         for name in NODE_METHODS
         if getattr(node, name).__func__ is not getattr(base, name).__func__
     }
+    if "execute" in own:
+        own["execute"] = node_inputs.checking(node, own["execute"])
     methods = {name: classmethod(linking(function)) for name, function in own.items()}
     return type(
         node.__name__,

@@ -29,6 +29,7 @@ import torch
 import small_models as maker
 
 LIMIT = 3.0  # seconds for one call, on an idle machine
+LONGEST = 6000  # characters of an error
 HANG = 60  # seconds after which a call counts as hung
 NUMBERS = (0, 1, 2, 3, 7, 127, 128, 129, 255, 256, 512, 65535, 2**31 - 1, 2**31, 2**62, 2**63, -1, 10**18, 10**400)
 ODD = (None, True, "", "x", [], {}, [[]], {"a": 1}, 1.5, -1.0, 1e308, *NUMBERS)
@@ -307,9 +308,15 @@ def calls(path, loader, rng):
     return found
 
 
-def outcome(function):
-    """(outcome, seconds, what to print). Outcomes: done, sentence, raw, hang."""
+def sentence_of(error):
+    """The text of an error that is meant for the user, None of any other."""
     from flux2_pack.flux2.checkpoints.header import CheckpointError
+
+    return str(error) if isinstance(error, CheckpointError) else None
+
+
+def outcome(function, sentence_of=sentence_of):
+    """(outcome, seconds, what to print). Outcomes: done, sentence, raw, hang."""
 
     def hung(*_):
         raise Hung
@@ -321,16 +328,18 @@ def outcome(function):
         with torch.inference_mode():
             function()
         result = ("done", "")
-    except CheckpointError as error:
-        result = (
-            ("sentence", "") if str(error).rstrip().endswith((".", "...", ")")) else ("raw", f"no sentence: {error}")
-        )
     except Hung:
-        result = ("hang", "")
+        result = ("hang", traceback.format_exc()[-1500:])
     except BaseException as error:  # what this program looks for, panics included
         if isinstance(error, KeyboardInterrupt):
             raise
-        result = ("raw", "".join(traceback.format_exception(error))[-1500:])
+        text = sentence_of(error)
+        if text is None:
+            result = ("raw", "".join(traceback.format_exception(error))[-1500:])
+        elif not text.rstrip().endswith((".", "...", ")")) or len(text) > LONGEST:
+            result = ("raw", f"no sentence, or one of {len(text)} characters: {text[:400]}")
+        else:
+            result = ("sentence", text)
     finally:
         signal.alarm(0)
     return result[0], time.process_time() - start, result[1]

@@ -1,8 +1,10 @@
-"""The seeded fuzz of all loaders (500 damaged files; fuzz_files.py by hand for more) and of the inputs of all nodes.
+"""The seeded fuzz of all loaders (500 damaged files; fuzz_files.py by hand for more) and of all nodes: their
+validators, and 500 runs with hostile values (fuzz_nodes.py by hand for more).
 
 Goal: no raw error, no hang, nothing over three seconds of computing.
 """
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -11,8 +13,9 @@ import random
 import pytest
 
 import fuzz_files
+import fuzz_nodes
 
-FILES, INPUTS = 500, 400
+FILES, INPUTS, RUNS = 500, 400, 500
 VALUES = (
     None,
     True,
@@ -90,3 +93,100 @@ def test_a_loader_that_is_given_any_value_says_a_sentence(nodes, name):
     for value in VALUES:
         with pytest.raises(CheckpointError, match="There is no "):  # file, or for Model Info folder
             node.execute(**{first.id: value}, **{item.id: item.default for item in others if not item.optional})
+
+
+# --- whole nodes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders_restored(comfy):
+    """fuzz_nodes gives ComfyUI folders of its own."""
+    import folder_paths
+
+    names = ("input_directory", "output_directory", "temp_directory", "user_directory")
+    before = {name: getattr(folder_paths, name) for name in names}
+    paths = copy.deepcopy(folder_paths.folder_names_and_paths)
+    yield
+    for name, value in before.items():
+        setattr(folder_paths, name, value)
+    folder_paths.folder_names_and_paths.update(paths)
+    folder_paths.filename_list_cache.clear()
+
+
+def test_500_runs_of_nodes_with_hostile_values_end_in_results_or_sentences(folders_restored, tmp_path):
+    shown = []
+    total, slowest = fuzz_nodes.fuzz(RUNS, "ci", tmp_path, shown.append)
+    assert set(total) == {"done", "sentence"}, "\n".join(shown)
+    assert total["sentence"] > RUNS / 3 and total["done"] > RUNS / 5
+
+
+@pytest.fixture(scope="module")
+def linked(comfy):
+    return fuzz_nodes.nodes_of_the_pack()
+
+
+def test_every_input_of_every_node_is_checked(linked):
+    from flux2_pack.flux2 import node_inputs
+
+    kinds = {item.io_type for node in linked.values() for item in node.define_schema().inputs}
+    assert kinds <= {*node_inputs.SOCKETS, *node_inputs.CONSTANTS}
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"steps": None}, 'Warm Up: the input "steps" takes a whole number from 1 to 100. It was given None.'),
+        ({"steps": 101}, "It was given 101."),
+        ({"steps": 1.5}, "It was given 1.5."),
+        ({"steps": 10**5000}, "It was given a number with thousands of digits."),
+        ({"sizes": 3}, 'the input "sizes" takes a text. It was given 3.'),
+        ({"model": "flux"}, "takes a MODEL of a loader node. It was given 'flux'."),
+        ({"vae": []}, "takes a VAE of a loader node. It was given a value of type list."),
+        ({"positive": []}, "takes a CONDITIONING: at least one encoded prompt"),
+    ],
+)
+def test_what_a_link_brings_is_refused_with_what_the_input_takes(linked, values, words):
+    with pytest.raises(ValueError) as caught:
+        linked["Flux2WarmUp"].execute(**{"sizes": "32x32", **values})
+    assert words in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ("a" * 10**6, f"'{'a' * 37}...' is not a size."),
+        ("9" * 5000 + "x16", "...' is not a size."),
+        ("32x32," * 100, "100 sizes are too many: name at most 64."),
+    ],
+)
+def test_a_text_of_sizes_is_bounded(comfy, sizes, words):
+    from flux2_pack.flux2.measuring import capture
+
+    with pytest.raises(ValueError) as caught:
+        capture.sizes(sizes)
+    assert words in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_whole_numbers_of_other_types_are_taken(linked):
+    import numpy
+    import torch
+    from flux2_pack.flux2 import node_inputs
+
+    node = linked["Flux2WarmUp"]
+    for value in (3, 3.0, numpy.int64(3), torch.tensor(3)):
+        found = node_inputs.fitted(node, "steps", value)
+        assert found == 3 and type(found) is int
+    assert node_inputs.fitted(linked["Flux2LoadLoRA"], "strength", 1) == 1.0
+
+
+def test_an_error_of_a_model_becomes_a_sentence_and_keeps_its_cause(comfy):
+    from flux2_pack.attention.errors import UserError
+    from flux2_pack.flux2.measuring import sampling
+
+    with pytest.raises(UserError, match="Sampling stopped with this error.*KeyError: 'x'") as caught:
+        with sampling.in_words("Sampling"):
+            raise KeyError("x")
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(MemoryError):
+        with sampling.in_words("Sampling"):
+            raise MemoryError

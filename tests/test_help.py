@@ -489,8 +489,9 @@ HAPPENS = {
     "refused-call": number_format_that_no_kernel_takes,
     "out-of-memory": out_of_memory,
     "first-and-last-steps-and-blocks": lambda tools: tools.nodes["Flux2SelectAttention"].execute(
-        tools.model, "sdpa", edge_backend="sdpa", first_steps=-1
+        tools.model, "sdpa", edge_backend="sdpa"
     ),
+    "linked-values": lambda tools: tools.nodes["Flux2SelectAttention"].execute(model=None, backend="sdpa"),
     "attention-of-the-text-encoder": encoder_without_the_argument,
     "tokenizer": encoder_without_tokenizer,
     "prompt-of-another-text-encoder": prompt_of_another_encoder,

@@ -28,7 +28,7 @@ from ..checkpoints import identify, keys, quantisation, variants
 from ..vae import prepare as prepare_vae
 from ..checkpoints.header import CheckpointError, open_checkpoint
 from ..checkpoints.validate import check_present, marks_of
-from ..prompts.text import check_length
+from ..prompts.text import check_bounds, check_characters
 from . import encoder_precision, memory, reference_padding as prompt_padding, tekken as tokenizer
 from .encoder_families import FAMILIES, dimensions
 from .examine import computed_formats, describe, examine, tokenizer_place
@@ -313,7 +313,8 @@ def bounded(tokenizer_class):
 
     class Bounded(tokenizer_class):
         def tokenize_with_weights(self, text, *args, **kwargs):
-            check_length(text)
+            check_bounds(text)
+            check_characters(text)
             with tokenizer.panics_as_sentences("The prompt"):
                 return super().tokenize_with_weights(text, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from ...attention.override import Observer
 from .. import attention_slot
 
 TOPIC = "compare-and-benchmark"
-TEXT_TOKENS, LARGEST_SIDE, PATCH = 512, 16384, 16
+TEXT_TOKENS, LARGEST_SIDE, PATCH, MOST_SIZES = 512, 16384, 16, 64
 SIZE_HELP = (
     "Sizes are written like 1024x1024, with +1 behind it for one reference picture of 1024 x 1024, and "
     "separated by commas: 1024x1024, 1024x1024+1."
@@ -42,13 +42,15 @@ def sizes(text):
     parts = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
     if not parts:
         raise UserError(f"There is no size to measure. {SIZE_HELP}", TOPIC)
+    if len(parts) > MOST_SIZES:
+        raise UserError(f"{len(parts)} sizes are too many: name at most {MOST_SIZES}. {SIZE_HELP}", TOPIC)
     return [one_size(part) for part in parts]
 
 
 def one_size(text):
-    found = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)\s*(?:\+\s*(\d))?", text)
-    if not found:
-        raise UserError(f"'{text}' is not a size. {SIZE_HELP}", TOPIC)
+    found = re.fullmatch(r"(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*(?:\+\s*(\d))?", text[:40])
+    if not found or len(text) > 40:
+        raise UserError(f"'{text if len(text) <= 40 else text[:37] + '...'}' is not a size. {SIZE_HELP}", TOPIC)
     width, height, references = (int(n or 0) for n in found.groups())
     for side in (width, height):
         if not PATCH <= side <= LARGEST_SIDE or side % PATCH:

@@ -6,6 +6,7 @@ compared in the same way. Who looks at attention calls is an argument (`make_pro
 Not covered: video and other nested latents.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 import copy
 import statistics
@@ -18,10 +19,12 @@ import torch
 
 from ...attention.call import AttentionRefused
 from ...attention.device import synchronise
-from ...attention.errors import UserError
+from ...attention.errors import Explained, UserError
 from .. import attention_slot, error_links
 
 KEY = "flux2_compare"
+TOPIC = "compare-and-benchmark"
+LONGEST_CAUSE = 500  # characters of somebody else's error in a sentence
 COMPILED = "torch_compile_kwargs"  # what core's helper for compiling leaves in model_options
 
 
@@ -130,6 +133,25 @@ def reason_of(error):
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
+@contextmanager
+def in_words(what):
+    """Around what the user's model, guider, text encoder or VAE computes: an error without a sentence becomes a
+    UserError with it. Errors of this pack and short memory pass.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a model of any pack raises; a cancel is no Exception
+        if error_links.section_of(error) or isinstance(error, Explained):
+            raise
+        said = f"{type(error).__name__}: {str(error).strip()}".removesuffix(": ")[:LONGEST_CAUSE]
+        raise UserError(
+            f"{what} stopped with this error, which comes from the model or from what is connected to it: {said}\nTry "
+            "the same inputs with ComfyUI's own nodes. If these stop too, look at the node that the message names; if "
+            "not, please report it.",
+            TOPIC,
+        ) from error
+
+
 def is_compiled(model):
     """Whether core's helper for torch.compile has been at work on a MODEL."""
     return COMPILED in model.model_options
@@ -166,29 +188,30 @@ def sample(model, job, found, on_step):
 def run(model, job, callback):
     """The last latent of a job, float32 on the CPU, sampled as core's SamplerCustomAdvanced does."""
     ratios = (job.latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
-    latent = comfy.sample.fix_empty_latent_channels(model, job.latent["samples"], *ratios)
-    if latent.is_nested:
+    if job.latent["samples"].is_nested:
         raise UserError(
-            "This compares images: a latent with several parts (video with sound, say) cannot be compared yet.",
-            "compare-and-benchmark",
+            "This compares images: a latent with several parts (video with sound, say) cannot be compared yet.", TOPIC
         )
-    noise = comfy.sample.prepare_noise(latent, job.seed, job.latent.get("batch_index"))
-    samples = guided(job.guider, model).sample(
-        noise,
-        latent,
-        job.sampler,
-        job.sigmas,
-        denoise_mask=job.latent.get("noise_mask"),
-        callback=callback,
-        disable_pbar=True,
-        seed=job.seed,
-    )
+    with in_words("Sampling"):
+        latent = comfy.sample.fix_empty_latent_channels(model, job.latent["samples"], *ratios)
+        noise = comfy.sample.prepare_noise(latent, job.seed, job.latent.get("batch_index"))
+        samples = guided(job.guider, model).sample(
+            noise,
+            latent,
+            job.sampler,
+            job.sigmas,
+            denoise_mask=job.latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=True,
+            seed=job.seed,
+        )
     return samples.detach().float().cpu()
 
 
 def decode(vae, latent):
     """Pictures (B, H, W, 3), float32 from 0 to 1 on the CPU."""
-    pictures = vae.decode(latent)
+    with in_words("The VAE"):
+        pictures = vae.decode(latent)
     return pictures.reshape(-1, *pictures.shape[-3:]).float().cpu().clamp(0, 1)
 
 

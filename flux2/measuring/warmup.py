@@ -80,7 +80,8 @@ def same_random_numbers(device):
 def timed(rows, what, work):
     """The result of work(), its time as a WarmUpRow."""
     start = time.perf_counter()
-    result = work()
+    with sampling.in_words(what):
+        result = work()
     rows.append(WarmUpRow(what, time.perf_counter() - start))
     return result
 

@@ -19,11 +19,7 @@ LORA = re.compile(r"<lora:[^<>\n]*>")
 
 def clean(text):
     """(text without control characters, notes). ValueError for anything but text."""
-    if not isinstance(text, str):
-        raise UserError(
-            f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.", "prompts"
-        )
-    check_length(text)
+    check_bounds(text)
     kept = "".join(
         letter for letter in text if letter in KEPT_CONTROLS or unicodedata.category(letter) not in ("Cc", "Cs")
     )
@@ -35,14 +31,29 @@ def clean(text):
     return kept, notes + remarks(kept)
 
 
-def check_length(text):
-    """ValueError for a text that is no prompt any more. Patterns of tokenizers take minutes for millions of letters,
-    during which nothing can be cancelled.
+def check_bounds(text):
+    """ValueError for what is no text, or one that is no prompt any more. Patterns of tokenizers take minutes for
+    millions of letters, during which nothing can be cancelled.
     """
+    if not isinstance(text, str):
+        raise UserError(
+            f"A prompt must be text; this is {type(text).__name__}. Connect an output of the type STRING.", "prompts"
+        )
     if len(text) > MOST_LETTERS:
         raise UserError(
             f"The prompt is too long: it has {len(text)} letters, and FLUX.2 reads 512 tokens, about 2,000 letters. "
             f"At most {MOST_LETTERS} can be given. Shorten it, or use Encode Prompt List for a list of prompts.",
+            "prompts",
+        )
+
+
+def check_characters(text):
+    """ValueError for a text with half of a character, which no tokenizer takes; `clean` leaves them out."""
+    half = next((letter for letter in text if unicodedata.category(letter) == "Cs"), None)
+    if half:
+        raise UserError(
+            f"The prompt has half of a character in it (U+{ord(half):04X}), as a program leaves it that cuts an emoji "
+            "in two. Delete what stands there and type it again.",
             "prompts",
         )
 
