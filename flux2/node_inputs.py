@@ -170,11 +170,11 @@ def is_image(value):
 
 has_clip_methods = has("tokenize", "encode_from_tokens_scheduled", "clone")
 SOCKETS = {
-    "MODEL": ("a MODEL of a loader node", has("clone", "get_model_object", "model_patches_to")),
+    "MODEL": ("a MODEL of a loader node", has("clone", "get_model_object")),
     # None passes: a checkpoint without a text encoder gives it, and the prompt nodes say so
     "CLIP": ("a CLIP of a loader node", lambda value: value is None or has_clip_methods(value)),
     "VAE": ("a VAE of a loader node", has("decode", "encode")),
-    "GUIDER": ("a GUIDER", has("sample", "inner_set_conds")),
+    "GUIDER": ("a GUIDER", has("sample")),
     "SAMPLER": ("a SAMPLER", has("sample")),
     "SIGMAS": ("SIGMAS: one finite floating-point number for each step and one for the end", is_sigmas),
     "LATENT": ("a LATENT: 'samples' in floating point, (batch, channels, height, width), none of them 0", is_latent),

@@ -209,10 +209,6 @@ def nodes_of_the_pack():
 
 
 LONG_WORK = ("references", "call_repeat", "step_repeat")  # their valid values take a CPU longer than a case may
-    "references",
-    "call_repeat",
-    "step_repeat",
-)  # a picture of 1024x1024, a thousand calls: longer than a case may take
 GOOD = {  # where the default is not what is wanted here
     "sizes": "32x32",
     "text": "a cat",
