@@ -125,15 +125,13 @@ def has(*names):
     return lambda value: all(callable(getattr(type(value), name, None)) for name in names)
 
 
+def dense(value):
+    """Whether a value is a tensor of floating-point numbers that can be read: real, in memory, not sparse."""
+    return torch.is_tensor(value) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+
+
 def numbers(value):
-    """Whether a value is a tensor of numbers that can be computed with: real, floating, dense, in memory."""
-    return (
-        torch.is_tensor(value)
-        and value.is_floating_point()
-        and value.layout is torch.strided
-        and not value.is_meta
-        and value.numel() > 0
-    )
+    return dense(value) and value.numel() > 0
 
 
 def is_latent(value):
@@ -159,9 +157,7 @@ def is_conditioning(value):
 
 
 def is_sigmas(value):
-    if not torch.is_tensor(value) or value.ndim != 1 or not value.is_floating_point() or value.is_meta:
-        return False
-    return bool(value.isfinite().all())
+    return dense(value) and value.ndim == 1 and bool(value.isfinite().all())
 
 
 def is_image(value):

@@ -179,6 +179,24 @@ def test_whole_numbers_of_other_types_are_taken(linked):
     assert node_inputs.fitted(linked["Flux2LoadLoRA"], "strength", 1) == 1.0
 
 
+def test_tensors_are_looked_at_before_they_are_used(comfy):
+    import torch
+    from flux2_pack.flux2 import node_inputs
+
+    good = torch.tensor([1.0, 0.5, 0.0])
+    assert node_inputs.is_sigmas(good) and node_inputs.is_sigmas(good[:0]), (
+        "Compare says what a schedule without steps is"
+    )
+    for wrong in (good.to_sparse(), good.to("meta"), good.int(), good[None], good * float("nan"), [1.0, 0.0], None):
+        assert not node_inputs.is_sigmas(wrong)
+    latent = torch.zeros(1, 128, 2, 2)
+    for extra in ({}, {"batch_index": [0, 3]}, {"noise_mask": torch.ones(1, 2, 2)}, {"batch_index": None}):
+        assert node_inputs.is_latent({"samples": latent, **extra})
+    for extra in ({"batch_index": [10**9]}, {"batch_index": 3}, {"batch_index": ["x"]}, {"noise_mask": "x"}):
+        assert not node_inputs.is_latent({"samples": latent, **extra})
+    assert not node_inputs.is_image(torch.zeros(1, 0, 4, 3)) and node_inputs.is_image(torch.zeros(2, 4, 4, 3))
+
+
 def test_an_error_of_a_model_becomes_a_sentence_and_keeps_its_cause(comfy):
     from flux2_pack.attention.errors import UserError
     from flux2_pack.flux2.measuring import sampling
