@@ -56,7 +56,7 @@ def tensors(good, rng):
         shape[place] = rng.choice((0, 1, shape[place] + 1, 5))
         return torch.ones(shape, dtype=good.dtype)
     if what == 1:
-        return rng.choice((good[None], good[0], good.flatten(), torch.tensor(1.0), good.movedim(1, -1)))
+        return rng.choice((good[None], good[0], good.flatten(), torch.tensor(1.0), good.movedim(-1, 0)))
     if what == 2:
         kinds = "uint8 int64 bool float64 float16 bfloat16 complex64 float8_e4m3fn"
         return good.to(getattr(torch, rng.choice(kinds.split())))
