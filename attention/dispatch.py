@@ -291,7 +291,7 @@ def hint_for(slug, call):
     """What to do about a refusal: install what is missing, or choose another backend or policy."""
     if registry.unavailable(slug, call.device):
         return registry.what_to_do(slug, call.device)
-    return f"{CHOOSE_ANOTHER} (auto finds one), or set unsupported calls to '{USE_SDPA}'."
+    return f"{CHOOSE_ANOTHER} (auto finds one), or set 'if the kernel cannot do it' to '{USE_SDPA}'."
 
 
 def sdpa_attention(q, k, v, mask, scale, need_lse=False):

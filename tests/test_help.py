@@ -69,6 +69,38 @@ def displayed_names(info):
     ] + list(info["output_name"])
 
 
+def renamed_inputs(infos):
+    """Names of inputs that the page shows under another one, in every node that has them."""
+    shown = {}
+    for info in infos.values():
+        for kind in ("required", "optional"):
+            for name, options in info["input"].get(kind, {}).items():
+                display = (options[1] if len(options) > 1 else {}).get("display_name") or name
+                shown.setdefault(name, set()).add(display)
+    return {name for name, displays in shown.items() if name not in displays}
+
+
+def test_docs_and_sentences_name_inputs_as_the_page_shows_them(infos):
+    """Nobody finds an input `unsupported_calls` on a node that calls it otherwise. Lines about the API may say it."""
+    hidden = renamed_inputs(infos)
+    assert {"unsupported_calls", "memory", "edge_backend"} <= hidden
+    marked = re.compile("|".join(rf"\*{name}\*|`{name}`|[Ii]nput {name}[ .,:]" for name in sorted(hidden)))
+    wrong = [
+        f"{file.name}:{number}: {found[0]}"
+        for file in (ROOT / "docs").glob("*.md")
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "API" not in line and file.name not in ("design.md", "coming-from.md") and (found := marked.search(line))
+    ]
+    asked = re.compile("|".join(rf"[Ss]et {name.replace('_', '[_ ]')} to" for name in sorted(hidden)))
+    wrong += [
+        f"{file.relative_to(ROOT)}: {found[0]}"
+        for folder in ("attention", "flux2", "nodes")
+        for file in (ROOT / folder).rglob("*.py")
+        if (found := asked.search(file.read_text()))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_every_node_has_a_page_and_every_page_a_node(nodes):
     assert {file.stem for file in PAGES.glob("*.md")} == set(nodes)
 

@@ -144,7 +144,7 @@ class CompilePlan:
         """
         reason = f"torch.compile failed on the {kind} blocks: {summary(error)}"
         if self.on_failure == REFUSE:
-            raise CompileRefused(f"{reason} Set failures to '{EAGER}'. {INSTEAD}") from error
+            raise CompileRefused(f"{reason} Set 'if compiling fails' to '{EAGER}'. {INSTEAD}") from error
         log.warning("Compile Blocks: %s They run eager.", reason)
         self.failed[kind] = reason
 

@@ -26,7 +26,7 @@ def install(clip, override):
         raise UserError(
             f"The attention of this text encoder ({type(clip.cond_stage_model).__name__}) cannot be chosen: its "
             "layers do not take it as an argument. "
-            "Set attention to 'default'.",
+            "Set 'attention kernel' to 'default'.",
             "attention-of-the-text-encoder",
         )
     layers[0].register_forward_pre_hook(lambda *_: override.dispatcher.begin_run(None) and None)
