@@ -1,6 +1,7 @@
 """What importing the pack needs and does, in fresh processes."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -132,3 +133,48 @@ def test_an_old_pytorch_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src, group=None: None)
     with pytest.raises(ImportError, match=r"needs PyTorch 2\.6 or newer.*torch\.library\.custom_op.*group_src"):
         requirements.check()
+
+
+def torch_names(file):
+    """The dotted names of torch that a file of the pack imports or reads."""
+    tree, known, found = ast.parse(file.read_text()), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "torch":
+            known |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == "torch":
+                    known[name.asname or "torch"] = name.name if name.asname else "torch"
+                    found.add(name.name)
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            node, parts = node.value, [node.attr, *parts]
+        if parts and isinstance(node, ast.Name) and node.id in known:
+            found.add(".".join([known[node.id], *parts]))
+    return found | set(known.values())
+
+
+def test_this_pytorch_has_every_name_that_is_called():
+    """Holds the oldest version too where that one is installed: 2.5.1 fails here."""
+    import torch
+
+    def exists(name):
+        thing, path = torch, "torch"
+        for part in name.split(".")[1:]:
+            path = f"{path}.{part}"
+            if not hasattr(thing, part):
+                try:
+                    importlib.import_module(path)
+                except ImportError:
+                    return False
+            thing = getattr(thing, part)
+        return True
+
+    names = {
+        name
+        for folder in ("attention", "flux2", "nodes")
+        for f in (ROOT / folder).rglob("*.py")
+        for name in torch_names(f)
+    }
+    assert len(names) > 100 and [name for name in sorted(names) if not exists(name)] == []

@@ -396,6 +396,14 @@ def test_settings_of_the_process_are_made_once_and_not_changed_around_a_pass(too
     assert {before} == set(seen) and settings() == before
 
 
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])  # from PyTorch 2.7 on, and 2.6
+def test_the_number_of_graphs_is_set_by_the_name_that_this_pytorch_has(tools, monkeypatch, name):
+    config = types.SimpleNamespace(**{name: 8})
+    monkeypatch.setattr(tools.compile, "dynamo", lambda: types.SimpleNamespace(config=config))
+    tools.compile.set_up.__wrapped__()
+    assert vars(config) == {name: tools.compile.GRAPHS}
+
+
 def test_a_model_unloaded_between_two_samplings(tools, flux2):
     model = compiled(tools, flux2)
     first = sample(tools, model)

@@ -169,7 +169,9 @@ def set_up():
     """
     from torch.fx.experimental import _config as symbols
 
-    dynamo().config.recompile_limit = max(GRAPHS, dynamo().config.recompile_limit)
+    config = dynamo().config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6's name
+    setattr(config, limit, max(GRAPHS, getattr(config, limit)))
     symbols.use_duck_shape = False  # two lengths that happen to be equal stay two lengths
 
 
