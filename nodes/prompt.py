@@ -124,11 +124,17 @@ class Flux2EncodePrompts(io.ComfyNode):
                     default="",
                     tooltip="The prompts. They come before those of the file; empty lines are left out.",
                 ),
-                io.String.Input(
-                    "file",
-                    default=NO_FILE,
-                    optional=True,
-                    tooltip="A text file (UTF-8) with prompts in ComfyUI's input folder, or nothing.",
+                # also a STRING, which saved graphs may have connected here; that type makes ComfyUI take names of files
+                # that are not there either, and execute says so
+                io.MultiType.Input(
+                    io.Combo.Input(
+                        "file",
+                        options=[NO_FILE, *text_files()],
+                        default=NO_FILE,
+                        optional=True,
+                        tooltip="A text file (UTF-8) with prompts in ComfyUI's input folder, or nothing.",
+                    ),
+                    [io.String],
                 ),
                 io.Combo.Input(
                     "split",
@@ -179,11 +185,14 @@ def gather(text, file, split):
     return found
 
 
+def text_files():
+    """Names of the text files in ComfyUI's input folder."""
+    return sorted(path.name for path in Path(folder_paths.get_input_directory()).glob("*.txt"))
+
+
 def text_of(file):
     """The text of a file in the input folder. ValueError when it cannot be read."""
-    root = folder_paths.get_input_directory()
-    there = sorted(path.name for path in Path(root).glob("*.txt"))
-    return prompt_text.read_file(locate(file.strip(), there, [root], "input"))
+    return prompt_text.read_file(locate(file.strip(), text_files(), [folder_paths.get_input_directory()], "input"))
 
 
 def content_of(file):

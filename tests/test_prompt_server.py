@@ -116,6 +116,39 @@ def test_an_edited_prompt_file_is_read_by_the_next_run(server, names, clear):
     assert shown == [["a cat"], ["a dog", "a fox"]]
 
 
+def test_a_prompt_file_is_chosen_from_those_that_are_there_and_a_name_may_be_linked(server, names, clear, shared_page):
+    """Saved graphs have any name as their value, and may have a text connected there."""
+    file = server.base / "input" / "prompts-to-choose.txt"
+    file.write_text("a cat\na dog\n")
+    try:
+        (page := shared_page).load({"nodes": [], "links": [], "version": 0.4}, "prompt file")
+        page.js("await app.refreshComboInNodes()")
+        found = page.js("""
+            const node = LiteGraph.createNode('Flux2EncodePrompts'), text = LiteGraph.createNode('PrimitiveString');
+            [node, text].forEach(one => app.graph.add(one));
+            const widget = node.widgets.find(({name}) => name === 'file');
+            const {type, value, options: {values, getOptionLabel}} = widget;
+            widget.value = 'an-old-name.txt';
+            const sent = (await app.graphToPrompt()).output[node.id].inputs.file;
+            const slot = node.inputs.findIndex(({name}) => name === 'file');
+            const linked = !!text.connect(0, node, slot);
+            return {type, value, values: [...values], none: getOptionLabel(''), sent, linked};
+        """)
+        workflow = {
+            "load": node("Flux2LoadTextEncoder", text_encoder_name=names["text_encoders"], device="default"),
+            "name": node("PrimitiveString", value=file.name),
+            "list": node("Flux2EncodePrompts", clip=["load", 0], prompts="", file=["name", 0]),
+            "show": node("PreviewAny", source=["list", 1]),
+        }
+        shown = reports(run(server, workflow))
+    finally:
+        file.unlink(missing_ok=True)
+    assert found["type"] == "combo" and found["value"] == "" and found["none"] == "no file"
+    assert found["values"][0] == "" and file.name in found["values"]
+    assert found["sent"] == "an-old-name.txt" and found["linked"]
+    assert shown == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize(
     "inputs, said",
     [

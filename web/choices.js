@@ -16,6 +16,7 @@ const LABELS = {
   Flux2LoadTextEncoder: { memory: MEMORY, padding: { zeros: "ComfyUI", reference: "diffusers" }, load: { now: "at once", "when needed": "when a new prompt comes" } },
   Flux2LoadVAE: { memory: MEMORY },
   Flux2FastBlocks: { precision: { checkpoint: "as in the file" } },
+  Flux2EncodePrompts: { file: { "": "no file" } },
   Flux2CompileBlocks: { failures: { error: "stop with the reason", "run eager and report": "run uncompiled" } },
   [SELECTOR]: { unsupported_calls: { error: "stop with the reason", "use SDPA and report": "let PyTorch compute that part" } },
 };
