@@ -7,6 +7,7 @@ What a translation says is not judged; that it keeps the numbers, the values of 
 text is.
 """
 
+from collections import Counter
 import copy
 import json
 import re
@@ -133,6 +134,140 @@ def test_files_are_those_that_comfyui_reads():
     assert {path.name for path in FOLDER.iterdir() if path.is_dir()} == {ENGLISH, *LANGUAGES}
     for language in (ENGLISH, *LANGUAGES):
         assert {path.name for path in (FOLDER / language).iterdir()} <= {NODES, *OTHERS}
+
+
+# --- reports: the server says them in English, the page in its language (web/texts.js) --------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """{language: {English sentence with $1, $2 for what varies: the same in the language}}."""
+    return {code: read(FOLDER / code / "main.json")["flux2Attention"]["reports"] for code in (ENGLISH, *LANGUAGES)}
+
+
+def test_sentences_of_reports_keep_what_varies(sentences):
+    for language in LANGUAGES:
+        for english, text in sentences[language].items():
+            assert sorted(re.findall(r"\$\d", text)) == sorted(re.findall(r"\$\d", english)), (language, english)
+    assert all(english == text for english, text in sentences[ENGLISH].items())
+    for english in sentences[ENGLISH]:
+        numbers = re.findall(r"\$(\d)", english)
+        assert numbers == sorted(numbers), "the page counts what varies from the left"
+
+
+# parts of these depend on a number or on which of two is faster: the pack does not say them in one piece
+IN_PIECES = {
+    "$1, $2 s per step, $3 less than the reference ($4 s)",
+    "$1, $2 s per step, $3 more than the reference ($4 s)",
+    "$1, $2 less than ComfyUI's own ($3)",
+    "Miss: encoded in $1 s and kept on disk ($2 MiB).",
+    "Miss: encoded in $1 s together with $2 more and kept on disk ($3 MiB).",
+    "$1 s/step (1 step)",
+    "an NVIDIA GPU or an AMD GPU",
+    "an NVIDIA GPU or an AMD GPU or a CPU",
+}
+
+
+def test_every_sentence_is_one_that_the_pack_says(sentences):
+    """A sentence that was changed in the code would stay English on the page, without an error."""
+    files = [path for part in ("attention", "flux2", "nodes") for path in (make_locales.ROOT / part).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a text that goes on in the next line
+    assert set(sentences[ENGLISH]) >= IN_PIECES
+    for english in set(sentences[ENGLISH]) - IN_PIECES:
+        parts = [part.strip() for part in re.split(r"\$\d|[,;:.()]", english)]
+        assert [part for part in parts if len(part) > 3 and part not in code] == [], english
+
+
+def said_by_the_pack(model_files):
+    """{what: a report as the pack makes it}."""
+    from flux2_pack.attention.measuring.results import Benchmark, BenchmarkRow, Comparison, ComparisonRow
+    from flux2_pack.attention.measuring.statistics import Timing
+    from flux2_pack.attention.run_log import Entry, Run
+    from flux2_pack.attention.status import backends_here
+    from flux2_pack.flux2.loading.examine import describe_path
+    from test_measure import CONTROL, evidence, judge, statistics
+
+    machine = statistics.machine("cpu")
+    run = Run("auto", steps=20, seconds=3.6, loading_seconds=0.1)
+    run.entries["one"] = Entry("sdpa", "PyTorch", "flash", "1x24x4608x128", "the fastest", calls=120)
+    row = ComparisonRow("sdpa-math", seen := evidence(1e-6), judge(seen, CONTROL), 60.1, 0.9999, 0.4)
+    gone = ComparisonRow("flash4", reason="It needs an NVIDIA GPU, and this model runs on a CPU (x86_64).")
+    reference = ComparisonRow("comfyui", seconds_per_step=0.5)
+    rows = [
+        BenchmarkRow("512x512", name, "step", Timing(ms, ms, ms, 3)) for name, ms in (("sdpa", 443), ("comfyui", 610))
+    ]
+    missing = {"aiter": ["It needs an AMD GPU, and this model runs on a CPU (x86_64)."]}
+    (reason,) = backends_here.entry("aiter", backends_here.describe("cpu"))["reasons"]
+    return {
+        "attention": run.as_text(),
+        "comparison": Comparison(reference, [row, gone], None, "", machine, {"steps": 3}).as_text(),
+        "benchmark": Benchmark(rows, missing, machine, {"sizes": "512x512"}).as_text(),
+        "model": describe_path(model_files["diffusion_models"][0]),
+        "reason": reason,
+        "badge": "auto \u2192 sdpa \u00b7 0.18 s/step (20 steps)",
+    }
+
+
+SHOWN = """
+const {rendered} = await import('/extensions/flux2-attention/report.js');
+const cells = row => [...row.cells].map(cell => cell.textContent).join('  ');
+return rendered(args[0]).flatMap(made => made.rows ? [...made.rows].map(cells) : [made.textContent.trim()]);
+"""
+
+
+def test_reports_are_shown_in_the_language_of_the_page(comfy, shared_page, model_files):
+    """The first line, which is the answer, the headings and the verdicts; figures and backends stay as they are."""
+    reports, english = said_by_the_pack(model_files), {}
+    try:
+        for language in (ENGLISH, *LANGUAGES):
+            shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', args[0])", language)
+            shown = {name: shared_page.js(SHOWN, text) for name, text in reports.items()}
+            english = english or shown
+            if language == ENGLISH:
+                assert {n: "".join(lines).replace(" ", "") for n, lines in shown.items()} == {
+                    name: text.replace("\n", "").replace(" ", "") for name, text in reports.items()
+                }
+                continue
+            for name, lines in shown.items():
+                assert lines[0] != english[name][0], (language, name)
+                for before, after in zip(english[name], lines, strict=True):
+                    lost = Counter(NUMBER.findall(before)) - Counter(NUMBER.findall(after))
+                    assert not lost, (language, before, after)
+            everything = "\n".join(line for lines in shown.values() for line in lines)
+            assert all(slug in everything for slug in ("sdpa-math", "flash4", "aiter"))
+            for gone in (
+                "per step",
+                "Cannot run here",
+                "same image",
+                "did not run",
+                "It needs",
+                "Compared",
+                "Known by",
+            ):
+                assert gone not in everything, (language, gone)
+    finally:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
+def test_a_report_is_translated_on_its_node_and_copied_as_the_server_said_it(shared_page):
+    from flux2_pack.attention.run_log import Run
+
+    text = Run("auto").as_text()
+    try:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+        shown, kept = shared_page.js(
+            """
+            const node = LiteGraph.createNode('Flux2AttentionReport');
+            node.onExecuted({text: [args[0]]});
+            const {element, value} = node.widgets.find(({name}) => name === 'report');
+            return [element.textContent, value];""",
+            text,
+        )
+        assert "还没有看到注意力调用" in shown and "No attention call" not in shown
+        assert kept == text
+    finally:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addBadge, forget, setWanted, show, stateOf } from "./badge.js";
 import { button, copy, everyNode, make, nodeAt, openPanel } from "./page.js";
-import { t } from "./texts.js";
+import { said, t } from "./texts.js";
 
 const SELECTOR = "Flux2SelectAttention";
+const WIDTH = 380; // pixels of a new one: its badge is read whole
 const UI_KEY = "flux2_attention_status"; // in the selector's output, and the name of the server's message
 const ROUTE = "/flux2_attention";
 const COMMAND = "Flux2Attention.ShowBackends";
@@ -48,15 +49,15 @@ function commandLine(command) {
 
 function verdict(reasons) {
   if (!reasons) return null;
-  return make("div", { className: reasons.length ? "failed" : "passed", textContent: reasons.join(" ") || t("test call passed") });
+  return make("div", { className: reasons.length ? "failed" : "passed", textContent: said(reasons.join(" ")) || t("test call passed") });
 }
 
 function rowOf(entry, tested, node, close) {
-  const hint = entry.command ? commandLine(entry.command) : entry.install ? make("div", { textContent: entry.install }) : null;
+  const hint = entry.command ? commandLine(entry.command) : entry.install ? make("div", { textContent: said(entry.install) }) : null;
   const about = `${entry.summary}; ${t(entry.exact ? "exact" : "approximate")}; ${entry.cards ?? entry.hardware}`;
   const take = node && entry.state === "runs here" ? button(t("use this one"), () => (choose(node, entry.backend), close())) : null;
   return make("tr", {}, make("td", {}, make("code", { textContent: entry.backend }), take),
-    make("td", {}, make("div", { textContent: entry.reasons.join(" ") || entry.version }), verdict(tested?.[entry.backend]), hint, make("small", { textContent: about, title: entry.hardware })));
+    make("td", {}, make("div", { textContent: said(entry.reasons.join(" ")) || entry.version }), verdict(tested?.[entry.backend]), hint, make("small", { textContent: about, title: entry.hardware })));
 }
 
 function choose(node, backend) { // as a click in the list does
@@ -78,7 +79,7 @@ function grouped(rows) {
 
 function groupRow(entries) {
   const names = entries.map((entry) => make("code", { textContent: entry.backend })).flatMap((code) => [code, " "]);
-  return make("tr", {}, make("td", { colSpan: 2 }, make("div", { textContent: entries[0].reasons.join(" ") }), names));
+  return make("tr", {}, make("td", { colSpan: 2 }, make("div", { textContent: said(entries[0].reasons.join(" ")) }), names));
 }
 
 function tables({ backends, tested }, node, close) {
@@ -91,7 +92,7 @@ function tables({ backends, tested }, node, close) {
 }
 
 function machineOf(machine) {
-  return make("dl", {}, Object.entries(machine).flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
+  return make("dl", {}, Object.entries(machine).flatMap(([name, value]) => [make("dt", { textContent: said(name) }), make("dd", { textContent: value })]));
 }
 
 async function fetchBackends(path, options) {
@@ -122,7 +123,7 @@ export function openDialog(node) {
     try {
       const [found, report] = await Promise.all([fetchBackends(path, options), node ? reportOf(node) : null]);
       text = [report, found.text].filter(Boolean).join("\n\n");
-      const parts = [report ? make("pre", { textContent: report }) : null, machineOf(found.machine), ...tables(found, node, () => dialog.close())];
+      const parts = [report ? make("pre", { textContent: said(report) }) : null, machineOf(found.machine), ...tables(found, node, () => dialog.close())];
       main.replaceChildren(...parts.filter(Boolean));
       note.textContent = "";
     } catch (error) {
@@ -157,6 +158,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.subgraph) addBadge(node);
     if (node.comfyClass !== SELECTOR) return;
+    node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
     const { onExecuted, onWidgetChanged } = node;
     node.onExecuted = function (output) {
       onExecuted?.call(this, output);

@@ -1,12 +1,18 @@
 // A badge on a node: one short line in a colour, and what a click on it opens. Nodes of this pack have one, and so has a subgraph's node, which shows that of
 // the nodes inside.
 import { app } from "../../scripts/app.js";
+import { make } from "./page.js";
+import { said } from "./texts.js";
 
 const LONGEST = 39; // letters on a badge; a longer text is cut there and whole behind the click
 const COLOURS = {
   ran: ["#e6f4ea", "#1e5631"], running: ["#e8eaed", "#3c4654"], other: ["#3b2a00", "#f0b429"], nothing: ["#3b2a00", "#f0b429"],
   cancelled: ["#e8eaed", "#3c4654"], failed: ["#ffffff", "#a12622"], fits: ["#e8eaed", "#3c4654"],
 };
+// In nodes that are page elements a row of badges is as long as its texts: a row that is longer than its node is cut in its texts.
+const STYLE = `
+  [data-testid^="node-body-"] > .h-5.w-full > div { min-width: 0; justify-content: start; }
+  [data-testid^="node-body-"] > .h-5.w-full > div > div { display: block; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; line-height: 20px; }`;
 const URGENT = ["failed", "other", "nothing", "running", "cancelled", "ran", "fits"]; // which of several a subgraph's node shows
 
 const states = new WeakMap(); // node -> {state, text, open, ...}
@@ -39,7 +45,7 @@ export function forget(node, from) {
 function badgeOf({ state, text, open }) {
   const [fgColor, bgColor] = COLOURS[state] ?? [];
   if (!wanted || !fgColor || !text) return null;
-  const cut = text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text;
+  const words = said(text), cut = words.length > LONGEST ? `${words.slice(0, LONGEST - 1)}…` : words;
   return new window.LGraphBadge({ text: cut, fgColor, bgColor, onClick: () => open?.() });
 }
 
@@ -51,6 +57,7 @@ function redraw(node) {
 const having = new WeakSet();
 
 export function addBadge(node) {
+  if (!document.querySelector("style.flux2-badge")) document.head.append(make("style", { className: "flux2-badge", textContent: STYLE }));
   if (having.has(node)) return;
   having.add(node);
   const none = new window.LGraphBadge({ text: "" });

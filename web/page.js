@@ -87,7 +87,7 @@ export const STYLE = `
   .flux2-dialog header button { border: 0; background: none; font-size: 18px; line-height: 1; padding: 4px 8px; }
   .flux2-dialog td button { padding: 0 7px; font-size: 12px; margin-left: 6px; }
   .flux2-dialog .passed { color: #58b368; } .flux2-dialog .failed { color: #ff7b75; }
-  body:not(.dark-theme) .flux2-dialog .passed { color: #1e6b34; } body:not(.dark-theme) .flux2-dialog .failed { color: #a12622; }`;
+  :root:not(.dark-theme) body:not(.dark-theme) .flux2-dialog .passed { color: #1e6b34; } :root:not(.dark-theme) body:not(.dark-theme) .flux2-dialog .failed { color: #a12622; }`;
 
 // A modal dialog with a title, a body and buttons; closed by its X, a click beside it, or Escape. Returns {dialog, main, note}.
 export function openPanel(title, buttons = [], className = "") {

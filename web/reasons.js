@@ -4,10 +4,12 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addBadge, forget, show, stateOf } from "./badge.js";
 import { button, copy, everyNode, goTo, isOurs, make, markdown, nodeOfExecution, openPanel } from "./page.js";
-import { t } from "./texts.js";
+import { said, t } from "./texts.js";
 
 const MORE = /^More: (\S*docs\/troubleshooting\.md#([\w-]+)).*$/m; // the last line of a sentence that has a section
 const SECONDS = 12;
+// Messages appear where ComfyUI shows its own note of an error, with its button: this pack's go to the left of that.
+const STYLE = "@media (min-width: 900px) { .p-toast .flux2-message { position: relative; right: 370px; } }";
 
 // The first sentence that says why: of a list of reasons the first one, otherwise the first line.
 export function firstSentence(text) {
@@ -26,7 +28,7 @@ function fail(node, text, from) {
   const backend = report.match(/^Attention backend '([^']+)'/)?.[1];
   const line = backend ? `${backend} ${t("refused")}: ${sentence}` : sentence;
   show(node, { from, tokens: [], token: null, state: "failed", text: line, report, open: () => openReason(node.title, report) });
-  app.extensionManager.toast?.add({ severity: "error", summary: node.title, detail: sentence, life: SECONDS * 1000 });
+  app.extensionManager.toast?.add({ severity: "error", summary: node.title, detail: said(sentence), life: SECONDS * 1000, styleClass: "flux2-message" });
 }
 
 export function openReason(title, report) {
@@ -37,7 +39,7 @@ export function openReason(title, report) {
     button(t("close"), () => dialog.close()),
   ].filter(Boolean);
   const { dialog, main } = openPanel(title, buttons, "narrow");
-  main.append(make("pre", { className: "reason", textContent: report.replace(MORE, "").trim() }));
+  main.append(make("pre", { className: "reason", textContent: said(report.replace(MORE, "").trim()) }));
 }
 
 async function openTroubles(section) {
@@ -53,8 +55,8 @@ function validated(errors) { // {node id: {errors: [{message, details}]}}, from 
   for (const [id, { errors: found }] of Object.entries(errors ?? {})) {
     const node = nodeOfExecution(id), wrong = found?.[0];
     if (!wrong || !isOurs(node)) continue;
-    const said = wrong.type === "custom_validation_failed" ? wrong.details.replace(/^[\w.]+ - /, "") : `${wrong.message}: ${wrong.details}`;
-    fail(node, said, "validation");
+    const sentence = wrong.type === "custom_validation_failed" ? wrong.details.replace(/^[\w.]+ - /, "") : `${wrong.message}: ${wrong.details}`;
+    fail(node, sentence, "validation");
   }
 }
 
@@ -83,7 +85,10 @@ function listen() {
 
 app.registerExtension({
   name: "flux2_attention.reasons",
-  setup: listen,
+  setup() {
+    document.head.append(make("style", { textContent: STYLE }));
+    listen();
+  },
   nodeCreated(node) {
     if (isOurs(node)) addBadge(node);
   },

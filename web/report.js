@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { button, copy, everyNode, make, nodeAt, nodeOfExecution, openPanel } from "./page.js";
-import { t } from "./texts.js";
+import { said, t } from "./texts.js";
 
 // node -> least [width, height] in pixels of a new one, as large as what it shows
 const SIZES = {
@@ -54,11 +54,11 @@ export function rendered(text) {
     if (rows) {
       const number = (cell) => /\d/.test(cell), [head, ...body] = rows;
       const headed = !head.slice(1).some(number) && body.some((row) => row.slice(1).some(number));
-      const row = (cells, tag) => make("tr", {}, cells.map((cell) => make(tag, { textContent: cell })));
+      const row = (cells, tag) => make("tr", {}, cells.map((cell) => make(tag, { textContent: said(cell) })));
       made.push(make("table", {}, row(head, headed ? "th" : "td"), body.map((cells) => row(cells, "td"))));
       lines.splice(0, rows.length);
     } else {
-      made.push(make("p", { textContent: lines.shift() || " " }));
+      made.push(make("p", { textContent: said(lines.shift()) || " " }));
     }
   }
   return made;
@@ -86,7 +86,7 @@ function addBox(node) {
   widget.serialize = false; // it is neither saved nor sent: a saved graph has the same widgets with and without this file
   widget.markOld = (old) => (note.hidden = !old);
   widget.put = (element) => body.firstElementChild.after(element); // below the first line, which is the answer
-  widget.say = (said) => ((words.hidden = !said), (words.textContent = said));
+  widget.say = (text) => ((words.hidden = !text), (words.textContent = said(text)));
   fill("");
   return widget;
 }
