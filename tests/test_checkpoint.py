@@ -2,9 +2,11 @@
 Headers alone, no ComfyUI, except where the fuzzed files are loaded for real.
 """
 
+import dataclasses
 import json
 import os
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -276,6 +278,19 @@ OTHERS = {
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 6144),
         "double_stream_modulation_img.lin.weight": (1, 1),
     },
+    "a LoRA that also changes how FLUX.2 dev reads its guidance": {
+        "time_guidance_embed.guidance_embedder.linear_1.lora_A.weight": (16, 256),
+        "transformer_blocks.0.attn.to_q.lora_A.weight": (16, 6144),
+    },
+    "a TwinFlow LoRA for FLUX.2": {
+        "transformer.time_guidance_embed.time_sign_embed.diff": (2, 6144),
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (16, 6144),
+    },
+    "the decoder of a FLUX.2 VAE, with names": {
+        "conv_in.weight": (384, 32, 3, 3),
+        "mid.block_1.conv1.weight": (384, 384, 3, 3),
+        "up.0.block.0.norm1.weight": (96,),
+    },
     "a LoRA for FLUX.1": {"lora_unet_single_blocks_0_modulation_lin.lora_down.weight": (4, 3072)},
     "a LoRA (an addition": {"double_blocks.0.img_attn.qkv.diff": (9216, 3072)},
     "a model compressed by DFloat11": {
@@ -339,6 +354,30 @@ def test_other_files_are_named_and_sent_to_their_place(title):
                 identify.expect(checkpoint, slot)
             text = str(error.value)
             assert text.startswith("some.safetensors is ") and place.expects in text and text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        ("Flux_2-Turbo-LoRA_comfyui.safetensors", "a LoRA named as one for few steps (Turbo)"),
+        ("flux2-twinflow.safetensors", "a LoRA named as one for few steps (twinflow)"),
+        ("turbocharged.safetensors", "a LoRA (an addition to a model, not a model)"),
+    ],
+)
+def test_loras_for_few_steps_are_named_by_their_file_where_their_layers_say_nothing(name, title):
+    checkpoint = dataclasses.replace(
+        known({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (16, 6144)}), path=Path(name)
+    )
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is {title}")) as error:
+        identify.expect(checkpoint, identify.MODEL)
+    assert "load it with the node Load FLUX.2 LoRA" in str(error.value)
+    assert ("as many steps as its page says" in str(error.value)) == ("few steps" in title)
+
+
+def test_the_small_decoder_alone_is_sent_to_the_file_that_works():
+    checkpoint = known(OTHERS["the decoder of a FLUX.2 VAE, with names"])
+    with pytest.raises(CheckpointError, match="Use full_encoder_small_decoder.safetensors of the same page"):
+        identify.expect(checkpoint, identify.VAE)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])

@@ -111,13 +111,39 @@ def _lora(names):
         return None
     some = itertools.islice(names.tensors, 2000)
     other = lora_names.other_model({lora_names.plain(lora_names.split(each)[0]) for each in some})
+    place = "Put it into the folder loras and load it with the node "
+    few = None if other else _few_steps(names)
+    if few:
+        title, why = few
+        advice = f"{place}Load FLUX.2 LoRA, behind FLUX.2 dev or klein, and set as many steps as its page says."
+        return Identity("lora", title, why, advice=advice)
     return Identity(
         "lora",
         f"a LoRA {f'for {other[0]} ' if other else ''}(an addition to a model, not a model)",
         f"it has the tensor {name}",
-        advice="Put it into the folder loras and load it with the node "
-        f"{'Load LoRA' if other else 'Load FLUX.2 LoRA'}, behind the model.",
+        advice=f"{place}{'Load LoRA' if other else 'Load FLUX.2 LoRA'}, behind the model.",
     )
+
+
+# (what it is, parts of names that only it has) of LoRAs that make FLUX.2 sample in few steps
+FEW_STEPS = (
+    ("a TwinFlow LoRA for FLUX.2, which samples in 1 to 4 steps", ("time_sign_embed",)),
+    (
+        "a LoRA that also changes how FLUX.2 dev reads its guidance, as those for few steps do (Turbo)",
+        ("guidance_embedder.linear_", "guidance_in.in_layer", "guidance_in.out_layer", "guidance_in_"),
+    ),
+)
+NAMED = re.compile(r"(?<![a-z])(turbo|twinflow)(?![a-z])", re.IGNORECASE)
+
+
+def _few_steps(names):
+    """(what it is, why) of a LoRA for few steps: by layers that others leave alone, or by what its file is called."""
+    for title, marks in FEW_STEPS:
+        name = names.any(*marks)
+        if name:
+            return title, f"it has the tensor {name}"
+    called = NAMED.search(names.checkpoint.name)
+    return called and (f"a LoRA named as one for few steps ({called[1]})", "its layers are those of any LoRA")
 
 
 @dataclass(frozen=True)
@@ -252,6 +278,19 @@ def _flux2_vae(names):
         "it normalises 128 latent channels (bn.running_mean)",
         VAE,
         layout="diffusers" if diffusers else "original",
+    )
+
+
+def _bare_decoder(names):
+    """small_decoder.safetensors: the names start where those of a VAE's decoder go on."""
+    if names.shape("conv_in.weight", 1) != 32 or not names.count("", "up") or not names.any("mid.block_1."):
+        return None
+    return Identity(
+        "bare-decoder",
+        "the decoder of a FLUX.2 VAE, with names that leave out that it is one (small_decoder.safetensors)",
+        "it has conv_in, mid and up, and neither decoder. before them nor an encoder",
+        advice="Use full_encoder_small_decoder.safetensors of the same page (FLUX.2-small-decoder) in Load FLUX.2 VAE, "
+        "folder vae: it has the same decoder, and the encoder too.",
     )
 
 
@@ -406,6 +445,7 @@ RULES = (
     _flux1,
     _flux3,
     _flux2_vae,
+    _bare_decoder,
     _qwen3,
     _mistral3,
     _mistral_native,
