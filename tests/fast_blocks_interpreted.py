@@ -796,6 +796,81 @@ def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until
     assert relative(changed, again) > 1e-4
 
 
+LORA_LAYERS = {"single_blocks.0.linear1": (2304, 256), "double_blocks.1.img_mlp.2": (256, 768)}
+
+
+def lora_file(folder):
+    """(a LoRA file for Load FLUX.2 LoRA, {layer: its change at strength 1}), changes larger than the weights."""
+    g, tensors, changes = torch.Generator().manual_seed(11), {}, {}
+    for layer, (rows, columns) in LORA_LAYERS.items():
+        down, up = torch.randn(4, columns, generator=g) * 0.03, torch.randn(rows, 4, generator=g) * 6
+        tensors |= {
+            f"transformer.{layer}.lora_A.weight": down,
+            f"transformer.{layer}.lora_B.weight": up,
+            f"transformer.{layer}.alpha": torch.tensor(2.0),
+        }
+        changes[layer] = up @ down * (2.0 / 4)
+    return maker.write(folder / "lora.safetensors", tensors), changes
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_rows_of_fp8_are_made_again_for_our_lora_and_each_of_its_strengths(tools, flux2, monkeypatch, tmp_path, order):
+    """Load FLUX.2 LoRA before and behind Fast Blocks: the copies are rows of W + strength * B A * alpha / rank."""
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
+    from flux2_pack.flux2.lora import load as lora
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
+    file, changes = lora_file(tmp_path)
+    network, given, fp8 = flux2.model.diffusion_model, inputs({}), fp8_rowwise.RowwiseFp8()
+    stored = {layer: network.get_parameter(f"{layer}.weight").clone() for layer in changes}
+
+    def fused(model):
+        model = model.clone()
+        fp8.install(model)
+        tools.fast_blocks.install(model, fp8)
+        return model
+
+    base, outs = fused(flux2) if order == "behind" else flux2, []
+    for strength in (1.0, -0.5, 0.0, 1.0):
+        patched = lora.apply(base, None, file, strength)[0]
+        model = fused(patched) if order == "before" else patched
+        model.patch_model()
+        outs.append(forward(model, given))
+        copies = {layer: fp8.copies[network.get_submodule(layer)][1:3] for layer in changes}
+        model.unpatch_model()
+        for layer, (data, scales) in copies.items():
+            wanted = rows_by_torch((stored[layer] + strength * changes[layer])[None], fp8.format)
+            assert torch.allclose(scales[0], wanted.scale[0, :, 0], rtol=1e-5)
+            assert relative(data.float() * scales.t(), wanted.data[0].float() * wanted.scale[0]) < 2e-3
+    assert 3 * relative(outs[0], outs[3]) < min(relative(outs[n], outs[2]) for n in (0, 1)) > 0.005
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_our_lora_on_an_fp8_file_is_in_the_products_of_fast_blocks(tools, monkeypatch, tmp_path, order):
+    """ComfyUI quantises the sum again: the weights that the products read are the formula's, to fp8's rounding."""
+    from flux2_pack.flux2.lora import load as lora
+
+    loaded, given = fp8_checkpoint(tools, monkeypatch, True, ""), inputs({})
+    network, (file, changes) = loaded.model.diffusion_model, lora_file(tmp_path)
+    stored = {layer: network.get_parameter(f"{layer}.weight").dequantize() for layer in changes}
+    base, outs = fast(tools, loaded) if order == "behind" else loaded, []
+    for strength in (1.0, -0.5, 0.0, 1.0):
+        patched = lora.apply(base, None, file, strength)[0]
+        model = fast(tools, patched) if order == "before" else patched
+        model.patch_model()
+        outs.append(forward(model, given))
+        assert tools.fast_blocks.log_of(model).as_data()["left"] == {}
+        found = {layer: network.get_parameter(f"{layer}.weight").dequantize().float() for layer in changes}
+        expected = forward(patched, given)  # the same weights, core's blocks
+        model.unpatch_model()
+        for layer, weight in found.items():
+            assert relative(weight, stored[layer].float() + strength * changes[layer]) < (0.06 if strength else 1e-6)
+        assert relative(outs[-1], expected) < 0.1
+    assert 3 * relative(outs[0], outs[3]) < min(relative(outs[n], outs[2]) for n in (0, 1)) > 0.005
+
+
 @pytest.mark.quick
 def test_products_that_fp8_leaves_alone_are_said(tools):
     from flux2_pack.flux2.fused import fp8_rowwise

@@ -10,8 +10,10 @@ missing. Not covered: other browsers, and a machine with a GPU.
 import json
 
 import pytest
+import torch
 
 import browser
+import small_models
 from pack import ROOT
 from template_models import official_files
 
@@ -286,6 +288,41 @@ def test_tables_in_a_report_are_tables(page, shots):
     assert "Fastest: sdpa" in dialog(page)
 
 
+def test_what_a_lora_changed_is_on_its_node(page, server, model_files, shots):
+    """A file with a layer that the model has and one that it has not."""
+    file = server.base / "models" / "loras" / "of-a-page-test.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    names = ("diffusion_model.double_blocks.0.img_attn.proj", "diffusion_model.double_blocks.0.nothing")
+    parts = {"lora_A": torch.full((4, 256), 0.01), "lora_B": torch.full((256, 4), 0.01)}
+    small_models.write(
+        file, {f"{name}.{part}.weight": tensor.clone() for name in names for part, tensor in parts.items()}
+    )
+    model = {"model_name": model_files["diffusion_models"][0].name, "weight_dtype": "as stored"}
+    strength = 0.5 + 0.1 * page.js("return Number(LiteGraph.vueNodesMode ?? false)")
+    page.load_api(
+        {
+            "1": {"class_type": "Flux2LoadModel", "inputs": model},
+            "93": {
+                "class_type": "Flux2LoadLoRA",
+                "inputs": {"model": ["1", 0], "lora_name": file.name, "strength": strength},
+            },
+            "3": {"class_type": "PreviewAny", "inputs": {"source": ["93", 2]}},
+        }
+    )
+    try:
+        page.run()
+        report = "document.querySelector('.flux2-report')?.innerText ?? ''"
+        page.wait_for(f"({report}).includes('1 of 2 layers applied; these were not:')", 30)
+        page.screenshot(shots / "lora.png")
+        text = page.js(f"return {report}")
+    finally:
+        file.unlink()
+    assert "of-a-page-test.safetensors (LoRA of rank 4) for FLUX.2" in text and f"strength {strength:g}." in text
+    assert "diffusion_model.double_blocks.0.nothing: the model has no such layer." in text
+    (node,) = [node for node in page.nodes() if node["type"] == "Flux2LoadLoRA"]
+    assert node["size"][0] >= 400 and node["size"][1] >= 320
+
+
 def test_a_report_of_an_earlier_run_says_so(page):
     add(page, "Flux2AttentionReport")
     page.js("app.graph.nodes[0].onExecuted({text: ['a report']})")
@@ -302,6 +339,7 @@ LEAST = {
     "Flux2AttentionReport": (420, 320),
     "Flux2BenchmarkAttention": (520, 520),
     "Flux2ModelInfo": (420, 320),
+    "Flux2LoadLoRA": (400, 320),
     "Flux2EncodePrompt": (400, 300),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import small_models as maker
-from flux2_pack.flux2.checkpoints import identify, keys, quantisation, variants
+from flux2_pack.flux2.checkpoints import identify, keys, quantisation, validate, variants
 from flux2_pack.flux2.checkpoints.header import CheckpointError, open_checkpoint
 
 LAYERS = ("single_blocks.0.linear1", "double_blocks.1.img_mlp.0", "double_blocks.0.txt_attn.qkv")
@@ -50,6 +50,8 @@ FORMATS = {
         {"convrot": True, "convrot_groupsize": 64},
     ),
     "w4a4": ("convrot_w4a4", {"convrot_groupsize": 64}, {"convrot_groupsize": 64}),
+    # ComfyUI 0.33 and newer
+    "w4a8": ("asym_w4a8_int8", {"convrot_groupsize": 64}, {"convrot_groupsize": 64, "group_size": 16}),
 }
 
 
@@ -336,3 +338,64 @@ def test_the_working_memory_is_comfyuis_own_estimate(load, examine, small_models
     variant = identify.identify(open_checkpoint(small_models["model"])).variant
     expected = patcher.model.memory_required((1, 128, 64, 48))
     assert examine.working_memory(variant, 768, 1024) == pytest.approx(expected, rel=1e-6)
+
+
+# --- formats of newer versions of ComfyUI -----------------------------------------------------------------------------
+
+
+def w4a8_file(path, **changes):
+    """A file of w4a8 in one layer, by its header alone: what ComfyUI 0.33 reads. changes: tensors by ending."""
+    weights, layer = maker.diffusion_model(), LAYERS[0]
+    rows, columns = weights.pop(f"{layer}.weight").shape
+    parts = {
+        "weight": torch.zeros(rows, columns // 2, dtype=torch.int8),
+        "weight_s_rel": torch.zeros(rows, columns // 16, dtype=torch.float8_e4m3fn),
+        "weight_s_channel": torch.ones(rows),
+        "weight_codebook": torch.zeros(16),
+    } | changes
+    weights |= {f"{layer}.{ending}": tensor for ending, tensor in parts.items() if tensor is not None}
+    mark = {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 64}
+    return maker.write(path, weights, {"_quantization_metadata": json.dumps({"layers": {layer: mark}})})
+
+
+@pytest.mark.parametrize("kind, version", [("asym_w4a8_int8", "0.33"), ("awq_w4a16", "0.38")])
+def test_a_format_of_a_newer_comfyui_is_named_with_its_version(load, examine, tmp_path, monkeypatch, kind, version):
+    """By what the installed ComfyUI says that it computes, not by its version number."""
+    import comfy.quant_ops
+
+    weights = maker.diffusion_model()
+    weights[f"{LAYERS[0]}.weight"] = torch.zeros(2304, 128, dtype=torch.int8)
+    text = {"_quantization_metadata": json.dumps({"layers": {LAYERS[0]: {"format": kind}}})}
+    file = maker.write(tmp_path / "newer.safetensors", weights, text)
+    older = {name: row for name, row in comfy.quant_ops.QUANT_ALGOS.items() if name != kind}
+    monkeypatch.setattr(comfy.quant_ops, "QUANT_ALGOS", older)
+    with pytest.raises(CheckpointError, match=f"quantised as {kind}, .*ComfyUI {version} or newer computes it"):
+        load.load_model(str(file))
+    said = examine.describe_path(str(file))
+    assert quantisation.FORMATS[kind].words in said and "refuses it" in said and f"ComfyUI {version}" in said
+
+
+W4A8_FAULTS = {
+    "scales of other groups": ({"weight_s_rel": torch.zeros(2304, 8, dtype=torch.float8_e4m3fn)}, "share a scale"),
+    "no scales of groups": ({"weight_s_rel": None}, "without weight_s_rel"),
+    "no scales of rows": ({"weight_s_channel": None}, "without weight_s_channel"),
+    "too few codes": ({"weight_codebook": torch.zeros(15)}, "15 numbers in F32 as weight_codebook"),
+    "numbers off centre": ({"weight_correction": torch.zeros(16, 2304)}, "weight_correction., which ComfyUI does not"),
+    "not packed": ({"weight": torch.zeros(2304, 256, dtype=torch.int8)}, "is no int4 ConvRot with int8 products"),
+}
+
+
+@pytest.mark.parametrize("fault", W4A8_FAULTS)
+def test_a_damaged_w4a8_file_is_refused_before_comfyui_reads_it(examine, tmp_path, fault):
+    """A stand-in for a core that computes it: by the table alone, for the layout is checked by the header."""
+    changes, words = W4A8_FAULTS[fault]
+    checkpoint = open_checkpoint(w4a8_file(tmp_path / "x.safetensors", **changes))
+    found = identify.expect(checkpoint, identify.MODEL)
+    with pytest.raises(CheckpointError, match=words):
+        validate.check_model(checkpoint, found, "as stored")
+
+
+def test_a_whole_w4a8_file_passes_the_checks(tmp_path):
+    checkpoint = open_checkpoint(w4a8_file(tmp_path / "x.safetensors"))
+    validate.check_model(checkpoint, identify.expect(checkpoint, identify.MODEL), "as stored")
+    assert "int4 ConvRot with int8 products (w4a8) in 1 layers" in identify.number_format(checkpoint)[0]

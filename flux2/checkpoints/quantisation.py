@@ -60,6 +60,11 @@ def _per_group(group, stored):
 
 
 FP8 = {"weight_scale": PER_TENSOR}
+GROUPS = (4, 8, 16, 32, 64, 128, 256)  # columns that may share a scale of w4a8
+W4A8 = {
+    "weight_s_rel": Scale(lambda rows, columns: {rows * (columns // group) for group in GROUPS}, ("F8_E4M3", "U8")),
+    "weight_s_channel": PER_ROW,
+}
 NVFP4 = {"weight_scale": _per_group(16, "F8_E4M3"), "weight_scale_2": PER_TENSOR}
 FORMATS = {
     "float8_e4m3fn": QuantFormat("fp8 scaled (e4m3)", ("F8_E4M3",), scales=FP8),
@@ -68,11 +73,17 @@ FORMATS = {
     "nvfp4": QuantFormat("nvfp4", ("U8",), 2, 16, NVFP4),
     "int8_tensorwise": QuantFormat("int8 scaled", ("I8",), scales={"weight_scale": PER_TENSOR_OR_ROW}),
     "convrot_w4a4": QuantFormat("int4 ConvRot (w4a4)", ("I8",), 2, scales={"weight_scale": PER_ROW}),
-    # computed by newer versions of ComfyUI; their scales are left to it
-    "asym_w4a8_int8": QuantFormat("int4 with int8 products (w4a8)", ("I8", "U8"), 2),
+    # computed by newer versions of ComfyUI: W4A8 by 0.33's layout; the scales of AWQ are left to ComfyUI
+    "asym_w4a8_int8": QuantFormat("int4 ConvRot with int8 products (w4a8)", ("I8",), 2, scales=W4A8),
     "awq_w4a16": QuantFormat("int4 AWQ (w4a16)", ("I8", "U8", "I32"), 2),
 }
-OPTIONAL = {"input_scale": PER_TENSOR, "pre_quant_scale": Scale(lambda rows, columns: {columns})}
+CODEBOOK = Scale(lambda rows, columns: {16})  # the values of the 16 codes of w4a8
+OPTIONAL = {
+    "input_scale": PER_TENSOR,
+    "pre_quant_scale": Scale(lambda rows, columns: {columns}),
+    "weight_codebook": CODEBOOK,
+}
+ROTATED = ("convrot_w4a4", "asym_w4a8_int8")  # always, also where the mark does not say so
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")  # that metadata may leave out
 SINCE = {"asym_w4a8_int8": "0.33", "awq_w4a16": "0.38"}  # version of ComfyUI that computes it; the others: 0.30
 COMPANIONS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
@@ -208,8 +219,10 @@ def check_weight(checkpoint, title, layer, mark, wanted):
             f"{kind.words} of the shape {list(wanted)} that {title} has. It is damaged or pieced together: download "
             f"it again."
         )
-    if mark["format"] == "convrot_w4a4" or rotated(mark):
+    if mark["format"] in ROTATED or rotated(mark):
         _check_rotation(checkpoint, layer, mark, wanted[1])
+    if mark["format"] == "asym_w4a8_int8":
+        _check_w4a8(checkpoint, layer, mark, wanted)
     for ending, scale in {**kind.scales, **OPTIONAL}.items():
         tensor = checkpoint.tensors.get(f"{layer}.{ending}")
         if tensor is None and ending == "weight_scale":
@@ -232,11 +245,35 @@ def check_weight(checkpoint, title, layer, mark, wanted):
             )
 
 
+def _setting(mark, name, default):
+    """A setting of a mark, at its top or in its table params."""
+    inner = mark.get("params")
+    return mark.get(name, inner.get(name, default) if isinstance(inner, dict) else default)
+
+
+def _check_w4a8(checkpoint, layer, mark, wanted):
+    """Raise unless the groups of w4a8 are as wide as the mark says, and nothing is in the file that ComfyUI 0.33 does
+    not read.
+    """
+    group, scales = _setting(mark, "group_size", 16), checkpoint.tensors.get(f"{layer}.weight_s_rel")
+    if f"{layer}.weight_correction" in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.name} has numbers off centre in its layer {layer} (weight_correction), which ComfyUI does "
+            f"not read: the image would be another. Use the bf16 file, or one quantised for ComfyUI.",
+            "quantised-file",
+        )
+    if scales and (group not in GROUPS or wanted[1] % group or scales.shape != (wanted[0], wanted[1] // group)):
+        raise CheckpointError(
+            f"{checkpoint.name} says that {str(group)[:20]} columns of its layer {layer} share a scale, and has "
+            f"scales of the shape {list(scales.shape)} for {wanted[0]} x {wanted[1]} numbers. It is damaged: download "
+            f"it again."
+        )
+
+
 def _check_rotation(checkpoint, layer, mark, columns):
     """Raise unless the rotation's groups (of 4, 16, 64, 256 ... columns) divide the columns of the weight."""
-    inner = mark.get("params") if isinstance(mark.get("params"), dict) else {}
-    group = mark.get("convrot_groupsize", inner.get("convrot_groupsize", 256))
-    kind = mark.get("linear_dtype", inner.get("linear_dtype", "int4"))
+    group = _setting(mark, "convrot_groupsize", 256)
+    kind = _setting(mark, "linear_dtype", "int4")
     if type(group) is not int or group not in (4**power for power in range(1, 8)) or columns % group:
         raise CheckpointError(
             f"{checkpoint.name} says that {columns} columns of its layer {layer} are rotated in groups of "
