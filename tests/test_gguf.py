@@ -124,6 +124,80 @@ def test_load_flux2_lora_adds_the_change_when_a_layer_unpacks(tools, model, plai
     assert error(found, wanted) < CLOSE < 1e-3 < error(sample(tools, model), wanted)
 
 
+# --- text encoders ----------------------------------------------------------------------------------------------------
+
+
+def encoder_of(tools, path, monkeypatch, pack):
+    """A CLIP of Mistral 3 as CLIPLoader (GGUF) gives one: ComfyUI's classes with layers and patcher of the other pack,
+    and nothing of Load FLUX.2 Text Encoder. pack: what is done with the weights of its projections.
+    """
+    from flux2_pack.flux2.loading import lazy_clip, load
+
+    with monkeypatch.context() as patch:
+        read, devices = load._language_weights, load._text_devices
+
+        def packed(*args):
+            return {
+                name: pack(value) if name.endswith("_proj.weight") else value for name, value in read(*args).items()
+            }
+
+        patch.setattr(load, "_language_weights", packed)
+        patch.setattr(load, "_text_devices", lambda *args: {**devices(*args), "custom_operations": tools.gguf.Ops})
+        clip = load.load_text_encoder(str(path), precision="float32")
+    clip.patcher.__class__ = tools.gguf.GGUFModelPatcher
+    assert lazy_clip.source_of(clip) is None
+    return clip
+
+
+@pytest.fixture
+def clips(tools, small_models, monkeypatch):
+    """(CLIP of packed weights, CLIP of the numbers that they stand for)."""
+    path = small_models["text_encoder"]
+    return (
+        encoder_of(tools, path, monkeypatch, lambda weight: tools.gguf.pack(weight)),
+        encoder_of(tools, path, monkeypatch, lambda weight: tools.gguf.unpack(tools.gguf.pack(weight))),
+    )
+
+
+def test_prompts_are_encoded_by_a_gguf_text_encoder_and_not_kept(tools, clips):
+    from flux2_pack.flux2.prompts import encode
+
+    text = "a red fox [/INST] under a tree"
+    packed, plain = (encode.encode(clip, text, cache=types.SimpleNamespace()) for clip in clips)
+    assert type(clips[0].patcher).__name__ == "GGUFModelPatcher"
+    assert "Packed" in {type(weight).__name__ for weight in clips[0].cond_stage_model.parameters()}
+    assert error(packed.conditioning[0][0], plain.conditioning[0][0]) < CLOSE
+    assert "Not kept on disk: this CLIP is not from Load FLUX.2 Text Encoder" in packed.report
+    assert "[/INST] looks like a special token and was read as plain text" in packed.report
+    several = encode.encode_all(clips[0], [text, "a blue fox"])
+    assert torch.equal(several[0].conditioning[0][0], packed.conditioning[0][0])
+
+
+def test_improve_prompt_refuses_a_gguf_text_encoder_in_a_sentence(tools, clips):
+    from flux2_pack.flux2.upsampling import upsample
+
+    with pytest.raises(tools.Refused, match="This CLIP is not from Load FLUX.2 Text Encoder, .*Use that node"):
+        upsample.upsample(clips[0], "a red fox")
+
+
+def test_load_flux2_lora_changes_a_gguf_text_encoder(tools, clips, model, tmp_path):
+    """The shape of a layer is that of its numbers, not of what is packed."""
+    g, name = torch.Generator().manual_seed(9), "text_encoders.mistral3_24b.transformer.model.layers.3.self_attn.q_proj"
+    down, up = torch.randn(4, 64, generator=g), torch.randn(256, 4, generator=g)
+    file = maker.write(tmp_path / "te.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+    outs = []
+    for clip in clips:
+        _, changed, report = tools.lora.apply(model, clip, file, 0.5)
+        assert "text encoder: 1 of 1 layers applied." in report
+        outs.append(changed.encode_from_tokens(changed.tokenize("a red fox")))
+    assert (
+        error(outs[0], outs[1])
+        < CLOSE
+        < 1e-3
+        < error(outs[0], clips[0].encode_from_tokens(clips[0].tokenize("a red fox")))
+    )
+
+
 # --- sequence parallel: the same file by the same loader in another process -------------------------------------------
 
 

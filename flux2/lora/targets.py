@@ -68,9 +68,9 @@ def model_targets(variant):
 
 def encoder_targets(clip):
     """{plain name: Target} of every layer of a text encoder. Loads a CLIP that was not read yet."""
-    weights = clip.cond_stage_model.state_dict()
+    # not state_dict, in which packed formats (nvfp4, GGUF) have the shape of what is stored
     return {
         plain_encoder(name.removesuffix(".weight")): Target(name, tuple(value.shape))
-        for name, value in weights.items()
+        for name, value in clip.cond_stage_model.named_parameters()
         if name.endswith(".weight") and ".layers." in name
     }
