@@ -833,7 +833,7 @@ def test_rows_of_fp8_are_made_again_for_our_lora_and_each_of_its_strengths(tools
         return model
 
     base, outs = fused(flux2) if order == "behind" else flux2, []
-    for strength in (1.0, -0.5, 0.0):
+    for strength in (1.0, -0.5):
         patched = lora.apply(base, None, file, strength)[0]
         model = fused(patched) if order == "before" else patched
         model.patch_model()
@@ -844,7 +844,7 @@ def test_rows_of_fp8_are_made_again_for_our_lora_and_each_of_its_strengths(tools
             wanted = rows_by_torch((stored[layer] + strength * changes[layer])[None], fp8.format)
             assert torch.allclose(scales[0], wanted.scale[0, :, 0], rtol=1e-5)
             assert relative(data.float() * scales.t(), wanted.data[0].float() * wanted.scale[0]) < 2e-3
-    assert min(relative(outs[n], outs[2]) for n in (0, 1)) > 0.005
+    assert relative(*outs) > 0.005
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])
@@ -856,7 +856,7 @@ def test_our_lora_on_an_fp8_file_is_in_the_products_of_fast_blocks(tools, monkey
     network, (file, changes) = loaded.model.diffusion_model, lora_file(tmp_path)
     stored = {layer: network.get_parameter(f"{layer}.weight").dequantize() for layer in changes}
     base, outs = fast(tools, loaded) if order == "behind" else loaded, []
-    for strength in (1.0, -0.5, 0.0):
+    for strength in (1.0, -0.5):
         patched = lora.apply(base, None, file, strength)[0]
         model = fast(tools, patched) if order == "before" else patched
         model.patch_model()
@@ -866,9 +866,9 @@ def test_our_lora_on_an_fp8_file_is_in_the_products_of_fast_blocks(tools, monkey
         expected = forward(patched, given)  # the same weights, core's blocks
         model.unpatch_model()
         for layer, weight in found.items():
-            assert relative(weight, stored[layer].float() + strength * changes[layer]) < (0.06 if strength else 1e-6)
+            assert relative(weight, stored[layer].float() + strength * changes[layer]) < 0.06
         assert relative(outs[-1], expected) < 0.1
-    assert min(relative(outs[n], outs[2]) for n in (0, 1)) > 0.005
+    assert relative(*outs) > 0.005
 
 
 @pytest.mark.quick
