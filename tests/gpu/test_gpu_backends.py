@@ -65,8 +65,10 @@ def test_auto_computes_and_says_what_it_took():
     assert dispatcher.log.current.calls == 1
 
 
+# 30 layers, each with roundings of its own
+@pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("bf16", 4 * TOLERANCE["bfloat16"])])
 @pytest.mark.parametrize("backend", ["auto", *EXACT])
-def test_the_text_encoders_conditioning_is_cores(comfy, small_models, backend):
+def test_the_text_encoders_conditioning_is_cores(comfy, small_models, backend, precision, most):
     """Grouped heads under a causal mask, heads first: some kernels take one of the three and not all."""
     from flux2_pack.flux2.loading import load
     from flux2_pack.nodes import attention
@@ -75,7 +77,7 @@ def test_the_text_encoders_conditioning_is_cores(comfy, small_models, backend):
         return clip.encode_from_tokens_scheduled(clip.tokenize("a cat with a hat"))[0][0]
 
     def clip():
-        return load.load_text_encoder(str(small_models["text_encoder"]))
+        return load.load_text_encoder(str(small_models["text_encoder"]), precision=precision)
 
     expected = encode(clip())
     try:
@@ -84,4 +86,4 @@ def test_the_text_encoders_conditioning_is_cores(comfy, small_models, backend):
     except (AttentionRefused, ValueError) as error:
         pytest.skip(str(error).replace("\n", " ")[:300])
     run = chosen.patcher.attachments["flux2_attention"].log.current
-    assert run.calls == 30 and reference.relative_error(out, expected) <= 1e-4
+    assert run.calls == 30 and reference.relative_error(out, expected) <= most
