@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import traceback
 import types
 import zipfile
 
@@ -253,6 +254,27 @@ def compile_only(arch, keep=None):
     triton.JITFunction.run, Autotuner.run = run, run_first
     torch.cuda.current_device = lambda: 0  # AITER compares it with the device of tensors, which are fake
     return objects
+
+
+def each_in_a_fork(archs, work):
+    """work(arch) for several architectures, each in a child of this process, which has imported what all of them need:
+    compile_only is for good. Returns the exit status of the whole.
+    """
+    failed = 0
+    for arch in archs:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                work(arch)
+                sys.stdout.flush()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        failed |= os.waitpid(child, 0)[1]
+    return 1 if failed else 0
 
 
 # llvm/BinaryFormat/ELF.h

@@ -1,8 +1,8 @@
-"""Compile every kernel of the fused blocks for one GPU architecture, as the blocks of FLUX.2-dev launch them, and run
-nothing. Prints one JSON line: of each kernel whether it is an object for that architecture, and on AMD the registers
-that the object says it takes and the LDS that it has or is launched with.
+"""Compile every kernel of the fused blocks for GPU architectures, as the blocks of FLUX.2-dev launch them, and run
+nothing. Prints a JSON line for each: of each kernel whether it is an object for that architecture, and on AMD the
+registers that the object says it takes and the LDS that it has or is launched with.
 
-python tests/fast_kernels_compile.py gfx942     (or gfx90a, gfx950, gfx1100, gfx1151, gfx1201, sm90)
+python tests/fast_kernels_compile.py gfx942 sm90     (and gfx90a, gfx950, gfx1100, gfx1151, gfx1201)
 """
 
 import json
@@ -14,7 +14,6 @@ import triton
 import aiter_shim
 import pack  # noqa: F401
 
-ARCH = sys.argv[1]
 # where ComfyUI or `precision: fp8` has fp8 products, and in which format
 FP8 = {
     "gfx942": torch.float8_e4m3fnuz,
@@ -24,7 +23,7 @@ FP8 = {
 }
 
 
-def launch_all():
+def launch_all(arch):
     """Each wrapper with the dtypes and options that the blocks use; tensors are on the CPU and never read."""
     from flux2_pack.flux2.fused.kernels import dequantise, norm, qkv, quantise, swiglu
     from flux2_pack.flux2.fused.kernels.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, Format
@@ -35,8 +34,8 @@ def launch_all():
     shift, scale, gate = torch.zeros(1, 2, 3 * width, dtype=dtype).chunk(3, -1)
     weight, pe = torch.zeros(size, dtype=dtype), torch.zeros(1, 1, tokens, size // 2, 2, 2)
     formats = [None, Format(INT8_ROW), Format(INT8_ROW, group=256)]
-    if ARCH in FP8:
-        formats += [Format(FP8_TENSOR, torch.ones(()), dtype=FP8[ARCH]), Format(FP8_ROW, dtype=FP8[ARCH])]
+    if arch in FP8:
+        formats += [Format(FP8_TENSOR, torch.ones(()), dtype=FP8[arch]), Format(FP8_ROW, dtype=FP8[arch])]
     for to in formats:
         for segment in ((0, 0), (2, 4)):
             norm.norm_modulate(x, shift, scale, segment=segment, to=to)
@@ -56,22 +55,22 @@ def launch_all():
     dequantise.dequantise(sums, one, torch.ones(width), None, dtype)
 
 
-def main():
+def compile_for(arch):
     shared = []
-    objects = aiter_shim.compile_only(ARCH, keep=lambda compiled: shared.append(compiled.metadata.shared))
-    launch_all()
+    objects = aiter_shim.compile_only(arch, keep=lambda compiled: shared.append(compiled.metadata.shared))
+    launch_all(arch)
     print(
         json.dumps(
             {
-                "arch": ARCH,
+                "arch": arch,
                 "triton": triton.__version__,
                 "kernels": [
                     {
                         "name": name,
                         "bytes": len(binary),
-                        "ok": aiter_shim.is_code_object(binary, ARCH),
+                        "ok": aiter_shim.is_code_object(binary, arch),
                         "shared": lds,
-                        **({} if ARCH.startswith("sm") else aiter_shim.resources(binary)),
+                        **({} if arch.startswith("sm") else aiter_shim.resources(binary)),
                     }
                     for (name, binary), lds in zip(objects, shared)
                 ],
@@ -81,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(aiter_shim.each_in_a_fork(sys.argv[1:], compile_for))

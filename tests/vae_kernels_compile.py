@@ -1,6 +1,6 @@
-"""Compile the kernels of the VAE's fused blocks for one GPU architecture and run nothing. Prints one JSON line.
+"""Compile the kernels of the VAE's fused blocks for GPU architectures and run nothing. Prints a JSON line for each.
 
-python tests/vae_kernels_compile.py gfx942     (or gfx1100, gfx1201, sm90)
+python tests/vae_kernels_compile.py gfx942 sm90     (and gfx1100, gfx1201)
 """
 
 import json
@@ -12,8 +12,7 @@ import aiter_shim
 import pack  # noqa: F401
 
 
-def main():
-    arch = sys.argv[1]
+def compile_for(arch):
     objects = aiter_shim.compile_only(arch)
     from flux2_pack.flux2.vae import kernels
 
@@ -25,8 +24,8 @@ def main():
             _, mean, rstd = kernels.statistics(x, bias, x, bias)
             kernels.normalise(x, mean, rstd, bias, bias, bias)
     found = [{"name": name, "bytes": len(b), "ok": aiter_shim.is_code_object(b, arch)} for name, b in objects]
-    print(json.dumps(found))
+    print(json.dumps({"arch": arch, "kernels": found}))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(aiter_shim.each_in_a_fork(sys.argv[1:], compile_for))
