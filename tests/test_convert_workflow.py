@@ -164,6 +164,16 @@ def api(
     return made
 
 
+def test_the_pages_command_gets_the_workflow_or_the_reason_why_there_is_none(comfy):
+    from flux2_pack.nodes import workflows
+
+    before = api()
+    after, report = convert_workflow.convert(before)
+    assert workflows.answer(before) == {"changed": True, "workflow": after, "text": "\n".join(report)}
+    refused = workflows.answer(after)
+    assert not refused["changed"] and "workflow" not in refused and refused["text"].endswith(".")
+
+
 def test_an_api_workflow_there_and_back():
     before = api()
     after, report = convert_workflow.convert(before, "flash4")

@@ -239,6 +239,7 @@ def test_progress_and_text_are_shown_while_it_writes(tools, clip, monkeypatch):
 
 
 def test_it_ends_at_the_end_token(tools, clip, monkeypatch):
+    greedy(tools, clip, tokens=1)  # makes the writer
     writer = tools.writer.writer_of(clip, None, None)
     original = writer.network.generate
     monkeypatch.setattr(
