@@ -1,36 +1,64 @@
 """One image on several GPUs, as an ordinary MODEL."""
 
+import os
+
 from comfy_api.latest import io
 
 from ..attention.errors import UserError
-from ..attention.parallel import degrees
+from ..attention.parallel import degrees, tensor_degrees
+from ..attention.parallel.symmetric_memory import SWITCH
+from ..flux2.parallel import tensor_parallel
 from ..flux2.parallel.forward import unsupported
-from ..flux2.parallel.workers import devices, gguf, install, replica
+from ..flux2.parallel.workers import devices, gguf, install, replica, split_model
 from .attention import CATEGORY, tuner
 
+WHOLE, SPLIT = "on every GPU", "split over the GPUs"
 
-def parallel(model, gpus=0, ulysses=0, ring=0, gguf_file=lambda: gguf.file_of(None, None)):
+
+def parallel(model, gpus=0, ulysses=0, ring=0, weights=WHOLE, gguf_file=lambda: gguf.file_of(None, None)):
     """A clone of a MODEL whose forward passes several GPUs share, or the MODEL itself for one GPU. gguf_file() -> the
     file of a MODEL that does not know it. Raises ValueError in words.
     """
     network = model.model.diffusion_model
-    heads = getattr(network, "num_heads", 1)
-    plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: degrees(number, heads, ulysses, ring))
-    install.say(f"Changes nothing. {why}" if plan is None else f"Ulysses {plan.ulysses} x ring {plan.ring}. {why}")
+    heads, choose = getattr(network, "num_heads", 1), tensor_degrees if weights == SPLIT else degrees
+    plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: choose(number, heads, ulysses, ring))
+    install.say(f"Changes nothing. {why}" if plan is None else f"{plan}. {why}")
     if plan is None:
         return model
-    reasons = unsupported(network, plan.ulysses)
+    reasons = unsupported(network, plan.ulysses * plan.tensor) or refuse_split(model, plan)
     if reasons:
         raise UserError(" ".join(reasons), "several-gpus")
-    patched, request = model.clone(), install.ParallelRequest(plan, why)
+    patched = model.clone() if plan.tensor == 1 else split_model.split_model(model, plan.tensor)
     if gguf.is_gguf(model) and getattr(model, "cached_patcher_init", None) is None:
         patched.cached_patcher_init = gguf.how_loaded(model, gguf_file())
     replica.source_of(patched)
     tuner()  # where a ring's kernel is chosen by `auto`, it keeps what it measures in ComfyUI's user folder
+    request = install.ParallelRequest(plan, why)
     install.install(patched, request)
     # starting and loading takes them seconds: while the prompt is encoded
     request.session(patched.model, patched.load_device).prepare(patched)
     return patched
+
+
+def refuse_split(model, plan):
+    """Sentences why the weights of a MODEL cannot be split, or stay on every GPU, as planned."""
+    parallel = tensor_parallel.of(model.model.diffusion_model)
+    if parallel and parallel.size != plan.tensor:
+        return [
+            f"The weights of this model are split over {parallel.size} GPUs already, by another Sequence Parallel. Use "
+            "one of the two."
+        ]
+    if plan.tensor > 1 and gguf.is_gguf(model):
+        return [
+            "The weights of a GGUF model cannot be split over the GPUs: its numbers are packed in blocks that a part "
+            "would cut. Use a bf16 or fp8 file, or set weights to 'on every GPU'."
+        ]
+    if plan.tensor > 1 and os.environ.get(SWITCH) == "1":
+        return [
+            f"Weights cannot be split over the GPUs with {SWITCH}=1: those kernels expect all heads "
+            "on every GPU. Start ComfyUI without that variable."
+        ]
+    return []
 
 
 class Flux2SequenceParallel(io.ComfyNode):
@@ -89,6 +117,16 @@ class Flux2SequenceParallel(io.ComfyNode):
                     "and "
                     "between hosts. It needs an attention backend with a log-sum-exp. 0 chooses.",
                 ),
+                io.Combo.Input(
+                    "weights",
+                    options=[WHOLE, SPLIT],
+                    default=WHOLE,
+                    optional=True,
+                    tooltip="'on every GPU': each GPU holds the whole model; fastest. 'split over the GPUs': each "
+                    "holds its share of every large weight, so that together they run a model that is too large for "
+                    "one. It exchanges more; Ulysses and ring, left at 0, are not used then. Checked on the CPU, not "
+                    "yet timed on GPUs.",
+                ),
             ],
             hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],  # a GGUF model's file is found in the graph
             outputs=[
@@ -99,20 +137,17 @@ class Flux2SequenceParallel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model=None, gpus=0, ulysses=0, ring=0):
+    def fingerprint_inputs(cls, model=None, gpus=0, ulysses=0, ring=0, weights=WHOLE):
         """Nothing but the inputs decides. ComfyUI asks before it runs any node: the other ranks start now."""
         if isinstance(gpus, int):
             install.start_ahead(gpus)
         return ""
 
     @classmethod
-    def execute(cls, model, gpus=0, ulysses=0, ring=0) -> io.NodeOutput:
+    def execute(cls, model, gpus=0, ulysses=0, ring=0, weights=WHOLE) -> io.NodeOutput:
         asked = cls.hidden  # the graph that runs; nothing where the node is called by a script
-        return io.NodeOutput(
-            parallel(
-                model, gpus, ulysses, ring, lambda: gguf.file_of(asked and asked.dynprompt, asked and asked.unique_id)
-            )
-        )
+        file = lambda: gguf.file_of(asked and asked.dynprompt, asked and asked.unique_id)  # noqa: E731
+        return io.NodeOutput(parallel(model, gpus, ulysses, ring, weights, file))
 
 
 NODES = [Flux2SequenceParallel]

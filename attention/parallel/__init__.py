@@ -11,4 +11,4 @@ and v (B, Sk, H, D), lse float32 (B, H, Sq), natural logarithm. Ranks hold diffe
 ever added to make them equal.
 """
 
-from .mesh import Degrees, Interrupted, Mesh, RanksLost, degrees, make_mesh  # noqa: F401
+from .mesh import Degrees, Interrupted, Mesh, RanksLost, degrees, make_mesh, tensor_degrees  # noqa: F401

@@ -1,11 +1,13 @@
 """Which ranks there are, how they are arranged, and the collectives that everything else is made of.
 
-What other modules use of a Mesh: rank, size, ulysses(_rank), ring(_rank), device, the process groups, `all_to_all`,
-`rotate`, `gather`, `broadcast`, `abort`, `broken`, `stats`. A collective that is added goes through `_collective`,
-which counts its time and bytes, asks `abort`, and turns a failure into RanksLost.
+What other modules use of a Mesh: rank, size, ulysses(_rank), ring(_rank), tensor(_rank), device, the process groups,
+`all_to_all`, `rotate`, `gather`, `add`, `broadcast`, `abort`, `broken`, `stats`. A collective that is added goes
+through `_collective`, which counts its time and bytes, asks `abort`, and turns a failure into RanksLost.
 
 Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours
-(the GPUs of one host) and ring groups reach across them. torch.distributed must be initialised before `make_mesh`;
+(the GPUs of one host) and ring groups reach across them. Where weights are split too, each of these is a run of
+`tensor` processes that hold the parts of the weights and compute the same tokens: process = rank * tensor +
+tensor_rank. torch.distributed must be initialised before `make_mesh`;
 nothing here starts or ends a process.
 """
 
@@ -35,20 +37,22 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the heads (ulysses) and how many the keys (ring); their product is the number of GPUs.
-    why: a sentence.
+    """How many ranks share the heads (ulysses), how many the keys (ring) and how many the weights (tensor); their
+    product is the number of GPUs. why: a sentence.
     """
 
     ulysses: int
     ring: int
     why: str = ""
+    tensor: int = 1
 
     @property
     def size(self):
-        return self.ulysses * self.ring
+        return self.ulysses * self.ring * self.tensor
 
     def __str__(self):
-        return f"Ulysses {self.ulysses} x ring {self.ring}"
+        weights = f" x weights split over {self.tensor}" if self.tensor > 1 else ""
+        return f"Ulysses {self.ulysses} x ring {self.ring}{weights}"
 
 
 def pairs(gpus, heads):
@@ -69,6 +73,25 @@ def degrees(gpus, heads, ulysses=0, ring=0):
             "several-gpus",
         )
     return Degrees(fitting[0].ulysses, fitting[0].ring, reason(fitting[0], gpus, heads, ulysses, ring))
+
+
+def tensor_degrees(gpus, heads, ulysses=0, ring=0):
+    """Degrees for a model whose weights are split: over all GPUs, or over those that `ulysses` and `ring` leave.
+
+    ValueError, with the numbers that work, when that leaves one GPU, or when the heads do not divide.
+    """
+    rest, over = divmod(gpus, max(1, ulysses) * max(1, ring))
+    if min(ulysses, ring) < 0 or over or rest < 2 or heads % (rest * max(1, ulysses)):
+        fitting = [number for number in range(2, 65) if heads % number == 0]
+        raise UserError(
+            f"Weights cannot be split over {gpus} GPUs with Ulysses {ulysses or 'automatic'} and ring "
+            f"{ring or 'automatic'}: GPUs = Ulysses x ring x parts of the weights, with at least two parts, and "
+            f"Ulysses times parts has to divide the {heads} attention heads of this model. With Ulysses and ring "
+            f"automatic, these numbers of GPUs work: {', '.join(map(str, fitting))}.",
+            "several-gpus",
+        )
+    why = f"Each GPU holds 1/{rest} of the weights of the blocks; {heads} heads divide by {rest * max(1, ulysses)}."
+    return Degrees(max(1, ulysses), max(1, ring), why, rest)
 
 
 def impossible(gpus, heads, ulysses, ring):
@@ -99,13 +122,15 @@ def reason(chosen, gpus, heads, ulysses, ring):
 class Mesh:
     """One rank's view of all ranks.
 
-    rank, size: this rank and their number. device: where tensors live. group, ulysses_group, ring_group: process
-    groups; None where a group would have one member. overlap_chunks: into how many parts Ulysses cuts its heads so that
-    one part is sent while another is computed; 1 does not overlap. abort: a callable asked before each collective, on
-    the CPU also during it; True raises Interrupted. symmetric: a SymmetricMemory of the Ulysses group, or None: then
-    its heads go through all_to_all. transport: which of the two, and why, a sentence. broken: the exception after which
-    nothing is sent any more, else None. attention_calls: attention calls (usp.py) whose collectives are all done,
-    failed ones included. stats: times (Stats).
+    rank, size: this rank and their number, of those that share the tokens. tensor, tensor_rank: parts that the weights
+    are split into, and this process's; tensor_group: the processes that hold them. device: where tensors live.
+    everybody: the process group of all processes; group, ulysses_group, ring_group: those of the ranks, of their
+    Ulysses group and their ring; None where a group would have one member. overlap_chunks: into how many parts Ulysses
+    cuts its heads so that one part is sent while another is computed; 1 does not overlap. abort: a callable asked
+    before each collective, on the CPU also during it; True raises Interrupted. symmetric: a SymmetricMemory of the
+    Ulysses group, or None: then its heads go through all_to_all. transport: which of the two, and why, a sentence.
+    broken: the exception after which nothing is sent any more, else None. attention_calls: attention calls (usp.py)
+    whose collectives are all done, failed ones included; additions: calls of `add` that are done. stats: times (Stats).
     """
 
     rank: int = 0
@@ -122,6 +147,11 @@ class Mesh:
     transport: str = ""
     broken: BaseException | None = None
     attention_calls: int = 0
+    tensor: int = 1
+    tensor_rank: int = 0
+    tensor_group: object = None
+    everybody: object = None
+    additions: int = 0
     stats: Stats = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -195,12 +225,27 @@ class Mesh:
         works = [getattr(group, name)([tensor], peer, 0) for name, tensor, peer in parts]
         return [group._end_coalescing(self.device)] if together else works
 
+    def add(self, tensor):
+        """The sum of a contiguous tensor over the processes that hold parts of the same weights, in place. Its bits are
+        the same on all of them.
+        """
+
+        def start():
+            work = dist.all_reduce(tensor, group=self.tensor_group, async_op=self._poll_abort)
+            if work is not None:
+                self._until_done(work)
+
+        # as a ring sends it: all but its own part away, and all sums but one on
+        sent = 2 * (self.tensor - 1) * tensor.numel() * tensor.element_size() // self.tensor
+        self._collective(start, sent)
+        self.additions += 1
+
     def broadcast(self, tensor):
-        """Rank 0's tensor to all ranks, in place. Not counted: it is no part of a forward pass."""
-        if self.size > 1:
+        """Process 0's tensor to all, in place. Not counted: it is no part of a forward pass."""
+        if self.everybody is not None:
             self._check()
             with self._losing_ranks():
-                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=self._poll_abort)
+                work = dist.broadcast(tensor, group=self.everybody, group_src=0, async_op=self._poll_abort)
                 if work is not None:
                     self._until_done(work)
 
@@ -287,30 +332,50 @@ def no_wait():
     pass
 
 
-def make_mesh(ulysses, ring, device, *, rank=None, size=None, groups=None, stores=None, overlap_chunks=1):
-    """The Mesh of this rank. Every rank calls this at the same time with the same arguments: the process groups are
-    made here.
+def make_mesh(ulysses, ring, device, *, tensor=1, rank=None, size=None, groups=None, stores=None, overlap_chunks=1):
+    """The Mesh of this process. Every process calls this at the same time with the same arguments: the process groups
+    are made here.
 
-    groups(name, ranks) -> a torch.distributed ProcessGroup in which ranks are numbered as they are listed, or None for
-    a rank that is not among them; called on every rank for every group, in the same order. By default they are made
-    from torch.distributed's default group, which gives rank and size then. stores(name) -> a torch.distributed Store
-    that the ranks share, under a name that is used once; without it no symmetric memory is tried. ValueError when
-    ulysses * ring is not the number of ranks.
+    rank, size: of this process, and how many there are. groups(name, ranks) -> a torch.distributed ProcessGroup in
+    which processes are numbered as they are listed, or None for one that is not among them; called in every process for
+    every group, in the same order. By default they are made from torch.distributed's default group, which gives rank
+    and size then. stores(name) -> a torch.distributed Store that the processes share, under a name that is used once;
+    without it no symmetric memory is tried. ValueError when ulysses * ring * tensor is not the number of processes.
     """
     rank, size = dist.get_rank() if rank is None else rank, dist.get_world_size() if size is None else size
-    if ulysses * ring != size:
-        raise UserError(
-            f"Ulysses {ulysses} x ring {ring} makes {ulysses * ring} ranks, and there are {size}.", "several-gpus"
-        )
+    if ulysses * ring * tensor != size:
+        made = str(Degrees(ulysses, ring, tensor=tensor))
+        raise UserError(f"{made} makes {ulysses * ring * tensor} ranks, and there are {size}.", "several-gpus")
     groups = groups or default_groups
     everybody = groups("all", list(range(size))) if size > 1 else None
-    rows = [list(range(r * ulysses, (r + 1) * ulysses)) for r in range(ring)]
-    columns = [list(range(u, size, ulysses)) for u in range(ulysses)]
-    parts = [partition("ulysses", rows, rank, groups, everybody), partition("ring", columns, rank, groups, everybody)]
-    mesh = Mesh(rank, size, ulysses, ring, torch.device(device), everybody, *parts, overlap_chunks=overlap_chunks)
+    tokens = size // tensor
+    # of the processes with the same part of the weights: those whose tokens belong together
+    same = [list(range(part, size, tensor)) for part in range(tensor)]
+    rows = [those[r * ulysses : (r + 1) * ulysses] for those in same for r in range(ring)]
+    columns = [those[u::ulysses] for those in same for u in range(ulysses)]
+    parts = [list(range(first * tensor, (first + 1) * tensor)) for first in range(tokens)]
+    made = [
+        partition(name, members, rank, groups, everybody)
+        for name, members in (("same part", same), ("ulysses", rows), ("ring", columns), ("tensor", parts))
+    ]
+    mesh = Mesh(
+        rank // tensor,
+        tokens,
+        ulysses,
+        ring,
+        torch.device(device),
+        *made[:3],
+        overlap_chunks=overlap_chunks,
+        tensor=tensor,
+        tensor_rank=rank % tensor,
+        tensor_group=made[3],
+        everybody=everybody,
+    )
     if ulysses > 1:
         name, reason = f"symmetric memory {mesh.ring_rank}", "no store is shared."
-        if stores is not None:
+        if tensor > 1:
+            reason = "it is not used where weights are split over the GPUs."
+        elif stores is not None:
             from .symmetric_memory import connect
 
             mesh.symmetric, reason = connect(stores(name), mesh.ulysses_rank, ulysses, mesh.device)

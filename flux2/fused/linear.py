@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from . import int8_rowwise
+from ..parallel import tensor_parallel
 from .kernels.formats import FP8_TENSOR, INT8_ROW, Format, Quantised
 
 FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
@@ -41,10 +42,18 @@ class Products:
         if isinstance(x, Quantised) and x.format.kind == FP8_TENSOR:
             return linear(as_comfy_tensor(x)).unflatten(0, x.data.shape[:2])
         if isinstance(x, Quantised) and x.format.kind == INT8_ROW:
-            return int8_rowwise.product(linear, x)
+            return added(linear, int8_rowwise.product(linear, x))
         if isinstance(x, Quantised) or (self.fp8 and self.fp8.suits(linear)):
-            return self.fp8.product(linear, x)
+            return added(linear, self.fp8.product(linear, x))
         return linear(x)
+
+
+def added(linear, out):
+    """A product that was computed without calling its layer. Where weights are split over GPUs, the layer adds those of
+    the other GPUs when it is called (flux2/parallel/tensor_parallel.py).
+    """
+    add = getattr(linear, tensor_parallel.ADD, None)
+    return out if add is None else add(out)
 
 
 def fp8_input_scale(linear, device):

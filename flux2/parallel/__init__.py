@@ -3,6 +3,7 @@
   shards.py     which tokens belong to which rank: numbers only
   forward.py    sharded_forward (one call of a network), shard (every pass of a MODEL), unsupported (why not)
   attention.py  the override that computes attention over the tokens of all ranks
+  tensor_parallel.py  weights split over the ranks: which part of each a rank holds, and where sums are taken
   workers/      processes and replicas: who calls the network on the other GPUs
 
 What whoever starts the ranks must know:

@@ -12,7 +12,7 @@ the position embedding and the slices for index_timestep_zero are made, with the
 get; the slices are a list that is read after the patches; `control` is added to the first tokens of the image.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import inspect
 import traceback
 
@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention.errors import UserError, explained
 from ...attention.parallel import usp
+from . import tensor_parallel
 from ..attention_slot import SLOT, with_choices_of_blocks
 from .attention import ShardedAttention
 from .shards import TokenShards
@@ -30,6 +31,7 @@ KEY = "flux2_sharded"
 ATTRIBUTES = ("forward_orig", "double_blocks", "single_blocks", "num_heads", "hidden_size", "out_channels")
 NEEDED = ("img", "img_ids", "txt", "txt_ids", "transformer_options")
 REFERENCES = "reference_image_num_tokens"
+ATTENTION, IMAGE, TEXT, BOTH = "attention", "image", "text", "both"  # what is exchanged; the tokens that are added
 
 
 def unsupported(network, ulysses=1):
@@ -66,13 +68,17 @@ def sharded_forward(network, mesh, transformer_options=None, *, fallback=None, f
     above 1 needs a log-sum-exp. failed(error): called as soon as something raises on this rank, before it takes part
     in what is left of the pass; once or twice. ValueError when the network cannot be sharded.
     """
-    reasons = unsupported(network, mesh.ulysses)
+    reasons = unsupported(network, mesh.ulysses * mesh.tensor)
+    parallel = tensor_parallel.of(network)
+    if mesh.tensor != (parallel.size if parallel else 1):
+        reasons.append(f"The weights are not split into the {mesh.tensor} parts that these GPUs hold.")
     if reasons:
         raise UserError(" ".join(reasons), "several-gpus")
     held = network.__dict__.get("forward_orig")  # an object patch of somebody else lies in the instance
     network.forward_orig = ShardedForward(network, mesh, fallback, failed)
     try:
-        yield transformer_options
+        with parallel.over(mesh) if parallel else nullcontext():
+            yield transformer_options
     finally:
         del network.forward_orig
         if held is not None:
@@ -96,17 +102,21 @@ def shard(model, mesh, *, fallback=None):
 
 
 class ShardedForward:
-    """Takes the place of forward_orig for one call. inner: what is called in it; calls: how many attention calls one
-    pass makes, as far as is known.
+    """Takes the place of forward_orig for one call. inner: what is called in it; collectives: what one pass exchanges,
+    as far as is known, in order: ATTENTION, or the tokens whose products are added over the parts of the weights.
     """
 
     def __init__(self, network, mesh, fallback=None, failed=lambda error: None):
         self.inner, self.mesh, self.fallback, self.failed = network.forward_orig, mesh, fallback, failed
         self.network = network
         self.names = parameters(self.inner)
-        self.heads, self.head_dim = network.num_heads, network.hidden_size // network.num_heads
-        self.out_channels = network.out_channels
-        self.calls = len(network.double_blocks) + len(network.single_blocks)
+        # of each process, where weights are split
+        self.heads, self.head_dim = network.num_heads // mesh.tensor, network.hidden_size // network.num_heads
+        self.hidden, self.out_channels = network.hidden_size, network.out_channels
+        split = mesh.tensor > 1
+        double = [ATTENTION, *[IMAGE, IMAGE, TEXT, TEXT] * split] * len(network.double_blocks)
+        self.collectives = [*double, *[ATTENTION, *[BOTH] * split] * len(network.single_blocks)]
+        self.calls = self.collectives.count(ATTENTION)
 
     def __call__(self, *args, **kwargs):
         """The whole output (B, S of the image, C), on every rank. An exception on one rank does not leave the others
@@ -138,7 +148,8 @@ class ForwardState:
 
     def __init__(self, sharded, named):
         self.sharded, self.mesh, self.named = sharded, sharded.mesh, named
-        self.options, self.shards, self.calls_before = named["transformer_options"], None, self.mesh.attention_calls
+        self.options, self.shards = named["transformer_options"], None
+        self.calls_before, self.additions_before = self.mesh.attention_calls, self.mesh.additions
         self.pending, self.finished = None, False
         self.zero_slices = None if named.get("timestep_zero_index") is None else list(named["timestep_zero_index"])
         self.control = None if named.get("control") is None else dict(named["control"])
@@ -215,7 +226,7 @@ class ForwardState:
                 "several-gpus",
             )
         made, calls = self.mesh.attention_calls - self.calls_before, self.sharded.calls
-        if made != calls and self.mesh.size > 1:  # the other ranks are in another collective than this one
+        if made != calls and self.mesh.everybody is not None:  # the other ranks are in another collective than this one
             raise explained(
                 RuntimeError(
                     f"In this pass attention was called {made} times, and the blocks of this model call it {calls} "
@@ -238,14 +249,14 @@ class ForwardState:
         worthless; NaN in the output shows it.
         """
         mesh = self.mesh
-        if mesh.size == 1 or mesh.broken is not None or self.finished:
+        if mesh.everybody is None or mesh.broken is not None or self.finished:
             return
         try:
             if self.shards is None and not self._shard_zeros():
                 return  # these inputs cannot be shared: every rank says so, and none waits
             if self.pending and not self.pending.finished:
                 self.pending.drain(error)
-            self._attend_zeros()
+            self._exchange_nothing()
         except Exception as another:
             mesh.broken = mesh.broken or another
 
@@ -253,7 +264,7 @@ class ForwardState:
         """Find the shards as the other ranks do: by the other patches, which may change the lengths, and ours; on
         zeros. False when there are none.
         """
-        width = self.sharded.heads * self.sharded.head_dim
+        width = self.sharded.hidden
         inputs = {name: self.named[name].new_zeros((*self.named[name].shape[:2], width)) for name in ("img", "txt")}
         inputs |= {name: self.named[name] for name in ("img_ids", "txt_ids")}
         inputs["transformer_options"] = dict(self.options)
@@ -265,14 +276,21 @@ class ForwardState:
             return False
         return True
 
-    def _attend_zeros(self):
-        """The attention calls of this pass that are left, and the gathering of its output, in NaN."""
+    def _exchange_nothing(self):
+        """The collectives of this pass that are left, in their order, and the gathering of its output. NaN wherever it
+        reaches the output of other ranks.
+        """
         img, mesh, sharded, shards = self.named["img"], self.mesh, self.sharded, self.shards
         lengths, keys = shards.lengths(), shards.lengths(references=True)
+        tokens = {IMAGE: shards.image_lengths(), TEXT: shards.text_lengths(), BOTH: lengths}
         shape = (sharded.heads, sharded.head_dim)
         q, k = (img.new_zeros((img.shape[0], of[mesh.rank], *shape)) for of in (lengths, keys))
-        while mesh.attention_calls - self.calls_before < sharded.calls:
-            usp.attend(no_attention, q, k, k, mesh, lengths, kv_lengths=keys)
+        done = mesh.attention_calls - self.calls_before + mesh.additions - self.additions_before
+        for what in sharded.collectives[done:]:
+            if what == ATTENTION:
+                usp.attend(no_attention, q, k, k, mesh, lengths, kv_lengths=keys)
+            else:
+                mesh.add(img.new_full((img.shape[0], tokens[what][mesh.rank], sharded.hidden), float("nan")))
         own = shards.image_lengths()[mesh.rank]
         mesh.gather(img.new_full((img.shape[0], own, sharded.out_channels), float("nan")), shards.image_lengths())
 

@@ -42,7 +42,7 @@ def names_of(gpus):
 
 def plan_ranks(device, gpus, degrees):
     """(ParallelPlan, why). gpus: how many, 0 for all of this machine. degrees(number) chooses them: an object with
-    ulysses, ring and why. ParallelPlan is None for one GPU.
+    ulysses, ring, tensor and why. ParallelPlan is None for one GPU.
 
     ValueError, in words, when there are fewer, or when these devices cannot exchange data.
     """
@@ -62,7 +62,7 @@ def plan_ranks(device, gpus, degrees):
         raise UserError(reason, "several-gpus")
     chosen, places = degrees(number), here.places[:number]
     why = " ".join((chosen.why, *(slower(places) if here.device == "cuda" else ())))
-    return ParallelPlan(chosen.ulysses, chosen.ring, here.device, places, elsewhere), why
+    return ParallelPlan(chosen.ulysses, chosen.ring, here.device, places, elsewhere, tensor=chosen.tensor), why
 
 
 def slower(gpus):

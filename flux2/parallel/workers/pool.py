@@ -44,9 +44,10 @@ class RanksFailed(Explained, RuntimeError):
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Who takes part: ulysses * ring ranks. device: "cuda" or "cpu". gpus: index in this process of each rank on this
-    machine, rank 0's first; None for the CPU. elsewhere: ranks that join from other hosts. overlap_chunks: see
-    attention/parallel/mesh.py; 1 exchanges all heads of an attention call at once.
+    """Who takes part: ulysses * ring * tensor ranks. device: "cuda" or "cpu". gpus: index in this process of each rank
+    on this machine, rank 0's first; None for the CPU. elsewhere: ranks that join from other hosts. overlap_chunks: see
+    attention/parallel/mesh.py; 1 exchanges all heads of an attention call at once. tensor: parts that the weights are
+    split into; 1: every rank has all of them.
     """
 
     ulysses: int
@@ -55,14 +56,16 @@ class ParallelPlan:
     gpus: tuple
     elsewhere: int = 0
     overlap_chunks: int = 1
+    tensor: int = 1
 
     @property
     def size(self):
-        return self.ulysses * self.ring
+        return self.ulysses * self.ring * self.tensor
 
     def mesh(self):
         """The arguments of make_mesh that are a matter of choice."""
-        return {"ulysses": self.ulysses, "ring": self.ring, "overlap_chunks": self.overlap_chunks}
+        chosen = {"ulysses": self.ulysses, "ring": self.ring, "tensor": self.tensor}
+        return {**chosen, "overlap_chunks": self.overlap_chunks}
 
     def processes(self):
         """What has to be equal for two plans to use the same processes."""

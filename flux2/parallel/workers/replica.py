@@ -9,6 +9,10 @@ set as on rank 0.
                                               concerned are written again
   replica.set_options(specs)                  # what patch_transfer.py sends
 
+Where the weights are split, a replica keeps its part of each weight on the device (flux2/parallel/tensor_parallel.py),
+cut out of the mapped file. LoRA is applied to the whole weight, which is on the device for that moment, and then cut:
+so every kind of LoRA gives the numbers that it gives on one GPU.
+
 Host memory: tensors of a safetensors file stay mapped, so their pages are the file's and shared by all processes; the
 originals of patched weights are taken from there again. Only files that ComfyUI does not map (.ckpt, .pt) and stacked
 weights of diffusers folders are held by each worker.
@@ -24,6 +28,7 @@ import comfy.utils
 import torch
 
 from ....attention.errors import Explained
+from .. import tensor_parallel
 from . import gguf, patch_transfer
 from .channel import bytes_of
 from .serialize import Unsendable, flatten, restore
@@ -57,8 +62,8 @@ class NotReplicable(Explained, ValueError):
 
 
 def source_of(patcher):
-    """How a MODEL was loaded: {"loader", "arguments", "index"}, JSON; loader: in LOADERS. Raises NotReplicable or
-    gguf.NotFound.
+    """How a MODEL was loaded: {"loader", "arguments", "index", "parts"}, JSON; loader: in LOADERS; parts: into how many
+    its weights are split. Raises NotReplicable or gguf.NotFound.
     """
     made = getattr(patcher, "cached_patcher_init", None)
     if made is None and gguf.is_gguf(patcher):
@@ -71,6 +76,7 @@ def source_of(patcher):
             "cached_patcher_init). Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
         )
     function, arguments, *index = made
+    parallel = tensor_parallel.of(patcher.model.diffusion_model)
     loader = next((name for name, where in LOADERS.items() if where == place_of(function)), None)
     if loader is None:
         raise NotReplicable(
@@ -83,6 +89,7 @@ def source_of(patcher):
             "loader": loader,
             "arguments": flatten([in_plain_words(argument) for argument in arguments])[0],
             "index": index[0] if index else None,
+            "parts": parallel.size if parallel else 1,
         }
     except Unsendable as error:
         raise NotReplicable(
@@ -124,37 +131,25 @@ def weights_of(patcher):
 
 
 class Replica:
-    """The model on a worker's device. model: its ModelPatcher as loaded; current: a clone with rank 0's options."""
+    """The model on a worker's device. rank: the worker's; model: its ModelPatcher as loaded; current: a clone with rank
+    0's options.
+    """
 
-    def __init__(self, source, device):
+    def __init__(self, source, device, rank=0):
         self.device = torch.device(device)
         self.model = load(source)
         self.network = self.model.model.diffusion_model
         self.originals = dict(self.model.model.named_parameters())
+        if source.get("parts", 1) > 1:
+            tensor_parallel.TensorParallel(self.network, rank % source["parts"], source["parts"])
         self._replaced, self._patched, self._applied, self._plain = {}, set(), None, {}
         for key in self.originals:
-            self._place(key)
+            place(self.model, key, self.originals[key], self.device)
         for key, buffer in list(self.model.model.named_buffers()):
             comfy.utils.set_attr_buffer(self.model.model, key, buffer.to(self.device))
         self.model.model.device = self.device
         self.current = self.model
-        self.digest = digest_of(self.model)
-
-    def _place(self, key):
-        """Put one weight on the device, in the number format of the model, with the patches that are set for it."""
-        root = self.model.model
-        original = self.originals[key]
-        if type(original) is torch.nn.Parameter:
-            value = original.data.to(self.device, placed_dtype(root, key, original))
-        else:
-            value = original.to(self.device)
-            if getattr(value, "patches", None):  # GGUF: on the CPU this is the original, with the patches of before
-                value.patches = []
-        comfy.utils.set_attr_param(root, key, value)
-        if key in self.model.patches:
-            self.model.backup[key] = None  # ours is the mapped file: no copy of the original is to be kept
-            self.model.patch_weight_to_device(key, device_to=self.device)
-            self.model.backup.clear()
+        self.digest = digest_of(self.model, self.originals)
 
     def set_weights(self, data, tensors):
         """Replace the weight patches by these (see weights_of). Returns how many weights carry patches now."""
@@ -167,7 +162,7 @@ class Replica:
         self.model.patches = patches
         self._patched |= set(patches)  # memory may run out half-way: until all are written, those of before count too
         for key in sorted(self._patched):
-            self._place(key)
+            place(self.model, key, self.originals[key], self.device)
         self._patched = set(patches)
         return len(patches)
 
@@ -208,6 +203,28 @@ class Replica:
         return sum(weight.numel() * weight.element_size() for weight in self.model.model.parameters())
 
 
+def place(patcher, key, original, device):
+    """Put one weight of a patcher's model on a device: this process's part of it, in the number format of the model,
+    with the patches that the patcher has for it. original: the weight as it was loaded.
+    """
+    root, patched = patcher.model, key in patcher.patches
+    parallel = tensor_parallel.of(root.diffusion_model)
+    value = parallel.part(key, original) if parallel and not patched else original
+    if type(value) in (torch.nn.Parameter, torch.Tensor):
+        value = value.data.to(device, placed_dtype(root, key, value))
+    else:
+        value = value.to(device)
+        if getattr(value, "patches", None):  # GGUF: on the CPU this is the original, with the patches of before
+            value.patches = []
+    comfy.utils.set_attr_param(root, key, value)
+    if patched:
+        patcher.backup[key] = None  # ours is the mapped file: no copy of the original is to be kept
+        patcher.patch_weight_to_device(key, device_to=device)
+        patcher.backup.clear()
+        if parallel:
+            comfy.utils.set_attr_param(root, key, parallel.part(key, comfy.utils.get_attr(root, key)))
+
+
 def placed_dtype(root, key, weight):
     """The number format in which a weight is put on the device: ComfyUI keeps files in theirs until then."""
     # quantised tensors know their own format: ComfyUI's are a class, those of a GGUF file packed bytes
@@ -219,21 +236,29 @@ def placed_dtype(root, key, weight):
 
 def bytes_on_device(patcher):
     """Bytes that the weights of a MODEL take on each GPU."""
-    total = 0
-    for key, weight in patcher.model.named_parameters():
+    share = getattr(patcher, "share", None)
+    return bytes_of_weights(patcher.model, patcher.model.named_parameters()) if share is None else share.bytes
+
+
+def bytes_of_weights(root, weights):
+    """Bytes that these weights (name, weight) of ComfyUI's model `root` take on a GPU: this process's parts of them."""
+    total, parallel = 0, tensor_parallel.of(root.diffusion_model)
+    for key, weight in weights:
         stored = getattr(weight, "_qdata", weight)
-        size = placed_dtype(patcher.model, key, weight).itemsize if stored is weight else stored.element_size()
-        total += stored.numel() * size
+        size = placed_dtype(root, key, weight).itemsize if stored is weight else stored.element_size()
+        total += stored.numel() * size // (parallel.size if parallel and key in parallel.cuts else 1)
     return total
 
 
-def digest_of(patcher):
-    """Of a MODEL's weights as they were loaded, without LoRA: 64 hexadecimal digits that are the same on every rank
-    that loaded the same ones. Of each weight: name, shape, number format and SAMPLES numbers spread over it, the first
-    and the last among them. Two files that differ in other numbers alone are not told apart.
+def digest_of(patcher, weights=None):
+    """Of a MODEL's weights as they were loaded, whole and without LoRA: 64 hexadecimal digits that are the same on
+    every rank that loaded the same ones. Of each weight: name, shape, number format and SAMPLES numbers spread over it,
+    the first and the last among them. Two files that differ in other numbers alone are not told apart. weights: {name:
+    weight}, where the MODEL's own are not those that were loaded.
     """
-    digest, backup = hashlib.sha256(), patcher.backup
-    for key, weight in sorted(patcher.model.named_parameters()):
+    digest, backup, share = hashlib.sha256(), patcher.backup, getattr(patcher, "share", None)
+    weights = weights or (dict(patcher.model.named_parameters()) if share is None else share.originals)
+    for key, weight in sorted(weights.items()):
         kept = backup.get(key)  # where rank 0 has a LoRA in the weight itself
         weight = weight if kept is None else kept.weight
         stored = getattr(weight, "_qdata", weight).detach().reshape(-1)  # of ComfyUI's quantised tensors
@@ -259,9 +284,7 @@ class Mapped(comfy.model_patcher.ModelPatcher):
 
 
 def load(source):
-    """The ModelPatcher of a source, its weights still mapped from the file. Sets which kind of patcher ComfyUI's
-    loaders make: for worker processes only.
-    """
+    """The ModelPatcher of a source, its weights still mapped from the file."""
     if source["loader"] not in LOADERS:
         raise NotReplicable(f"This worker has no loader of the name '{str(source['loader'])[:80]}'.")
     module, name = LOADERS[source["loader"]]
@@ -269,9 +292,11 @@ def load(source):
     function, arguments = getattr(importlib.import_module(module, package), name), restore(source["arguments"], [])
     named = inspect.signature(function).bind(*arguments)
     named.arguments.update({name: value for name, value in PLAIN.items() if name in named.arguments})
-    comfy.model_patcher.CoreModelPatcher, Mapped.loading = Mapped, source["loader"] not in OWN_WEIGHTS
+    # which kind of patcher ComfyUI's loaders make
+    before, comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.CoreModelPatcher, Mapped
+    Mapped.loading = source["loader"] not in OWN_WEIGHTS
     try:
         made = function(*named.args, **named.kwargs)
     finally:
-        Mapped.loading = False
+        comfy.model_patcher.CoreModelPatcher, Mapped.loading = before, False
     return made if source["index"] is None else made[source["index"]]

@@ -188,7 +188,7 @@ class Worker:
         self.replica = None
         tidy(self.device)
         begun = time.perf_counter()
-        self.replica = pack("flux2.parallel.workers.replica").Replica(message["source"], self.device)
+        self.replica = pack("flux2.parallel.workers.replica").Replica(message["source"], self.device, self.rank)
         self.tensors = {}
         return {
             "seconds": time.perf_counter() - begun,
