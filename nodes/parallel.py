@@ -22,7 +22,7 @@ def parallel(model, gpus=0, ulysses=0, ring=0, weights=WHOLE, gguf_file=lambda: 
     network = model.model.diffusion_model
     heads, choose = getattr(network, "num_heads", 1), tensor_degrees if weights == SPLIT else degrees
     plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: choose(number, heads, ulysses, ring))
-    install.say(f"Changes nothing. {why}" if plan is None else f"{plan}. {why}")
+    install.say(f"Changes nothing. {why}" if plan is None else f"{plan.degrees}. {why}")
     if plan is None:
         return model
     reasons = unsupported(network, plan.ulysses * plan.tensor) or refuse_split(model, plan)

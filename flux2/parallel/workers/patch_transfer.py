@@ -23,6 +23,7 @@ import torch
 from ....attention.errors import Explained
 from ....attention.dispatch import AttentionDispatcher, Schedule
 from ... import attention_slot
+from .. import tensor_parallel
 from ...attention_slot import SLOT
 from ...lora.load import CONFIG_MARK
 from .serialize import Unsendable, flatten, restore
@@ -195,6 +196,8 @@ def refuse_patcher(patcher, options):
         )
     if patcher is None:
         return
+    if tensor_parallel.of(patcher.model.diffusion_model):
+        refuse_on_split_weights(patcher, options)
     for reason, present in (
         (
             "hooks that change weights during the sampling (Create Hook LoRA and its relatives). Use Load LoRA "
@@ -225,6 +228,23 @@ def refuse_patcher(patcher, options):
                     "may change the model of rank 0 "
                     "alone. Remove the node that sets it, or set gpus to 1."
                 )
+
+
+def refuse_on_split_weights(patcher, options):
+    """Refuse what would compute with whole layers, or put whole layers in the place of parts."""
+    if options.get("wrappers", {}).get("diffusion_model", {}).get("flux2_compile"):
+        raise Refused(
+            "Compile Blocks cannot compile blocks whose weights are split over the GPUs: the sums over the GPUs are no "
+            "part of a compiled graph. Remove that node, or set Sequence Parallel's weights to 'on every GPU'."
+        )
+    layers = [name for name, value in patcher.object_patches.items() if isinstance(value, torch.nn.Module)]
+    inner = [name for name in layers if name.startswith("diffusion_model.")]
+    if inner:
+        raise Refused(
+            f"Sequence Parallel has split the weights over the GPUs, and {inner[0]} was replaced by a whole layer "
+            f"({name_of(patcher.object_patches[inner[0]])}). Remove the node that did, or set weights to 'on every "
+            "GPU'."
+        )
 
 
 def name_of(value):

@@ -20,6 +20,7 @@ import threading
 import time
 
 from ....attention.errors import Explained
+from ....attention.parallel import Degrees
 from . import answers, channel, kernel_choice, launch, versions
 from .answers import ALIVE, WORK
 from .rendezvous import Rendezvous
@@ -59,8 +60,12 @@ class ParallelPlan:
     tensor: int = 1
 
     @property
+    def degrees(self):
+        return Degrees(self.ulysses, self.ring, tensor=self.tensor)
+
+    @property
     def size(self):
-        return self.ulysses * self.ring * self.tensor
+        return self.degrees.size
 
     def mesh(self):
         """The arguments of make_mesh that are a matter of choice."""

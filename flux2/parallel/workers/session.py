@@ -57,9 +57,9 @@ def no_progress(text, done, of):
 
 class ParallelSession:
     """See the module's text. base: ComfyUI's model (BaseModel), held weakly. seconds: from the start of the processes
-    until they ran ("configure"), had loaded ("load"), were connected ("ready"). last: what the last sampling reported,
-    by rank. cancelled(): whether the user asked to stop. in_use(): whether rank 0 still has the model loaded. turn:
-    held by whoever changes which model the ranks have.
+    until they ran ("configure"), had loaded ("load"), were connected ("ready"). held: bytes of weights on each rank.
+    last: what the last sampling reported, by rank. cancelled(): whether the user asked to stop. in_use(): whether
+    rank 0 still has the model loaded. turn: held by whoever changes which model the ranks have.
     """
 
     def __init__(self, plan, device, cancelled=lambda: False, in_use=lambda: True):
@@ -77,7 +77,7 @@ class ParallelSession:
         self._generation = 0  # of connections: each has names of its own in the store
         # the model that the ranks were asked to load, the number of that request, whether they have rank 0's weights
         self._source = self._load = None
-        self._compared = False
+        self._compared, self.held = False, {}
         self._transferred = Transferred()
         self._pass = self._asked_since = None  # number of the pass that runs, and since when the ranks are to end it
         self._idle_since, self._patience, self._seen_loaded = None, GRACE, False
@@ -210,6 +210,9 @@ class ParallelSession:
         if self._load is None:
             raise RanksFailed("The other ranks have no model. The next prompt loads it again.")
         answers = self._await("load", self._load, LOADING_S, "loading the model", progress)
+        self.held = {rank: answer["bytes"] for rank, answer in answers.items()}
+        if patcher is not None:
+            self.held[0] = replica.bytes_on_device(patcher)
         if patcher is not None and not self._compared:
             self._compare(answers, replica.digest_of(patcher))
         if self.connection is None or self.connection.arrangement != self.plan.mesh():
