@@ -177,6 +177,25 @@ def fp8_layer(layer, weight):
     return {f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
 
 
+def weights_file(fp8, sizes, folder):
+    """The path of a safetensors file with random weights of these sizes, bf16 or fp8, in the keys of the original
+    files. Its tensors are made on the GPU one after another, and held in host memory until they are written.
+    """
+    import comfy.model_management
+    from safetensors.torch import save_file
+
+    weights, layers = {}, {}
+    for name, weight in random_weights(sizes, comfy.model_management.get_torch_device(), 0):
+        made, layer = {name: weight}, name.removesuffix(".weight")
+        if fp8 and weight.ndim > 1 and "_blocks." in name:
+            made = fp8_layer(layer, weight) | {f"{layer}.input_scale": torch.tensor(INPUT_SCALE)}
+            layers[layer] = {"format": "float8_e4m3fn"}
+        weights |= {name: tensor.cpu() for name, tensor in made.items()}
+    path = os.path.join(folder, f"flux2-random-{'fp8' if fp8 else 'bf16'}.safetensors")
+    save_file(weights, path, marks(layers) if fp8 else {"format": "pt"})
+    return path
+
+
 def step_inputs(patcher, pixels, references=0, seed=1, reference_pixels=1024, text_tokens=TEXT_TOKENS):
     """Arguments of one forward pass for a square picture of `pixels`, with that many square references."""
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()

@@ -5,16 +5,20 @@ and, with --rounds, kills and cancels.
   COMFYUI_PATH=... python benchmarks/parallel.py [--gpus 4 2] [--cases bf16-1024 bf16-2048 fp8-1024] [--backend flash4]
   [--fast] [--json FILE] COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 --rounds 50 COMFYUI_PATH=... python
   benchmarks/parallel.py --gpus 2 4 --checks
+  COMFYUI_PATH=... python benchmarks/parallel.py --gpus 2 --weights split --fast --folder /large/disk --json FILE
 
 Random weights at full size, made on every GPU from the same seed: right for speed, noise for pictures. The other ranks
 are processes as the node starts them; this one is rank 0. Milliseconds: CUDA events around whole steps on rank 0,
 medians after warm-up; the one-GPU step of the same case is measured in the same run, before. Error: the output against
-the one-GPU output, and beside it how far two of PyTorch's exact kernels are apart on one GPU. Exchange: the mean of all
-ranks per step, waiting included, and the bytes that left a rank in that time. Ready: seconds from the start of the
+the one-GPU output, and beside it how far two of PyTorch's exact kernels are apart on one GPU. Exchange: the mean of
+all ranks per step, waiting included, and the bytes that left a rank in that time. Ready: seconds from the start of the
 processes until they had their weights and were connected (random weights are made faster than a file is read). The
 rounds sample a small model of the same shape, kill or cancel at random moments, and check latents, processes and the
 memory of every GPU. The checks sample one in float32, every kind of picture on every arrangement, and fail above 1e-6
-of one GPU's latents. --small tries everything in a minute, on a CPU with FLUX2_CPU_RANKS=2 too.
+of one GPU's latents. With --weights split the random model is written to a file in --folder first (bf16 64 GB, fp8 33)
+and loaded from there, as a user's is, so that no GPU ever holds it whole but the one that is compared with; peak: what
+PyTorch had reserved on each GPU at the end, the most that it held at once, in bytes. --small tries everything in a
+minute, on a CPU with FLUX2_CPU_RANKS=2 too.
 """
 
 import argparse
@@ -29,16 +33,17 @@ import time
 import torch
 
 from common import import_pack, summary, times_in_rounds, write
-from full_size import DEV, SMALL, build, build_fp8, import_comfyui, step, step_inputs
+from full_size import DEV, SMALL, build, build_fp8, import_comfyui, step, step_inputs, weights_file
 
 import_pack()
 import_comfyui()
-from flux2_pack.attention.parallel import degrees  # noqa: E402
+from flux2_pack.attention.parallel import degrees, tensor_degrees  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks  # noqa: E402
 from flux2_pack.flux2 import attention_slot  # noqa: E402
-from flux2_pack.flux2.parallel.workers import session as sessions, devices, install  # noqa: E402
+from flux2_pack.flux2.loading.load import load_model  # noqa: E402
+from flux2_pack.flux2.parallel.workers import session as sessions, devices, install, split_model  # noqa: E402
 
 CASES = {
     "bf16-1024": (build, 1024, 0, 10),
@@ -70,13 +75,12 @@ def prepared(patcher, backend, fast):
     return clone
 
 
-def split(model, gpus, ulysses=0, ring=0, overlap_chunks=1):
-    """(the model on several GPUs, its ParallelPlan)."""
-    plan, why = devices.plan_ranks(
-        model.load_device, gpus, lambda number: degrees(number, model.model.diffusion_model.num_heads, ulysses, ring)
-    )
+def split(model, gpus, ulysses=0, ring=0, overlap_chunks=1, weights=False):
+    """(the model on several GPUs, its ParallelPlan). weights: whether they are split too."""
+    heads, choose = model.model.diffusion_model.num_heads, tensor_degrees if weights else degrees
+    plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: choose(number, heads, ulysses, ring))
     plan = type(plan)(**{**vars(plan), "overlap_chunks": overlap_chunks})
-    clone = model.clone()
+    clone = split_model.split_model(model, plan.tensor) if weights else model.clone()
     install.install(clone, install.ParallelRequest(plan, why))
     return clone, plan
 
@@ -197,6 +201,76 @@ def steps(options):
             options.json,
         )
     end(patcher)
+
+
+# --- weights split over the GPUs -------------------------------------------------------------------------------------
+
+
+def loaded(model):
+    """The MODEL, loaded by ComfyUI and nothing beside it on this process's GPU."""
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    free()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    management.load_models_gpu([model], force_full_load=True)
+    return model
+
+
+def peaks(model):
+    """Bytes that PyTorch held at most on each GPU, rank 0's first: its own count here, on the other GPUs what is in
+    use, PyTorch's reserve and the driver's share included; None on a CPU.
+    """
+    session = sessions.existing(model.model)
+    rooms = session.pool.done("room", session.pool.ask("room"), 60)
+    own = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    others = [rooms[rank] for rank in sorted(rooms)]
+    return [own, *(room["total"] - room["free"] if room["free"] is not None else None for room in others)]
+
+
+def split_steps(options):
+    """A step of each case with split weights, from a file as a user's model is."""
+    found = []
+    for name in options.cases:
+        maker, pixels, references, repeat = CASES[name]
+        pixels, repeat = (128, 2) if options.small else (pixels, repeat)
+        path = weights_file(maker is build_fp8, SMALL if options.small else DEV, options.folder)
+        try:
+            found += split_case(str(path), name, pixels, references, repeat, options)
+        finally:
+            os.remove(path)
+        head = {"model": "FLUX.2-dev, random weights, from a file", "backend": options.backend}
+        write({**head, "fast_blocks": options.fast, "cases": found}, options.json)
+
+
+def split_case(path, name, pixels, references, repeat, options):
+    patcher = load_model(path)
+    inputs = step_inputs(patcher, pixels, references)
+    # one GPU may be too small for the model: then there is nothing to compare with
+    one, expected, one_peak = {"ms": None}, None, None
+    if not options.no_one_gpu:
+        single = loaded(prepared(patcher, options.backend, options.fast))
+        expected = step(single, inputs)
+        one = summary(timed(lambda: step(single, inputs), repeat))
+        one_peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    rows = []
+    for gpus in options.gpus:
+        model, plan = split(prepared(patcher, options.backend, options.fast), gpus, weights=True)
+        rows.append(split_row(name, loaded(model), plan, inputs, repeat, one, expected))
+        rows[-1]["one_gpu_peak_bytes"] = one_peak
+        end(model)
+        print(rows[-1], flush=True)
+    return rows
+
+
+def split_row(name, model, plan, inputs, repeat, one, expected):
+    out = step(model, inputs)
+    exchange(model)
+    row = {"name": name, "weights": "split", "gpus": plan.size, "ulysses": plan.ulysses, "ring": plan.ring}
+    row |= {"parts": plan.tensor, **summary(timed(lambda: step(model, inputs), repeat)), "one_gpu_ms": one["ms"]}
+    error = None if expected is None else difference(out, expected)
+    return {**row, **exchange(model), "error_to_one_gpu": error, "peak_bytes": peaks(model)}
 
 
 def end(patcher):
@@ -403,11 +477,19 @@ def main():
     parser.add_argument(
         "--window", type=float, default=1.0, help="seconds from the start of a sampling in which they happen"
     )
+    parser.add_argument(
+        "--weights", choices=["whole", "split"], default="whole", help="on every GPU, or split over the GPUs"
+    )
+    parser.add_argument("--folder", default=".", help="with split weights: where the model's file is written")
+    parser.add_argument(
+        "--no-one-gpu", action="store_true", help="with split weights: no step on one GPU, which is too small for it"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny model, to try every path")
     parser.add_argument("--json", help="file to write the result to")
     options = parser.parse_args()
     with torch.inference_mode():
-        (rounds if options.rounds else checks if options.checks else steps)(options)
+        work = split_steps if options.weights == "split" else steps
+        (rounds if options.rounds else checks if options.checks else work)(options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ The model. With S tokens of width W in b bytes, P = U x R GPUs and s = S / P tok
   ring       R-1 rotations of keys and values, 2 (S/R) (W/U) b each, hidden behind the attention of one part (attention
              / P / R); what is longer than that counts, and the merges, which read and write the output in float32
   gather     the result, s C b to each GPU, once per step
+  weights    split over T GPUs each, P = U x R x T: in a double block the products of attention's and of the
+             feed-forward part's last layer are added over those GPUs, in a single block that of its one last layer; an
+             all-reduce of S / U / R tokens of width W sends 2 (T-1)/T of them (Patarasu and Yuan 2009), each taking a
+             latency (a double block adds image and text apart). What every GPU does again then, norms and residuals,
+             is part of fixed: fit it to a measured case
   waiting    ranks that wait for one another: what a measured two-GPU step takes beyond its parts; 0 on paper
 Bandwidths are what a GPU can send, in GB/s of payload; measure them with benchmarks/exchange.py. Overlap of the Ulysses
 exchange with other work is a share that is given (0 by default). Not in the model: clocks that fall, hosts that launch
@@ -41,6 +46,7 @@ class Work:
     width: int = 6144
     heads: int = 48
     blocks: int = 56
+    double_blocks: int = 8
     out_width: int = 128
     item_bytes: int = 2
 
@@ -62,15 +68,18 @@ class Links:
 
 @dataclass(frozen=True)
 class Layout:
-    """gpus per Ulysses group and number of groups, over hosts of so many GPUs."""
+    """gpus per Ulysses group and number of groups, over hosts of so many GPUs; parts: GPUs that share the weights, each
+    of the former being so many.
+    """
 
     ulysses: int
     ring: int
     hosts: int = 1
+    parts: int = 1
 
     @property
     def gpus(self):
-        return self.ulysses * self.ring
+        return self.ulysses * self.ring * self.parts
 
     @property
     def per_host(self):
@@ -79,14 +88,14 @@ class Layout:
     def __str__(self):
         return (
             f"{self.gpus} GPU{'s' * (self.gpus > 1)}, {self.hosts} host{'s' * (self.hosts > 1)}, Ulysses "
-            f"{self.ulysses} x ring {self.ring}"
+            f"{self.ulysses} x ring {self.ring}" + f", weights over {self.parts}" * (self.parts > 1)
         )
 
 
 def impossible(work, layout):
     """Why a layout cannot be had, a sentence; empty when it can."""
-    if work.heads % layout.ulysses:
-        return f"Ulysses {layout.ulysses} does not divide {work.heads} heads"
+    if work.heads % (layout.ulysses * layout.parts):
+        return f"Ulysses {layout.ulysses} x {layout.parts} parts does not divide {work.heads} heads"
     return f"{layout.gpus} GPUs do not divide into {layout.hosts} hosts" if layout.gpus % layout.hosts else ""
 
 
@@ -94,7 +103,7 @@ def ulysses_bytes(work, layout):
     """(bytes one GPU sends in a step, of those to other hosts) for all attention calls: q, k and v there and the result
     back.
     """
-    peers, near = layout.ulysses - 1, min(layout.ulysses, layout.per_host) - 1
+    peers, near = layout.ulysses - 1, min(layout.ulysses, max(1, layout.per_host // layout.parts)) - 1
     to_each = 4 * work.tokens * work.width * work.item_bytes / layout.gpus / layout.ulysses
     return work.blocks * to_each * peers, work.blocks * to_each * (peers - near)
 
@@ -127,11 +136,27 @@ def ring_ms(work, layout, links):
     return rotations * (max(0.0, one - behind) + merging)
 
 
-def gather_ms(work, layout, links):
-    if layout.gpus == 1:
+def addition_bytes(work, layout):
+    """Bytes one GPU sends in a step to add the products of split weights."""
+    each = work.tokens / layout.ulysses / layout.ring * work.width * work.item_bytes
+    return (work.blocks + work.double_blocks) * 2 * (layout.parts - 1) / layout.parts * each
+
+
+def addition_ms(work, layout, links):
+    """The parts of the weights are on one host."""
+    if layout.parts == 1:
         return 0.0
-    each = work.tokens / layout.gpus * work.out_width * work.item_bytes
-    near, far = layout.per_host - 1, layout.gpus - layout.per_host
+    calls = work.blocks - work.double_blocks + 4 * work.double_blocks
+    return addition_bytes(work, layout) / links.host_gbs / 1e6 + calls * links.host_us / 1e3
+
+
+def gather_ms(work, layout, links):
+    shares = layout.ulysses * layout.ring
+    if shares == 1:
+        return 0.0
+    each = work.tokens / shares * work.out_width * work.item_bytes
+    here = max(1, layout.per_host // layout.parts)
+    near, far = here - 1, shares - here
     return (
         max(each * near / links.host_gbs, each * far / links.network_gbs) / 1e6
         + (links.network_us if far else links.host_us) / 1e3
@@ -139,14 +164,15 @@ def gather_ms(work, layout, links):
 
 
 def predict(work, layout, links):
-    """{"compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "waiting_ms", "ms", "speedup"} of one step; speedup against
-    one_gpu_ms.
+    """{"compute_ms", "ulysses_ms", "ring_ms", "gather_ms", "weights_ms", "waiting_ms", "ms", "speedup"} of one step;
+    speedup against one_gpu_ms.
     """
     parts = {
         "compute_ms": work.fixed_ms + (work.one_gpu_ms - work.fixed_ms) / layout.gpus,
         "ulysses_ms": ulysses_ms(work, layout, links),
         "ring_ms": ring_ms(work, layout, links),
         "gather_ms": gather_ms(work, layout, links),
+        "weights_ms": addition_ms(work, layout, links),
         "waiting_ms": work.waiting_ms * (layout.gpus > 1),
     }
     total = sum(parts.values())
@@ -194,6 +220,7 @@ def layouts(work, per_host=8):
     """
     sizes = [n for n in (1, 2, 4, 8) if n <= per_host]
     made = [Layout(n, 1) for n in sizes] + [Layout(per_host // 2, 2), Layout(1, per_host)]
+    made += [Layout(1, 1, parts=n) for n in sizes if n > 1] + [Layout(2, 1, parts=2)] * (per_host >= 4)
     made += [
         Layout(2 * per_host, 1, 2),
         Layout(per_host, 2, 2),
@@ -207,7 +234,9 @@ def read_measured(path, name):
     """[(Layout, ms)] of the cases of benchmarks/results/parallel-*.json with this name."""
     cases = json.loads(Path(path).read_text())["cases"]
     return [
-        (Layout(case["ulysses"], case["ring"]), case["ms"]) for case in cases if case["name"] == name and "ms" in case
+        (Layout(case["ulysses"], case["ring"]), case["ms"])
+        for case in cases
+        if case["name"] == name and "ms" in case and case.get("weights") != "split"
     ]
 
 
@@ -259,7 +288,7 @@ def main():
         f"{work.tokens} tokens, one GPU {work.one_gpu_ms:g} ms, of that attention {work.attention_ms:g}; not "
         f"divided {work.fixed_ms:.1f} ms"
     )
-    columns = ("compute", "ulysses", "ring", "gather", "waiting", "ms", "speedup")
+    columns = ("compute", "ulysses", "ring", "gather", "weights", "waiting", "ms", "speedup")
     print(f"{'':46s}{''.join(f'{name:>9}' for name in columns)}{'measured':>10}")
     rows = []
     for layout in dict.fromkeys([*known, *layouts(work)]):

@@ -72,7 +72,7 @@ class Flux2SequenceParallel(io.ComfyNode):
             display_name="Sequence Parallel (FLUX.2)",
             category=f"{CATEGORY}/speed",
             description="Computes every step of one image on several GPUs at once: each GPU has the whole model and a "
-            "part of the image. Same image, less "
+            "part of the image, or a share of the weights of a model that is too large for one. Same image, less "
             "time. Samplers, guiders, previews, LoRA, references and Select Attention work as with one GPU, before or "
             "after this node. The first image starts a process per GPU; they stay for the next ones.",
             search_aliases=[
@@ -83,6 +83,8 @@ class Flux2SequenceParallel(io.ComfyNode):
                 "ring attention",
                 "context parallel",
                 "usp",
+                "tensor parallel",
+                "split weights",
                 "xdit",
                 "raylight",
                 "distributed",

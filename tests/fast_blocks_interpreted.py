@@ -93,6 +93,29 @@ def test_a_forward_pass_equals_cores(tools, flux2, case):
     assert tools.fast_blocks.log_of(model).as_data() == ALL
 
 
+@pytest.mark.parametrize("kind", ["float32", "fp8", "int8"])
+def test_blocks_with_half_of_the_weights_equal_the_whole_ones(tools, flux2, monkeypatch, kind):
+    """Of two GPUs that the weights are split over: each computes its heads, and products that kernels compute without
+    calling their layer are added too.
+    """
+    import split_in_process
+
+    makers = {
+        "float32": lambda: tools.comfy.sd.load_diffusion_model_state_dict(maker.diffusion_model(dtype=torch.float32)),
+        "fp8": lambda: fp8_checkpoint(tools, monkeypatch, True, None),
+        "int8": lambda: int8_checkpoint(tools, "rowwise"),
+    }
+    given = inputs({"references": 1})
+    expected = forward(fast(tools, makers[kind]()), given)
+    parts = [fast(tools, part) for part in split_in_process.parts_of(makers[kind], 2)]
+    found = split_in_process.together(parts, lambda model: forward(model, given))
+    for (out, mesh), part in zip(found, parts):
+        # quantised inputs: a token has a scale of its own on each GPU, and what lies between two steps may round apart
+        assert relative(out, expected) < {"float32": CLOSE, "fp8": 0.03, "int8": 0.03}[kind]
+        assert mesh.additions == 2 * 4 + 4 and tools.fast_blocks.log_of(part).as_data() == ALL
+    assert torch.equal(found[0][0], found[1][0])
+
+
 def counted(monkeypatch):
     """Counts of launches by the name of the kernels' wrappers."""
     from collections import Counter

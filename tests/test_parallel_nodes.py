@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from api_workflow import fill
+from comfy_client import ExecutionFailed
 from comfy_server import ComfyServer
 from pack import ROOT
 from server_fixture import run
@@ -19,6 +20,7 @@ from test_parallel_server import sampled, settings
 from test_server import NODE, difference, node
 
 SAME = 1e-6
+FLOAT32_OF_BF16 = 2  # bytes of a weight on a server started with --force-fp32, over those in the file
 LORA = "small.safetensors"
 
 
@@ -106,6 +108,47 @@ def test_warm_up_runs_on_every_rank_and_changes_nothing(two_ranks, model_files, 
     one, two, report = on_one_and_two(two_ranks, model_files, warmup="128x96", warmup_steps=1)
     assert difference(two, one) < SAME and difference(one, plain[3]) < SAME
     assert report["parallel"]["ranks"][1]["forwards"] == 3, "the image's own"
+
+
+def split_weights(workflow):
+    """The workflow with the weights split over the GPUs, where it has Sequence Parallel."""
+    for one in workflow.values():
+        if one["class_type"] == "Flux2SequenceParallel":
+            one["inputs"]["weights"] = "split over the GPUs"
+    return workflow
+
+
+def test_split_weights_give_the_latents_of_one_process_with_a_lora_and_after_it(two_ranks, model_files, plain):
+    def with_lora(workflow):
+        return split_weights(
+            behind_the_loader(workflow, "LoraLoaderModelOnly", lora_name=LORA, strength_model=0.8),
+        )
+
+    one, two, report = on_one_and_two(two_ranks, model_files, split_weights)
+    assert difference(two, one) < SAME and difference(two, plain[3]) < SAME
+    assert report["parallel"]["weights"] == "split" and report["parallel"]["parts"] == 2
+    held = {rank["weights_bytes"] for rank in report["parallel"]["ranks"]}
+    assert len(held) == 1 and held.pop() < 0.62 * model_files["diffusion_models"][0].stat().st_size * FLOAT32_OF_BF16
+    one, two, report = on_one_and_two(two_ranks, model_files, with_lora)
+    assert difference(two, one) < SAME < 1e-4 < difference(one, plain[3])
+    assert report["parallel"]["weights"] == "split"
+    _, whole, report = on_one_and_two(two_ranks, model_files)
+    assert difference(whole, plain[3]) < SAME and report["parallel"]["weights"] == "on every GPU"
+
+
+def test_compare_attention_measures_split_weights(two_ranks, model_files):
+    chosen = {"reference": "sdpa", "candidate_1": "sdpa-math", "candidate_2": "sdpa"}
+    workflow = measuring("flux2_compare_attention", "Flux2CompareAttention", model_files, **chosen)
+    (data,) = run(two_ranks, split_weights(workflow)).collect("flux2_compare")
+    math, same = data["candidates"][:2]
+    assert not any(row["reason"] for row in data["candidates"]), [row["reason"] for row in data["candidates"]]
+    assert 0 < math["latent"]["relative"] < 1e-4 and same["latent"]["relative"] < SAME
+
+
+def test_heads_that_do_not_divide_are_refused_by_the_node(two_ranks, model_files):
+    workflow = split_weights(fill(settings(model_files, gpus=2, ulysses=2)[0]))
+    with pytest.raises(ExecutionFailed, match="Weights cannot be split over 2 GPUs with Ulysses 2"):
+        run(two_ranks, workflow)
 
 
 def measuring(name, class_type, model_files, **inputs):

@@ -174,13 +174,13 @@ def test_other_models_are_refused_with_what_they_lack(comfy):
     assert "NotFlux) lacks forward_orig, double_blocks" in unsupported(NotFlux())[0]
     with (
         pytest.raises(ValueError, match="Several GPUs can share models of FLUX.2's shape"),
-        sharded_forward(NotFlux(), types.SimpleNamespace(ulysses=2)),
+        sharded_forward(NotFlux(), types.SimpleNamespace(ulysses=2, tensor=1)),
     ):
         pass
     with pytest.raises(ValueError, match="lacks"):
         shard(
             types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=NotFlux())),
-            types.SimpleNamespace(ulysses=2),
+            types.SimpleNamespace(ulysses=2, tensor=1),
         )
 
 

@@ -151,6 +151,7 @@ LAYERS_OF_ALL_CUTS = (
 )
 
 
+@torch.inference_mode()  # as in a server: ComfyUI patches quantised weights only there
 def test_an_fp8_file_with_a_lora_on_two_ranks(tools, tmp_path):
     weights = files.diffusion_model(double=1, single=2, dtype=torch.float32)
     weights, _, marks = quantise(weights, block_layers(weights), "fp8")

@@ -89,7 +89,7 @@ def shard(model, mesh, *, fallback=None):
     """Shard every forward pass of a MODEL clone: for programs in which each rank runs the whole sampling itself. Doing
     it twice replaces.
     """
-    reasons = unsupported(model.model.diffusion_model, mesh.ulysses)
+    reasons = unsupported(model.model.diffusion_model, mesh.ulysses * mesh.tensor)
     if reasons:
         raise UserError(" ".join(reasons), "several-gpus")
 
