@@ -37,7 +37,7 @@ from full_size import DEV, SMALL, build, build_fp8, import_comfyui, step, step_i
 
 import_pack()
 import_comfyui()
-from flux2_pack.attention.parallel import degrees, tensor_degrees  # noqa: E402
+from flux2_pack.attention.parallel import Degrees, degrees, tensor_degrees  # noqa: E402
 from flux2_pack.attention.parallel.mesh import pairs  # noqa: E402
 from flux2_pack.attention.dispatch import AttentionDispatcher  # noqa: E402
 from flux2_pack.flux2.fused import blocks as fused_blocks  # noqa: E402
@@ -204,6 +204,12 @@ def steps(options):
 
 
 # --- weights split over the GPUs -------------------------------------------------------------------------------------
+
+
+def split_arrangements(gpus):
+    """Degrees that leave two GPUs or more to share the weights."""
+    found = [Degrees(1, 1), Degrees(2, 1), Degrees(1, 2)]
+    return [one for one in found if gpus % one.size == 0 and gpus // one.size > 1]
 
 
 def loaded(model):
@@ -439,11 +445,15 @@ def checks(options):
         for name, kind in CHECKS.items():
             single = prepared(with_lora(patcher) if name == "LoRA" else patcher, "sdpa-math", options.fast)
             expected = sample(single, 17, 2, **kind)
-            for arranged in arrangements(gpus, patcher.model.diffusion_model.num_heads, True):
-                model, plan = split(single, gpus, arranged.ulysses, arranged.ring)
+            heads, weights = patcher.model.diffusion_model.num_heads, options.weights == "split"
+            for arranged in split_arrangements(gpus) if weights else arrangements(gpus, heads, True):
+                model, plan = split(single, gpus, arranged.ulysses, arranged.ring, weights=weights)
                 error = difference(sample(model, 17, 2, **kind), expected)
                 row = {"name": name, "gpus": gpus, "ulysses": plan.ulysses, "ring": plan.ring, "error": error}
                 rows.append({**row, "transport": sessions.existing(model.model).connection.mesh.transport})
+                rows[-1] |= {"weights": "split", "parts": plan.tensor} if weights else {}
+                if weights:  # it has ranks of its own, beside the whole model's
+                    end(model)
                 print(f"{name:<28} {gpus} GPUs, {arranged}: {rows[-1]['error']:.1e}", flush=True)
     end(patcher)
     write(

@@ -818,6 +818,29 @@ def test_fp8_products_with_a_scale_per_row_say_their_error_and_keep_copies_until
     assert relative(changed, again) > 1e-4
 
 
+def test_fp8_products_with_a_scale_per_row_on_split_weights(tools, flux2, monkeypatch):
+    """What is measured against is this GPU's own product, not the sum over GPUs that its layer gives."""
+    import split_in_process
+    from flux2_pack.flux2.fused import fp8_rowwise
+    from flux2_pack.flux2.fused.kernels import quantise
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(quantise, "quantise_rows", rows_by_torch)
+
+    def made():
+        return tools.comfy.sd.load_diffusion_model_state_dict(maker.diffusion_model(dtype=torch.float32))
+
+    parts, given = split_in_process.parts_of(made, 2), inputs({})
+    kinds = [fp8_rowwise.RowwiseFp8() for _ in parts]
+    for part, fp8 in zip(parts, kinds):
+        fp8.install(part)
+        tools.fast_blocks.install(part, fp8)
+    found = split_in_process.together(parts, lambda model: forward(model, given))
+    assert torch.equal(found[0][0], found[1][0]) and 1e-5 < relative(found[0][0], forward(made(), given)) < 0.3
+    assert [mesh.additions for _, mesh in found] == [12, 12]
+    assert all(len(fp8.errors) == 10 and all(0.01 < error < 0.12 for error in fp8.errors.values()) for fp8 in kinds)
+
+
 LORA_LAYERS = {"single_blocks.0.linear1": (2304, 256), "double_blocks.1.img_mlp.2": (256, 768)}
 
 

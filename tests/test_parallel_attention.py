@@ -307,8 +307,22 @@ def test_the_cost_model_takes_the_fixed_part_from_measurements(model):
         "1 GPU, 1 host, Ulysses 1 x ring 1",
         "2 GPUs, 1 host, Ulysses 2 x ring 1",
         "8 GPUs, 1 host, Ulysses 1 x ring 8",
+        "2 GPUs, 1 host, Ulysses 1 x ring 1, weights over 2",
         "16 GPUs, 2 hosts, Ulysses 1 x ring 16",
     ]
+
+
+def test_the_cost_model_knows_what_split_weights_exchange(model):
+    """FLUX.2-dev at 1024x1024: 64 all-reduces of 57 MB on two GPUs, 12 ms at 300 GB/s."""
+    work, links = model.Work(438.0, 52.0), model.Links(host_gbs=300.0, host_us=0.0)
+    assert model.addition_bytes(work, model.Layout(1, 1, parts=2)) == 64 * 4608 * 6144 * 2
+    found = model.predict(work, model.Layout(1, 1, parts=2), links)
+    assert found["weights_ms"] == pytest.approx(12.1, abs=0.1) and found["ms"] == pytest.approx(
+        219 + found["weights_ms"]
+    )
+    assert model.addition_bytes(work, model.Layout(2, 1, parts=2)) == 32 * 4608 * 6144 * 2, "half of the tokens"
+    assert model.addition_bytes(work, model.Layout(4, 1)) == model.addition_ms(work, model.Layout(4, 1), links) == 0
+    assert "2 x 5 parts does not divide 48 heads" in model.impossible(work, model.Layout(2, 1, parts=5))
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -194,9 +194,8 @@ class ParallelSession:
             free, total = answer["free"], answer["total"]
             if free is not None and free < factor * size:
                 worker = next(worker for worker in self.pool.workers if worker.rank == rank)
-                there = (
-                    f"{worker} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, and the model takes {size / 1e9:.1f}"
-                )
+                what = "the model" if self.plan.tensor == 1 else "its share of the weights"
+                there = f"{worker} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, and {what} takes {size / 1e9:.1f}"
                 if total < size:
                     return f"{there}: it does not fit on that GPU. Use an fp8 checkpoint, or GPUs with more memory."
                 return (
