@@ -29,7 +29,7 @@ CONSTANTS = (None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**400, 1.5, 3.0, -1
 CONSTANTS += ("", " ", ".", "\0", "\x1b[31m\r\n", "x" * 300, "\ud800", "٣", "nan", "auto", "none", "comfyui", "sdpa")
 CONSTANTS += ([], {}, [1], ["1", 0], (1, 2), b"x", object())
 # texts that reach a parser or a tokenizer, most of them long
-TEXTS = ("", " ", ",", "\0", "a" * 10**6, " " * 10**6, ",x" * 10**5, "(" * 10**5, "é" * 10**5, "\u202e" * 1000)
+TEXTS = ("", " ", ",", "\0", "a" * 10**6, " " * 10**6, ",x" * 10**5, "(" * 10**5, "é" * 10**5, "\u202e" * 100)
 TEXTS += ("\x00\x1b\x7f" * 1000, "\ud800", "[IMG]" * 1000, "<s>[INST]" * 500, "embedding:../../x", "9" * 5000 + "x16")
 TEXTS += (
     "32x32," * 10**5,
@@ -208,7 +208,7 @@ def nodes_of_the_pack():
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(Flux2Attention().get_node_list())}
 
 
-LONG_WORK = ("references", "call_repeat", "step_repeat")  # their valid values take a CPU longer than a case may
+LONG_WORK = ("references", "call_repeat", "step_repeat", "max_tokens")  # valid values take a CPU longer than a case may
 GOOD = {  # where the default is not what is wanted here
     "sizes": "32x32",
     "text": "a cat",

@@ -18,7 +18,7 @@ import small_models as maker
 from flux2_pack.flux2.checkpoints import folders, header, identify
 from flux2_pack.flux2.checkpoints.header import CheckpointError, open_checkpoint
 
-SOON = 3.0  # seconds
+SOON = 3.0  # seconds of computing; of silence where it is about others
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,11 @@ CLAIMS = {
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claims_of_a_header_are_bounded(examine, tmp_path, claim):
     path = raw(tmp_path / "x.safetensors", CLAIMS[claim])
-    start = time.perf_counter()
+    start = time.process_time()
     with Ticks() as others:
         text = examine.describe_path(str(path))
     assert "x.safetensors" in text and text.endswith(".")
-    assert time.perf_counter() - start < SOON and others.gap < SOON
+    assert time.process_time() - start < SOON and others.gap < SOON
 
 
 NAMED = {
@@ -115,10 +115,10 @@ def test_a_file_of_many_names_is_identified_soon_and_others_go_on(examine, tmp_p
     names = [NAMED[kind](number) for number in range(header.MOST_TENSORS - 2)]
     tensors = {name: empty() for name in names} | {"double_stream_modulation_img.lin.weight": empty()}
     path = raw(tmp_path / "x.safetensors", tensors)
-    start = time.perf_counter()
+    start = time.process_time()
     with Ticks() as others:
         text = examine.describe_path(str(path))
-    assert time.perf_counter() - start < SOON and others.gap < SOON
+    assert time.process_time() - start < SOON and others.gap < SOON
     assert "x.safetensors" in text
 
 
