@@ -33,3 +33,8 @@ def explained(error, topic):
     """The same error with its section, for types that cannot take it: `raise explained(RuntimeError(text), topic)`."""
     error.topic = topic
     return error
+
+
+def first_line(error):
+    """The first line of an error's text, or its type where it has none, as Python's own MemoryError."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

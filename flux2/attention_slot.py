@@ -99,7 +99,7 @@ def during_sampling(dispatcher):
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         run = dispatcher.begin_run(max(0, len(sigmas) - 1))
         guider = getattr(executor, "class_obj", None)
-        run.in_front = in_front(dispatcher, guider.model_options if guider is not None else {})
+        run.in_front = in_front(dispatcher, getattr(guider, "model_options", None) or {})  # another pack's guider too
         try:
             output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException as error:  # a cancel is one too

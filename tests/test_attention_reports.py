@@ -208,6 +208,22 @@ def test_another_pack_in_front_is_named(comfy):
     assert dispatcher.log.current.in_front is None
 
 
+@pytest.mark.parametrize("options", [{}, {"model_options": None}])
+def test_a_guider_of_another_pack_without_options_costs_no_image(comfy, options):
+    from flux2_pack.flux2 import attention_slot
+
+    dispatcher, image = AttentionDispatcher("sdpa"), torch.ones(1)
+
+    class Executor:
+        class_obj = SimpleNamespace(**options)
+
+        def __call__(self, *args, **kwargs):
+            return image
+
+    out = attention_slot.during_sampling(dispatcher)(Executor(), image, image, None, [1.0, 0.0])
+    assert out is image and dispatcher.log.current.error is None
+
+
 def test_a_wrapped_selector_is_found_by_the_report(comfy, small_models):
     """Another pack wraps our override and calls it: the calls are counted, and the report is not 'no node is there'."""
     import comfy.sd

@@ -662,6 +662,22 @@ def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux
     )
 
 
+def test_an_error_without_a_text_is_named_by_its_type(tools, flux2, monkeypatch):
+    """As Python's MemoryError, and the ones of compilers that are not there."""
+    from torch._inductor import cpp_builder
+
+    def failing(error):
+        def call(*args):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(tools.warmup.sampling, "run", failing(tools.comfy.model_management.OOM_EXCEPTION()))
+    assert "There is not enough memory for this size (OutOfMemoryError)." in warm(tools, flux2)[1][1]
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", failing(OSError()))
+    assert "can use on a CPU (OSError)." in tools.compiler._no_cpp()
+
+
 def test_a_cancel_ends_the_warm_up_and_the_log_is_as_before(tools, flux2):
     management, model = tools.comfy.model_management, select(tools, flux2, "sdpa")
     management.interrupt_current_processing()

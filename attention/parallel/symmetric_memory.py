@@ -22,6 +22,8 @@ import tempfile
 
 import torch
 
+from ..errors import first_line
+
 RENDEZVOUS = timedelta(seconds=20)
 ALIGNED = 256  # bytes
 SWITCH = "FLUX2_SYMMETRIC_MEMORY"
@@ -286,10 +288,6 @@ def abort_word():
 
 def power_of_two(number):
     return 1 << (number - 1).bit_length()
-
-
-def first_line(error):
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager

@@ -12,7 +12,7 @@ REFUSAL = "AttentionRefused"
 
 
 def badge_of(run, chosen, also=None):
-    """What to show of a runlog.Run. chosen, also: the slugs of the main and the second backend of its dispatcher.
+    """What to show of a run_log.Run. chosen, also: the slugs of the main and the second backend of its dispatcher.
 
     Returns {"state", "text"}. state: RUNNING; RAN as chosen; OTHER when something that was not chosen computed calls
     too; NOTHING when the model asked for no attention; FAILED; CANCELLED.

@@ -5,8 +5,8 @@
 
 A mark is an entry of the metadata `_quantization_metadata`, a tensor LAYER.comfy_quant with the same JSON, or, in older
 files, LAYER.scale_weight beside a tensor scaled_fp8. FORMATS is the table of what a weight and its scales look like in
-each format; which of them the installed ComfyUI computes is asked of ComfyUI (loading/load.py). Shapes of scales follow
-the layouts of comfy-kitchen 0.2.26, which ComfyUI 0.30 pins.
+each format; which of them the installed ComfyUI computes is asked of ComfyUI (loading/examine.py). Shapes of scales
+follow the layouts of comfy-kitchen 0.2.26, which ComfyUI 0.30 pins.
 """
 
 import json

@@ -10,6 +10,8 @@ import tempfile
 
 import torch
 
+from ...attention.errors import first_line
+
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,9 @@ def _no_cpp():
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:  # torch has a class of its own for this, and other names for it in other versions
-        line = str(error).strip().splitlines()[0]
         return (
-            f"there is no C++ compiler that torch.compile can use on a CPU ({line}). Install g++, or name one in CXX."
+            f"there is no C++ compiler that torch.compile can use on a CPU ({first_line(error)}). Install g++, or name "
+            "one in CXX."
         )
     return None
 

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
+from ...attention.errors import first_line
 from .. import attention_slot
 from . import capture, sampling
 
@@ -106,7 +107,7 @@ def sampled(model, size, positive, steps, batch, tick):
         sampling.run(model, job, callback)
     except comfy.model_management.OOM_EXCEPTION as error:
         comfy.model_management.soft_empty_cache()
-        row.error = f"There is not enough memory for this size ({str(error).strip().splitlines()[0]})."
+        row.error = f"There is not enough memory for this size ({first_line(error)})."
     return row
 
 
