@@ -180,6 +180,7 @@ def test_fused_blocks_hand_the_choice_on(tools, flux2, newer, patched):  # noqa:
 def test_several_gpus_hand_the_choice_on(tools, flux2, newer):  # noqa: F811
     from flux2_pack.flux2 import attention_slot
     from flux2_pack.flux2.parallel.attention import ShardedAttention
+    from flux2_pack.flux2.parallel.workers import patch_transfer
 
     options = attention_slot.with_choices_of_blocks(newer.network, {"block_type": "double", "block_index": 0})
     sharded = ShardedAttention(types.SimpleNamespace(sharded=None), None, None)
@@ -187,6 +188,7 @@ def test_several_gpus_hand_the_choice_on(tools, flux2, newer):  # noqa: F811
     local = sharded._local(pytest.fail, None, {"transformer_options": options})
     out, lse = local(q, k, v, mask=None, scale=None, need_lse=False)
     assert out.shape == q.shape and lse is None and newer.seen == [("double", 0)]
+    assert patch_transfer.encode_patches(None, options) == [], "every rank asks its own blocks"
 
 
 def test_a_core_without_such_choices_gets_no_word_of_them(tools, flux2):  # noqa: F811

@@ -22,6 +22,7 @@ import torch
 
 from ....attention.errors import Explained
 from ....attention.dispatch import AttentionDispatcher, Schedule
+from ....attention.override import CHOSEN_BY_BLOCK
 from ... import attention_slot
 from .. import tensor_parallel
 from ...attention_slot import SLOT
@@ -36,6 +37,7 @@ LOCAL_OPTIONS = {
     "patches",
     "patches_replace",
     SLOT,
+    CHOSEN_BY_BLOCK,  # each rank reads it from its own blocks
     "uuids",
     "cond_or_uncond",
     "sigmas",
