@@ -234,6 +234,9 @@ TOKENIZERS = {
     "a long token": json.dumps(
         json.loads(maker.tekken()) | {"vocab": [{"rank": 0, "token_bytes": "YWFh" * 500_000}]}
     ).encode(),
+    "ranks with a gap": json.dumps(
+        json.loads(maker.tekken()) | {"vocab": [{"rank": 0, "token_bytes": "YQ=="}, {"rank": 2, "token_bytes": "Yg=="}]}
+    ).encode(),
     "padding": json.dumps(
         {
             "padding": {"strategy": {"Fixed": 2**31}, "length": 2**31},
@@ -254,6 +257,18 @@ TOKENIZERS = {
     ).encode(),
     "deep nesting": b'{"special_tokens":' + b"[" * 200_000,
 }
+
+
+def test_special_tokens_with_gaps_and_no_count_keep_the_ids_of_all_tokens(comfy):
+    from flux2_pack.flux2.loading import tekken
+
+    content = json.loads(maker.tekken())
+    del content["config"]["default_num_special_tokens"], content["config"]["default_vocab_size"]
+    content["special_tokens"] = [entry for entry in content["special_tokens"] if entry["rank"] not in (1, 4)]
+    highest = max(entry["rank"] for entry in content["special_tokens"])
+    ready = tekken.from_tekken(content)
+    assert all(ready.token_to_id(entry["token_str"]) == entry["rank"] for entry in content["special_tokens"])
+    assert ready.token_to_id("a") == highest + 1 + ord("a")
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)

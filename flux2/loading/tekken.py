@@ -141,6 +141,8 @@ def from_tekken(content):
     room = config.get("default_vocab_size", len(special) + len(content["vocab"])) - len(special)
     # a file may list more than the model's vocabulary
     ranked = sorted(content["vocab"], key=lambda entry: entry["rank"])[:room]
+    if any(entry["rank"] != rank for rank, entry in enumerate(ranked)):
+        raise ValueError("the ranks of its tokens have gaps, so their ids are not known")
     ranks = {base64.b64decode(entry["token_bytes"]): rank for rank, entry in enumerate(ranked)}
     longest = max(map(len, ranks), default=0)
     if len(ranks) > MOST_TOKENS or sum(map(len, ranks)) > MOST_TOKEN_BYTES or longest > LONGEST_TOKEN:
@@ -168,7 +170,7 @@ def _special_tokens(content):
     text produces.
     """
     listed = {entry["rank"]: _special_text(entry) for entry in content["special_tokens"]}
-    count = max(content["config"].get("default_num_special_tokens", 0), len(listed))
+    count = max(content["config"].get("default_num_special_tokens", 0), max(listed, default=-1) + 1)
     if count > MOST_SPECIAL:
         raise ValueError(f"it reserves {count} special tokens; the published file has 1,000")
     return [listed.get(number, f"<SPECIAL_{number}>") for number in range(count)]
