@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import small_models as maker
+from pack import ROOT
 from flux2_pack.flux2.checkpoints import identify, keys, quantisation, validate, variants
 from flux2_pack.flux2.checkpoints.header import CheckpointError, open_checkpoint
 
@@ -316,7 +317,6 @@ def test_a_cut_encoder_refuses_to_write(load, small_models):
 
 @pytest.mark.parametrize("room, said", [(80 * 2**30, "it fits"), (2**20, "does not fit whole")])
 def test_model_info_says_what_a_run_needs(examine, small_models, monkeypatch, room, said):
-    """Working memory is what ComfyUI itself will ask for at that size."""
     import comfy.model_management as management
 
     gpu = torch.device("cuda", 0)
@@ -329,15 +329,34 @@ def test_model_info_says_what_a_run_needs(examine, small_models, monkeypatch, ro
     assert "VRAM at 1024 x 1024: " in text and said in text
 
 
-def test_the_working_memory_is_comfyuis_own_estimate(load, examine, small_models, monkeypatch):
-    import comfy.model_management as management
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
-    monkeypatch.setattr(management, "pytorch_attention_flash_attention", lambda: True)
-    patcher = load.load_model(str(small_models["model"]), "bf16")
-    monkeypatch.setattr(patcher.model, "get_dtype_inference", lambda: torch.bfloat16)
-    variant = identify.identify(open_checkpoint(small_models["model"])).variant
-    expected = patcher.model.memory_required((1, 128, 64, 48))
-    assert examine.working_memory(variant, 768, 1024) == pytest.approx(expected, rel=1e-6)
+
+@pytest.mark.parametrize(
+    "cases, sizes", [(("fp8-1024", "fp8-2048"), (1024, 2048)), (("bf16-1024-ref1", "bf16-2048"), ((1024, 1), 2048))]
+)
+def test_the_working_memory_is_what_was_measured(examine, cases, sizes):
+    """Peaks of ComfyUI's own model at two sizes, with the same weights: their difference, within 3 %."""
+    peaks = {
+        case["name"]: row["peak_gib"] * 2**30
+        for case in results("step-h200")["cases"]
+        for row in case["rows"]
+        if row["peer"] == "core"
+    }
+    side, references = sizes[0] if isinstance(sizes[0], tuple) else (sizes[0], 0)
+    small = examine.working_memory(6144, side, side, references)
+    more = examine.working_memory(6144, sizes[1], sizes[1]) - small
+    assert peaks[cases[1]] - peaks[cases[0]] == pytest.approx(more, rel=0.03)
+
+
+def test_what_is_beside_a_step_is_what_was_measured(examine):
+    """The whole card during 8 steps at 1024 x 1024, of a model of 3.0 GiB and width 3072: within 5 %."""
+    for case in results("memory-h200")["cases"]:
+        if case["name"] != "layer by layer":
+            taken = case["gib_during"] * 2**30 - case["gib_before"] * 2**30
+            reckoned = 3.0 * 2**30 + examine.working_memory(3072, 1024, 1024) + examine.BESIDE
+            assert taken == pytest.approx(reckoned, rel=0.05)
 
 
 # --- formats of newer versions of ComfyUI -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import os
 
 import comfy.model_management
 import comfy.quant_ops
-import comfy.supported_models
 import torch
 
 from ..checkpoints import identify, quantisation
@@ -99,7 +98,7 @@ def _on_this_machine(checkpoint, found):
     if found.slot == identify.MODEL and not marked:
         lines.append(_plain_products(checkpoint))
     if found.slot == identify.MODEL:
-        lines += _video_memory(checkpoint, found.variant)
+        lines += video_memory(checkpoint.bytes, found.variant.hidden)
     if found.slot == identify.TEXT_ENCODER:
         last = FAMILIES[found.kind].last_tap
         kept = used_bytes(checkpoint, found, last)
@@ -112,34 +111,43 @@ def _on_this_machine(checkpoint, found):
 
 
 SIZES = (1024, 2048)  # sides of the square images that Model Info reckons with
+TEXT_TOKENS = 512  # of a prompt
+# What a step of ComfyUI's own model holds at its peak, in hidden states of all tokens: the difference of two sizes in
+# benchmarks/results/step-h200.json; Fast Blocks holds 15. BESIDE is what memory-h200.json has more on the whole card:
+# the context, the libraries' workspaces and what PyTorch's allocator keeps in reserve.
+HIDDEN_STATES, BESIDE = 17, int(0.8 * 2**30)
 
 
-def working_memory(variant, width, height):
-    """Bytes that ComfyUI sets aside for one step at an image size, beside the weights: its own estimate for FLUX.2
-    (model_base.BaseModel.memory_required with supported_models.Flux2's factor), for attention that needs no more.
+def working_memory(hidden, width, height, references=0):
+    """Bytes of one step beside the weights, in 16-bit numbers: an estimate from what was measured on an H200.
+
+    hidden: width of the transformer. width, height: of the image, in pixels. references: images of 1024x1024.
     """
-    factor = comfy.supported_models.Flux2({"hidden_size": variant.hidden}).memory_usage_factor
-    places = (width // 16) * (height // 16)
-    return int(places * 2 * 0.01 * factor * 2**20)  # of numbers in 16 bits
+    tokens = (width // 16) * (height // 16) + references * (1024 // 16) ** 2 + TEXT_TOKENS
+    return HIDDEN_STATES * tokens * hidden * 2
 
 
-def _video_memory(checkpoint, variant):
-    """What a run needs on the GPU and whether it fits, as sentences; nothing where ComfyUI has no GPU."""
+def video_memory(weights, hidden):
+    """What a run needs on the GPU at each of SIZES and whether it fits, as sentences; none where ComfyUI has no GPU.
+
+    weights: bytes of the diffusion model as it is loaded. hidden: width of the transformer.
+    """
     management, device = comfy.model_management, comfy.model_management.get_torch_device()
     if management.is_device_cpu(device) or device.type == "mps":
         return []
     room = management.get_total_memory(device)
     lines = []
     for side in SIZES:
-        needed = checkpoint.bytes + working_memory(variant, side, side)
+        working = working_memory(hidden, side, side)
         fits = (
             "it fits"
-            if needed <= room
+            if weights + working + BESIDE <= room
             else "it does not fit whole, so a part of the weights stays in main memory and is fetched in every step"
         )
         lines.append(
-            f"VRAM at {side} x {side}: {gigabytes(checkpoint.bytes)} of weights and, as ComfyUI reckons, "
-            f"{gigabytes(working_memory(variant, side, side))} to work; of {gigabytes(room)} on this GPU: {fits}."
+            f"VRAM at {side} x {side}: {gigabytes(weights)} of weights, {gigabytes(working)} for a step and about "
+            f"{gigabytes(BESIDE)} beside it, estimated from measurements on an H200; of {gigabytes(room)} on this GPU: "
+            f"{fits}."
         )
     return lines
 
