@@ -270,6 +270,52 @@ def test_a_report_is_translated_on_its_node_and_copied_as_the_server_said_it(sha
         shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
+# --- what the templates say ------------------------------------------------------------------------------------------
+
+
+def texts_of(template):
+    """Titles and paragraphs of a template's notes, and titles of its groups: what ComfyUI does not translate."""
+    graphs = [template, *template.get("definitions", {}).get("subgraphs", [])]
+    found = [group["title"] for graph in graphs for group in graph.get("groups", [])]
+    for node in template["nodes"]:
+        if node["type"] == "MarkdownNote":
+            found += [node["title"], *node["widgets_values"][0].split("\n\n")]
+    return {text.strip() for text in found if text.strip() and not text.startswith("- models/")}
+
+
+TEMPLATES = sorted((make_locales.ROOT / "example_workflows").glob("*.json"))
+
+
+def test_every_text_of_a_template_has_a_translation():
+    wanted = set().union(*(texts_of(read(file)) for file in TEMPLATES))
+    for language in (ENGLISH, *LANGUAGES):
+        notes = read(FOLDER / language / "main.json")["flux2Attention"]["notes"]
+        assert set(notes) == wanted, language
+        same = [text for text, said in notes.items() if len(text) > 20 and said == text]
+        assert bool(same) == (language == ENGLISH), language
+
+
+def test_a_template_opens_in_the_language_of_the_page(shared_page):
+    template, own = read(TEMPLATES[0]), "A note that somebody wrote."
+    template["nodes"].append({**next(n for n in template["nodes"] if n["type"] == "MarkdownNote"), "id": 977})
+    template["nodes"][-1] |= {"title": own, "widgets_values": [own]}
+    notes = read(FOLDER / "ja" / "main.json")["flux2Attention"]["notes"]
+    try:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'ja')")
+        shared_page.load(template, "template")
+        said, titles, groups = shared_page.js("""
+            const found = app.graph.nodes.filter(({type}) => type === 'MarkdownNote');
+            const graphs = [app.graph, ...app.graph.subgraphs.values()];
+            return [found.map(node => node.widgets[0].value), found.map(({title}) => title),
+              graphs.flatMap(({groups}) => groups.map(({title}) => title))];""")
+    finally:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert titles == [notes["FLUX.2 with the attention kernel you choose"], own] and said[1] == own
+    assert said[0].startswith(notes["**Model files** and their folders:"] + "\n\n- models/diffusion_models: [flux2_dev")
+    assert notes["**Compare:** the seed is fixed, so change only *attention kernel* and run again."] in said[0]
+    assert set(groups) == {notes[title] for title in ("Models", "Attention", "Prompt", "Sampling")}
+
+
 # --- the script ------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,12 @@ export function t(key, ...values) {
   return filled(known[language()]?.flux2Attention?.[key] ?? known.en?.flux2Attention?.[key] ?? key, values);
 }
 
+// A text of the templates, paragraph by paragraph.
+export function noted(text) {
+  const words = known[language()]?.flux2Attention?.notes ?? {};
+  return String(text).split("\n\n").map((part) => words[part.trim()] ?? part).join("\n\n");
+}
+
 // --- what the server says: reports, badges, reasons. It says them in English, as they are logged and saved; "reports" in main.json has their sentences, with
 // $1, $2 ... for what varies, and a sentence that is not there stays English. Figures and names of kernels are what varies.
 
