@@ -38,6 +38,7 @@ import triton.language as tl
 from ..adapter import Adapter, lse_bhs
 from ..call import Limits, arch_matches, default_scale
 from ..device import describe
+from ..tiles import cdiv, next_power_of_2
 
 OLDEST, BROKEN = 90100, (91000,)  # versions of cuDNN, as sdpa_fp8 itself says
 SOFTMAX_SCALE = 256.0
@@ -230,7 +231,7 @@ class Kept:
         (scales, means), (next_scales, next_means) = (self.scales, self.means), self._spare
         _learn[(rows,)](
             sums, top, cut, means, scales, next_means, next_scales, self.cuts, sampled, parts, rows, top.numel(),
-            D=size, P=triton.next_power_of_2(parts), BLOCK=1024, num_warps=WARPS,
+            D=size, P=next_power_of_2(parts), BLOCK=1024, num_warps=WARPS,
         )  # fmt: skip
         self.scales, self.means, self._spare = next_scales, next_means, (scales, means)
         return scales, means
@@ -244,7 +245,7 @@ def quantise(q, k, v):
     turned by `rotation`.
     """
     batch, q_len, heads, size = q.shape
-    kv_len, rows, tiles = k.shape[1], batch * heads, triton.cdiv(max(q_len, k.shape[1]), TOKENS)
+    kv_len, rows, tiles = k.shape[1], batch * heads, cdiv(max(q_len, k.shape[1]), TOKENS)
     parts = min(PARTS, tiles)
     sampled = sum(min(TOKENS, max(0, kv_len - part * tiles // parts * TOKENS)) for part in range(parts))
     sums, means = (q.new_empty((n, rows, 2, size), dtype=torch.float32) for n in (parts, 1))
@@ -252,7 +253,7 @@ def quantise(q, k, v):
     strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
     tile = {"D": size, "TOKENS": TOKENS, "num_warps": WARPS}
     _observe[(parts, rows)](q, k, v, sums, largest, q_len, kv_len, heads, tiles, *strides, **tile)
-    block = triton.next_power_of_2(parts * rows)
+    block = next_power_of_2(parts * rows)
     _conclude[(rows,)](
         sums, largest, means, scales, sampled, kv_len, parts, rows, D=size, P=PARTS, N=block, num_warps=WARPS
     )  # fmt: skip
@@ -349,7 +350,7 @@ class CudnnFp8(Adapter):
             raw, lse = self._raw(q8, k8, v8, scales, means, q.dtype, scale, need_lse)
             out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
             batch, q_len, heads, size = q.shape
-            grid = (triton.cdiv(q_len, TOKENS), batch * heads)
+            grid = (cdiv(q_len, TOKENS), batch * heads)
             _restore[grid](raw.data, means, raw.scale, out, q_len, heads, D=size, TOKENS=TOKENS, num_warps=WARPS)
         if not need_lse:
             return out, None

@@ -9,7 +9,6 @@ backends and samplings is outside the graphs (graph_ops.py). Not covered: traini
 """
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 import logging
@@ -27,7 +26,7 @@ from ...attention.errors import Explained, UserError
 from . import toolchain, graph_ops
 from .. import error_links
 from ..fused.blocks import FusedBlock, fusing_of, own_choice
-from ..module_forward import forward_as
+from ..module_forward import forwards_as
 
 KEY = "flux2_compile"
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -309,11 +308,13 @@ class Compiling:
         if torch.compiler.is_compiling():  # core's compile node around us compiles everything anyway
             return executor(*args, **kwargs)
         network = executor.class_obj
-        with ExitStack() as stack:
-            for kind in ("double", "single"):
-                for block in getattr(network, f"{kind}_blocks"):
-                    if not isinstance(block.forward, FusedBlock):  # Fast Blocks compute those
-                        stack.enter_context(forward_as(block, Runner(self.plan, kind, block, self.layers_of(block))))
+        runners = {
+            block: Runner(self.plan, kind, block, self.layers_of(block))
+            for kind in ("double", "single")
+            for block in getattr(network, f"{kind}_blocks")
+            if not isinstance(block.forward, FusedBlock)  # Fast Blocks compute those
+        }
+        with forwards_as(runners):
             return executor(*args, **kwargs)
 
     def layers_of(self, block):

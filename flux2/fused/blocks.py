@@ -9,7 +9,6 @@ comfy/ldm/flux/layers.py (DoubleStreamBlock, SingleStreamBlock) of ComfyUI 0.30.
 """
 
 from collections import Counter
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -23,7 +22,7 @@ from . import fp8_attention, kernels
 from .kernels.formats import FP8_TENSOR
 from .linear import Products, norm_weights
 from .. import attention_slot
-from ..module_forward import forward_as
+from ..module_forward import forwards_as
 from ..parallel.attention import ShardedAttention
 
 KEY = "flux2_fast_blocks"
@@ -282,6 +281,7 @@ class FusedLog:
 
     def begin(self):
         self.fast, self.left = Counter(), Counter()
+        self.unsuitable = {}  # {block: what `unsuitable` says of it}: asked once in a sampling, not in every step
         for part in (self.fp8, self.attention):
             if part:
                 part.begin()
@@ -321,15 +321,15 @@ class Fusing:
         return self.untraced(executor, *args, **kwargs)
 
     def run(self, executor, *args, **kwargs):
-        with ExitStack() as stack:
-            for kind, block in blocks_of(executor.class_obj):
-                stack.enter_context(forward_as(block, self.fused(kind, block)))
+        with forwards_as({block: self.fused(kind, block) for kind, block in blocks_of(executor.class_obj)}):
             return executor(*args, **kwargs)
 
     def fused(self, kind, block):
         """The FusedBlock of a block module as it is now."""
         inner = getattr(block, "_orig_mod", block)  # torch.compile wraps the modules that it is given
-        reason = unsuitable(kind, inner) or changed_inside(inner)
+        if inner not in self.log.unsuitable:
+            self.log.unsuitable[inner] = unsuitable(kind, inner)
+        reason = self.log.unsuitable[inner] or changed_inside(inner)
         if self.fp8:
             self.fp8.know(inner)
         return FusedBlock(kind, inner, block.forward, reason, self.log, self.products)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...attention.tiles import cdiv, next_power_of_2
+
 GROUPS = 32  # of every GroupNorm in this autoencoder
 TILE = 8192  # elements of a tile: rows of pixels times padded channels
 PROGRAMS = 1024  # at most, of the statistics for one picture
@@ -155,7 +157,7 @@ def _apply(
 def _sizes(x):
     """(batch, channels, pixels, padded channels of a group, pixels of a tile) of a channels-last (B, C, H, W)."""
     batch, channels, height, width = x.shape
-    pad = triton.next_power_of_2(channels // GROUPS)
+    pad = next_power_of_2(channels // GROUPS)
     return batch, channels, height * width, pad, max(1, TILE // (GROUPS * pad))
 
 
@@ -167,7 +169,7 @@ def statistics(x, bias=None, add=None, add_bias=None, *, store=False, eps=1e-6):
     stored, in x's dtype, and the statistics are those of what was stored; else x itself is returned for it.
     """
     batch, channels, pixels, pad, rows = _sizes(x)
-    tiles = triton.cdiv(pixels, rows)
+    tiles = cdiv(pixels, rows)
     programs = min(tiles, PROGRAMS)
     store = store or add is not None
     out = torch.empty_like(x, memory_format=torch.channels_last) if store else x
@@ -195,7 +197,7 @@ def statistics(x, bias=None, add=None, add_bias=None, *, store=False, eps=1e-6):
         num_warps=WARPS,
     )
     _combine[(GROUPS, batch)](
-        count, mean, m2, programs, eps, means, rstd, G=GROUPS, BLOCK=triton.next_power_of_2(programs), num_warps=4
+        count, mean, m2, programs, eps, means, rstd, G=GROUPS, BLOCK=next_power_of_2(programs), num_warps=4
     )
     return out, means, rstd
 
@@ -207,7 +209,7 @@ def normalise(x, mean, rstd, weight, shift, bias=None, silu=True):
     """
     batch, channels, pixels, pad, rows = _sizes(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    _apply[(triton.cdiv(pixels, rows), batch)](
+    _apply[(cdiv(pixels, rows), batch)](
         x,
         x if bias is None else bias,
         weight,

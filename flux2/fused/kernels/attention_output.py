@@ -5,6 +5,7 @@ next product's input: for a double block here, for a single block beside SwiGLU 
 import triton
 import triton.language as tl
 
+from ....attention.tiles import cdiv, next_power_of_2
 from .formats import FP8_TENSOR, allocate
 from .rows import as_fp8, to16
 
@@ -41,9 +42,9 @@ def attention_output(raw, start=0, stop=None, *, to=None):
     if to is not None and to.kind != FP8_TENSOR:
         raise ValueError(f"Attention's output is not written as {to.kind}.")
     out, fp8_scale, result = allocate((batch, kept, width), raw.data.new_empty(0, dtype=raw.dtype), to)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, next_power_of_2(width))
     if kept:
-        _attention_output[(batch * kept, triton.cdiv(width, block))](
+        _attention_output[(batch * kept, cdiv(width, block))](
             raw.data, raw.scale, raw.means, out, raw.scale if fp8_scale is None else fp8_scale,
             tokens, start, kept, width,
             FP8=fp8_scale is not None, TO16=to16(raw.dtype), D=size, BLOCK=block, num_warps=4,

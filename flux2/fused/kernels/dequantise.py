@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ....attention.tiles import cdiv
+
 
 @triton.jit
 def _dequantise(SUMS, ROW_SCALE, COLUMN_SCALE, BIAS, OUT, N, column_step, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
@@ -22,7 +24,7 @@ def dequantise(sums, row_scale, column_scale, bias, dtype):
     """
     rows, width = sums.shape
     out = torch.empty((rows, width), device=sums.device, dtype=dtype)
-    _dequantise[(rows, triton.cdiv(width, BLOCK))](
+    _dequantise[(rows, cdiv(width, BLOCK))](
         sums,
         row_scale,
         column_scale,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ....attention.tiles import cdiv, next_power_of_2
 from .formats import CODES, allocate
 from .rows import FP8_ROW, FP8_TENSOR, FP16_MAX, INT8_ROW, as_fp8, int8_words, mod_strides, modulation, rounded
 from .rows import row_scale, to16, token_rows, turned, word_places
@@ -121,7 +122,7 @@ def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
         raise ValueError("shift and scale must be views of one modulation tensor, with equal strides.")
     # rows of one program that share one modulation read it once: it is as long as a row, and would be half of all reads
     shared = segment[0] >= segment[1] and (batch == 1 or tokens % ROWS == 0)
-    _residual_norm[(triton.cdiv(count, ROWS),)](
+    _residual_norm[(cdiv(count, ROWS),)](
         x,
         delta if add else x,
         gate if add else x,
@@ -148,7 +149,7 @@ def _launch(x, delta, gate, shift, scale, segment, eps, to, finite):
         SHARED=shared,
         TO16=to16(x.dtype),
         ROWS=ROWS,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         num_warps=WARPS,
     )
     return result

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ....attention.parallel.symmetric_kernels import peer
+from ....attention.tiles import cdiv, next_power_of_2
 from .rows import token_rows
 
 RMS_EPS = torch.finfo(torch.float32).eps  # torch's default for rms_norm computes with it for every input dtype
@@ -223,7 +224,7 @@ def _launch(txt, img, txt_weights, img_weights, pe, q, k, v, *, text, copy_v, pl
     if place is None:
         batch, tokens, heads, size = q.shape
         peers, start, total, keys_at, values_at = q, 0, 0, 0, 0
-        group = min(GROUP, triton.next_power_of_2(heads))
+        group = min(GROUP, next_power_of_2(heads))
     else:
         batch, tokens, heads, size = place.batch, place.lengths[place.memory.rank], place.heads, place.head_dim
         q = k = v = img  # only their number format is read
@@ -259,7 +260,7 @@ def _launch(txt, img, txt_weights, img_weights, pe, q, k, v, *, text, copy_v, pl
         H=heads,
         D=size,
         GROUP=group,
-        PADDED=triton.next_power_of_2(group),
+        PADDED=next_power_of_2(group),
         ROPE=pe is not None,
         COPY_V=copy_v,
         TO_PEERS=place is not None,
@@ -269,7 +270,7 @@ def _launch(txt, img, txt_weights, img_weights, pe, q, k, v, *, text, copy_v, pl
 
 def _launch_fp8(txt, img, heads, txt_weights, img_weights, pe, kept, *, text, image):
     batch, size = img.shape[0], img_weights[0].shape[0]
-    tiles, parts = triton.cdiv(text, TILE) + triton.cdiv(image, TILE), triton.cdiv(heads, HEADS)
+    tiles, parts = cdiv(text, TILE) + cdiv(image, TILE), cdiv(heads, HEADS)
     every, samples, sampled = samples_of(text, image)
     q8, k8, v8 = torch.empty(
         (3, batch, text + image, heads, size), device=img.device, dtype=torch.float8_e4m3fn
@@ -291,7 +292,7 @@ def _launch_fp8(txt, img, heads, txt_weights, img_weights, pe, kept, *, text, im
 def samples_of(text, image):
     """(every so manieth tile is a sample, number of samples, tokens in them) of `_qkv_fp8` for so many tokens."""
     lengths = [min(TILE, length - start) for length in (text, image) for start in range(0, length, TILE)]
-    every = triton.cdiv(len(lengths), SAMPLES)
+    every = cdiv(len(lengths), SAMPLES)
     return every, len(lengths[::every]), sum(lengths[::every])
 
 

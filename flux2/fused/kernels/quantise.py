@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ....attention.tiles import next_power_of_2
 from .formats import CODES, FP8_ROW, Format, allocate
 from .rows import INT8_ROW, as_fp8, int8_words, rounded, row_scale, to16, token_rows, turned, word_places
 
@@ -101,7 +102,7 @@ def swiglu_rows(mlp, attn, to):
 def _launch(mlp, attn, width, attn_width, to, *, gated):
     batch, tokens, _, m_b, m_s = token_rows(mlp)
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, next_power_of_2(width))
     out, scales, result = allocate((batch, tokens, attn_width + width), mlp, to)
     _quantise[(batch * tokens,)](
         mlp,

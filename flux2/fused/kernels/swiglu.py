@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ....attention.tiles import cdiv, next_power_of_2
 from .attention_output import attention_output, unscaled
 from .formats import FP8_TENSOR, allocate
 from .quantise import swiglu_rows
@@ -68,7 +69,7 @@ def swiglu(mlp, attn=None, *, to=None):
     a_b, a_s = (0, 0) if attn is None else token_rows(attn)[3:]
     block = block_size(width, attn_width)
     out, fp8_scale, result = allocate((batch, tokens, attn_width + width), mlp, to)
-    _swiglu[(batch * tokens, triton.cdiv(attn_width + width, block))](
+    _swiglu[(batch * tokens, cdiv(attn_width + width, block))](
         mlp,
         mlp if attn is None else attn,
         mlp if raw is None else raw.scale,
@@ -95,7 +96,7 @@ def block_size(width, attn_width):
     """The largest power of two up to LARGEST that divides the attention's width, so that no program sees both
     sources.
     """
-    block = min(LARGEST, triton.next_power_of_2(width))
+    block = min(LARGEST, next_power_of_2(width))
     while attn_width % block:
         block //= 2
     return block
