@@ -81,3 +81,32 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(arch, compiled):
 def test_no_kernel_asks_for_what_only_nvidias_compiler_knows():
     for file in (HERE.parent / "flux2" / "fused" / "kernels").glob("*.py"):
         assert not [word for word in NVIDIA_ONLY if word in file.read_text()], file
+
+
+def test_launches_are_computed_with_plain_integers():
+    """As Triton's own functions do, which cost microseconds on the host in every launch: nothing calls those."""
+    triton = pytest.importorskip("triton")
+    from flux2_pack.attention.tiles import cdiv, next_power_of_2
+
+    for size in [*range(1, 300), 4608, 16896, 55296, 2**31 + 1]:
+        assert next_power_of_2(size) == triton.next_power_of_2(size)
+        assert all(cdiv(size, tile) == triton.cdiv(size, tile) for tile in (1, 7, 32, 2048))
+    for folder in ("flux2", "attention"):
+        for file in (HERE.parent / folder).rglob("*.py"):
+            text = file.read_text().replace("triton.cdiv and triton.next_power_of_2 give", "")
+            assert "triton.cdiv" not in text and "triton.next_power_of_2" not in text, file
+
+
+def test_forwards_are_put_in_place_and_taken_back():
+    import torch
+    from flux2_pack.flux2.module_forward import forwards_as
+
+    plain, kept = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    other = kept.forward = lambda x: x
+    with pytest.raises(ZeroDivisionError), forwards_as({plain: lambda x: x + 1, kept: lambda x: x + 2}):
+        assert plain(1) == 2 and kept(1) == 3
+        with forwards_as({plain: lambda x: x + 5}):
+            assert plain(1) == 6
+        assert plain(1) == 2
+        1 / 0
+    assert "forward" not in vars(plain) and kept.forward is other
