@@ -5,6 +5,7 @@ kill and a lack of memory do is test_ranks.py's, run here on split weights. Fast
 running server: test_parallel_nodes.py. Not covered: NCCL and GPU memory (benchmarks/parallel.py --weights split).
 """
 
+import gc
 import json
 
 import pytest
@@ -15,6 +16,7 @@ import split_in_process
 from test_quantised_files import quantise
 from test_ranks import (  # noqa: F401
     CASES,
+    anonymous,
     difference,
     easy_cached,
     expected,
@@ -201,6 +203,19 @@ def test_each_rank_holds_its_share_and_the_report_says_so(tools, tmp_path):
         assert ours.loaded_size() == 0 and ours.model_size() == held
     finally:
         tools.session.existing(ours.model).stop()
+
+
+def test_host_memory_holds_the_part_and_no_copy_of_the_mapped_file(tools, tmp_path):
+    """On the CPU the part itself lies in host memory; on a GPU it does not."""
+    weights = files.diffusion_model(hidden=512, dtype=torch.float32)
+    path = files.write(tmp_path / "float32.safetensors", weights)
+    source = tools.replica.source_of(tools.load.load_model(str(path)))
+    gc.collect()
+    before = anonymous()
+    replica = tools.replica.Replica({**source, "parts": 2}, "cpu", 1)
+    assert 0.5 < replica.bytes / path.stat().st_size < 0.62
+    # what is not cut stays mapped here; one weight is on its way at a time
+    assert anonymous() - before < 0.6 * path.stat().st_size
 
 
 def cut_in(model):

@@ -76,7 +76,7 @@ def source_of(patcher):
             "cached_patcher_init). Use Load FLUX.2 Model or ComfyUI's own Load Diffusion Model or Load Checkpoint."
         )
     function, arguments, *index = made
-    parallel = tensor_parallel.of(patcher.model.diffusion_model)
+    share = getattr(patcher, "share", None)  # of a SplitPatcher
     loader = next((name for name, where in LOADERS.items() if where == place_of(function)), None)
     if loader is None:
         raise NotReplicable(
@@ -89,7 +89,7 @@ def source_of(patcher):
             "loader": loader,
             "arguments": flatten([in_plain_words(argument) for argument in arguments])[0],
             "index": index[0] if index else None,
-            "parts": parallel.size if parallel else 1,
+            "parts": 1 if share is None else share.parallel.size,
         }
     except Unsendable as error:
         raise NotReplicable(
