@@ -16,13 +16,6 @@ from quick import is_quick
 pytest_plugins = ["devices", "summary", "server_fixture", "page_fixture", "template_models"]
 
 
-def comfyui_path():
-    path = os.environ.get("COMFYUI_PATH")
-    if not path or not (Path(path) / "comfy" / "sd.py").is_file():
-        pytest.fail("COMFYUI_PATH must name a ComfyUI checkout. scripts/test.sh sets it.")
-    return path
-
-
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
     """ComfyUI's modules, importable, on the device of this run (devices.py). Returns its folder.
@@ -30,6 +23,8 @@ def comfy(tmp_path_factory):
     Its models, input, output, temp and user are folders of this session: the checkout may be the user's own, and
     nothing is written there.
     """
+    from server_fixture import comfyui_path  # a plugin: imported when pytest has loaded it
+
     path = comfyui_path()
     sys.path.insert(0, path)
     argv, sys.argv = sys.argv, sys.argv[:1]  # ComfyUI reads the command line at import

@@ -6,6 +6,7 @@ is at server.url).
 """
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,14 @@ from comfy_server import MODEL_FOLDERS, ComfyServer, small_models  # noqa: E402
 TEXT_FILE, TRUNCATED, DANGLING = "text.safetensors", "truncated.safetensors", "dangling.safetensors"
 # slot: what lies in it
 WRONG = {"diffusion_models": "text_encoders", "text_encoders": "diffusion_models", "vae": "diffusion_models"}
+
+
+def comfyui_path():
+    """The ComfyUI folder of tests without a server. Not in conftest.py: tests/gpu has one too, of the same name."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path or not (Path(path) / "comfy" / "sd.py").is_file():
+        pytest.fail("COMFYUI_PATH must name a ComfyUI checkout. scripts/test.sh sets it.")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from conftest import comfyui_path
 from pack import ROOT
+from server_fixture import comfyui_path
 
 TORCH_ALONE = f"""
 import sys, types
