@@ -9,6 +9,7 @@ model.
   replica.py         a worker's copy of the model, loaded from the same file and brought to the state of rank 0's
                      weight patches; LOADERS says what a worker may be told to load;
                      gguf.py: models of the pack ComfyUI-GGUF, by the pack that the worker finds itself
+  split_model.py     the MODEL of rank 0 where weights are split over the ranks: its part of them
   patch_transfer.py  what of a MODEL's options reaches the workers, and what is refused by name: one rule each
   step.py            one forward pass on every rank: its inputs, and the network that is sharded while it runs
   kernel_choice.py   the kernel that `auto` takes on rank 0, for every rank
