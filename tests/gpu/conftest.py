@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they make models and measure, as users do
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they make models and measure, as users do
 
 
 @pytest.fixture(autouse=True)
