@@ -103,6 +103,8 @@ def pytest_configure(config):
     _Run.gpu = gpu_asked(config.option.markexpr)
     if on_cpu():
         hide_gpus()
+    if _Run.gpu:
+        sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # tests make and measure as they do
 
 
 def pytest_collection_modifyitems(items):
@@ -120,9 +122,14 @@ def device():
     return torch.device("cpu" if on_cpu() else "cuda")
 
 
-@pytest.fixture
-def no_tf32():
-    """Float32 is float32: NVIDIA's matrix products of 10 bits of mantissa are off."""
+@pytest.fixture(autouse=True)
+def float32_is_float32(request):
+    """Tests marked gpu compute without TF32, NVIDIA's float32 products of 10 bits of mantissa; servers and benchmarks
+    that they start have the settings of their users.
+    """
+    if request.node.get_closest_marker(MARKER) is None:
+        yield
+        return
     import torch
 
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)

@@ -11,13 +11,13 @@ import types
 import pytest
 import torch
 
-from devices import on_cpu, quantised_tolerance
+from devices import gpus, quantised_tolerance
 from flux2_pack.attention import reference, registry
 from flux2_pack.attention.adapter import lse_bhs
 from flux2_pack.attention.call import AttentionRefused, call_of
 from flux2_pack.attention.device import Device, describe
 
-DEVICE = torch.device("cpu" if on_cpu() else "cuda")
+DEVICE = torch.device("cuda" if gpus() else "cpu")
 RUNNABLE = [slug for slug in registry.ROWS if not registry.unavailable(slug, describe(DEVICE))]
 
 

@@ -30,19 +30,23 @@ class Properties:
     name, total_memory, gcnArchName, major, minor = "A card", 2**34, "sm90", 9, 0
 class backends:
     class cudnn:
+        allow_tf32 = True
         version = staticmethod(lambda: 91900)
+    class cuda:
+        class matmul:
+            allow_tf32 = True
 """
 TESTS = """
 import os, subprocess, sys
 import pytest, torch
 COUNT = "import torch; print(torch.cuda.device_count())"
 def test_the_cpu():
-    assert not torch.cuda.is_available()
+    assert not torch.cuda.is_available() and torch.backends.cudnn.allow_tf32
 def test_what_is_started():
     assert subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True).stdout == "0\\n"
 @pytest.mark.gpu
 def test_a_gpu():
-    assert torch.cuda.is_available()
+    assert torch.cuda.is_available() and not torch.backends.cudnn.allow_tf32
 @pytest.mark.gpu(gpus=2)
 def test_two_gpus():
     assert torch.cuda.device_count() == 2
@@ -121,6 +125,16 @@ def test_without_a_gpu_its_tests_are_skipped_with_the_reason(machine):
 def test_gpu_tests_can_be_tried_on_a_cpu(machine):
     said = machine("-m", "gpu", **{devices.ON: "cpu"})
     assert "2 failed, 1 skipped" in said and "there is nothing to try of it on a CPU" in said, said
+
+
+def test_every_file_can_be_collected_for_a_gpu_that_is_not_here(tmp_path):
+    """All files are read, whichever test is chosen. Names of files are unique, in tests/gpu too: pytest asks for it."""
+    names = [file.stem for folder in (HERE, HERE / "gpu") for file in folder.glob("*.py")]
+    assert len(names) == len(set(names))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu", "--collect-only"]
+    files = ["tests/gpu", "tests/test_attention_backends.py", "tests/test_imports.py"]
+    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "gpu/test_gpu_fused.py" in done.stdout, done.stdout[-3000:]
 
 
 # --- the summary
