@@ -136,7 +136,8 @@ class Flux2LoadModel(io.ComfyNode):
         model = load.load_model(_path("diffusion_models", model_name), weight_dtype, memory)
         needs = examine.video_memory(model.model_size(), model.model.diffusion_model.params.hidden_size)
         log.info("%s", "\n".join([f"{model_name} is ready.", *needs]))
-        page_words.tell(needs[0]) if needs else None  # on the node until the run ends
+        if needs:
+            page_words.tell(needs[0])  # on the node until the run ends
         return io.NodeOutput(model)
 
 

@@ -68,6 +68,18 @@ def test_nodes_give_plain_comfyui_types(nodes, models):
     )
 
 
+@pytest.mark.parametrize("needs", [[], ["VRAM at 1024 x 1024: much.", "VRAM at 2048 x 2048: more."]])
+def test_the_model_loader_says_what_a_run_needs(nodes, models, monkeypatch, needs):
+    """On the node while the graph runs; nothing where there is no GPU to fit into."""
+    from flux2_pack.nodes import loaders
+
+    asked, told = [], []
+    monkeypatch.setattr(loaders.examine, "video_memory", lambda *facts: asked.append(facts) or needs)
+    monkeypatch.setattr(loaders.page_words, "tell", told.append)
+    (model,) = nodes["Flux2LoadModel"].execute(maker.FILES["model"].rpartition("/")[2], "bf16").args
+    assert asked == [(model.model_size(), model.model.diffusion_model.hidden_size)] and told == needs[:1]
+
+
 def test_choices_are_files_and_model_folders(nodes, models):
     folder = models / "diffusion_models" / "dev"
     maker.write(folder / "model-00001-of-00001.safetensors", {})
