@@ -5,8 +5,6 @@ A choice is a file, or the folder of a diffusers or Hugging Face model. What is 
 sentence, before anything is loaded.
 """
 
-import logging
-
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -17,8 +15,6 @@ from ..flux2.checkpoints.header import CheckpointError
 from ..flux2.checkpoints.folders import choices, locate, pipeline_parts
 from ..flux2.loading.memory import AUTO, MODEL_MODES, MODES
 from .attention import ENCODER_BACKENDS, check_encoder_attention, choose_encoder_attention
-
-log = logging.getLogger(__name__)
 
 CATEGORY = "Flux 2"
 # of pipelines in ComfyUI's folder diffusers
@@ -135,7 +131,6 @@ class Flux2LoadModel(io.ComfyNode):
     def execute(cls, model_name, weight_dtype, memory=AUTO) -> io.NodeOutput:
         model = load.load_model(_path("diffusion_models", model_name), weight_dtype, memory)
         needs = examine.video_memory(model.model_size(), model.model.diffusion_model.params.hidden_size)
-        log.info("%s", "\n".join([f"{model_name} is ready.", *needs]))
         if needs:
             page_words.tell(needs[0])  # on the node until the run ends
         return io.NodeOutput(model)
