@@ -115,6 +115,7 @@ def choice(item, value, judged):
 
 
 CONSTANTS = {"INT": whole_number, "FLOAT": number, "STRING": text, "COMBO": choice}
+CONSTANTS["COMFY_MULTITYPED_V3"] = text  # a name that is chosen from a list or comes as a text: the file of prompts
 
 
 # --- sockets ---------------------------------------------------------------------------------------------------------
