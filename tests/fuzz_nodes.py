@@ -236,7 +236,8 @@ def good_values(node, world):
         elif item.io_type == "COMBO" and item.default is None:
             found[item.id] = next(name for name in item.options if "good-" in name)
         else:
-            found[item.id] = item.default
+            # an input of two types: what it is on the page
+            found[item.id] = (getattr(item, "input_override", None) or item).default
     return found
 
 
