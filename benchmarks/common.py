@@ -22,6 +22,8 @@ PACKAGES = (
     "flash-attn-3",
     "flash-attn-4",
     "sageattention",
+    "sageattn3",
+    "nvidia-cudnn-frontend",
     "xformers",
     "comfy-kitchen",
     "amd-aiter",

@@ -15,6 +15,10 @@ from . import figures
 from .attention import CATEGORY, known_slugs
 
 SLOTS = ("a", "b", "c", "d")
+NO_SLIDER = (
+    "The two images of the slider could not be saved in ComfyUI's folder temp, so there is none. Make room or give "
+    "ComfyUI the right to write there."
+)
 
 
 class Flux2CompareAttention(io.ComfyNode):
@@ -200,6 +204,8 @@ class Flux2CompareAttention(io.ComfyNode):
         )
         found.notes += [] if figures.has_chart() else [figures.NO_CHART]
         (name, base), *others = images
+        shown = pair(images, cls)
+        found.notes += [] if shown else [NO_SLIDER]
         text = found.as_text()
         return io.NodeOutput(
             figures.side_by_side([(f"{name} (reference)", base), *others]),
@@ -210,7 +216,7 @@ class Flux2CompareAttention(io.ComfyNode):
             ui={
                 **ui.PreviewText(text).as_dict(),
                 "flux2_compare": [statistics.as_json(found.as_data())],
-                "flux2_pair": pair(images, cls),
+                "flux2_pair": shown,
             },
         )
 

@@ -20,14 +20,16 @@ def parallel(model, gpus=0, ulysses=0, ring=0, weights=WHOLE, gguf_file=lambda: 
     file of a MODEL that does not know it. Raises ValueError in words.
     """
     network = model.model.diffusion_model
-    heads, choose = getattr(network, "num_heads", 1), tensor_degrees if weights == SPLIT else degrees
-    plan, why = devices.plan_ranks(model.load_device, gpus, lambda number: choose(number, heads, ulysses, ring))
+
+    def choose(number):  # asked only where there are several GPUs: with one, any model passes
+        refuse(unsupported(network))
+        return (tensor_degrees if weights == SPLIT else degrees)(number, network.num_heads, ulysses, ring)
+
+    plan, why = devices.plan_ranks(model.load_device, gpus, choose)
     install.say(f"Changes nothing. {why}" if plan is None else f"{plan.degrees}. {why}")
     if plan is None:
         return model
-    reasons = unsupported(network, plan.ulysses * plan.tensor) or refuse_split(model, plan)
-    if reasons:
-        raise UserError(" ".join(reasons), "several-gpus")
+    refuse(unsupported(network, plan.ulysses * plan.tensor) or unsplittable(model, plan))
     patched = model.clone() if plan.tensor == 1 else split_model.split_model(model, plan.tensor)
     if gguf.is_gguf(model) and getattr(model, "cached_patcher_init", None) is None:
         patched.cached_patcher_init = gguf.how_loaded(model, gguf_file())
@@ -40,7 +42,13 @@ def parallel(model, gpus=0, ulysses=0, ring=0, weights=WHOLE, gguf_file=lambda: 
     return patched
 
 
-def refuse_split(model, plan):
+def refuse(reasons):
+    """Raise UserError where there are sentences against it."""
+    if reasons:
+        raise UserError(" ".join(reasons), "several-gpus")
+
+
+def unsplittable(model, plan):
     """Sentences why the weights of a MODEL cannot be split, or stay on every GPU, as planned."""
     parallel = tensor_parallel.of(model.model.diffusion_model)
     if parallel and parallel.size != plan.tensor:

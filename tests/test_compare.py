@@ -321,6 +321,19 @@ def test_a_prepared_model_and_a_guider_are_candidates_like_any(tools, flux2, mon
     ) == STEPS
 
 
+def test_a_disk_that_refuses_costs_the_slider_and_says_so(tools, flux2, monkeypatch):
+    base = job(tools, flux2)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tools.nodes.ui, "PreviewImage", full)
+    inputs = {"positive": tools.bench.random_conditioning(flux2), "candidate_1": "sdpa-math"}
+    with torch.inference_mode():
+        output = tools.nodes.Flux2CompareAttention.execute(flux2, base.latent, base.sampler, base.sigmas, 0, **inputs)
+    assert output.ui["flux2_pair"] == [] and tools.nodes.NO_SLIDER in output.args[2]
+
+
 @pytest.mark.parametrize("given", [0, 2])
 def test_a_prompt_or_a_guider_is_needed_and_not_both(tools, flux2, given):
     base = job(tools, flux2)

@@ -576,6 +576,15 @@ def test_an_error_is_called_after_the_pack_and_not_after_its_folder():
     assert f"{caught.type.__module__}.{caught.type.__name__}" == "flux2_attention.CheckpointError"
 
 
+def test_the_page_takes_the_names_of_all_classes_of_errors_off_their_texts():
+    ends = re.search(r"\(\?:(Error\|[\w|]+)\)", (ROOT / "web" / "reasons.js").read_text())[1]
+    code = "".join(
+        file.read_text() for folder in ("attention", "flux2", "nodes") for file in (ROOT / folder).rglob("*.py")
+    )
+    names = re.findall(r"^class (\w+)\(.*\b(?:Explained|UserError)\b", code, re.M)
+    assert "NotFound" in names and [name for name in names if not re.search(rf"(?:{ends})$", name)] == []
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError("something else"), ValueError(), KeyError("out of memory"), OSError(2, "No such file"), ValueError(3)],

@@ -3,11 +3,11 @@ one attention call.
 """
 
 import math
+import re
 
 import pytest
 import torch
 
-import pack  # noqa: F401
 from fault_backends import FAITHFUL, FAULTS, GROSS, one_key_of_padding, scale_off_by_a_percent
 from flux2_pack.attention.measuring import statistics
 from flux2_pack.attention import reference
@@ -26,6 +26,7 @@ from flux2_pack.attention.measuring.statistics import (
     judge,
 )
 from flux2_pack.attention.measuring.accuracy_probe import AttentionProbe, call_error, sample_rows
+from pack import ROOT
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -272,6 +273,14 @@ def test_the_machines_stamp_has_versions_and_no_names():
     assert (
         stamp["torch"] == torch.__version__ and stamp["platform"] == "cpu" and not {"host", "user", "path"} & set(stamp)
     )
+
+
+@pytest.mark.parametrize("made_by", ["attention/measuring/statistics.py", "benchmarks/common.py"])
+def test_the_machines_stamp_knows_the_package_of_every_backend(made_by):
+    listed = re.search(r"^PACKAGES = \((.*?)\)", (ROOT / made_by).read_text(), re.S | re.M)[1]
+    backends = "".join(file.read_text() for file in (ROOT / "attention" / "backends").glob("*.py"))
+    wanted = set(re.findall(r'(?:distribution = |installed_version\()"([^"]+)"', backends))
+    assert len(wanted) > 8 and wanted <= set(re.findall(r'"([^"]+)"', listed))
 
 
 def test_plain_data_is_json_for_browsers():

@@ -13,7 +13,7 @@ import attention_ranks
 from attention_ranks import CASES, FAULTS, HEAD, HEADS, RING_FAULTS, UNEVEN
 from flux2_pack.attention import reference
 from flux2_pack.attention.parallel import Mesh, degrees, usp
-from flux2_pack.attention.parallel.mesh import pairs
+from flux2_pack.attention.parallel.mesh import RanksLost, pairs
 from flux2_pack.attention.parallel.lse_merge import merge, start
 from flux2_pack.attention.parallel.timing import Stats
 from pack import ROOT
@@ -109,6 +109,13 @@ def test_a_rank_that_is_gone_is_noticed_and_said(found, size):
     first, second = found[size][0]["left alone"]
     assert first.startswith(f"RanksLost: Rank 0 of {size} could not exchange")
     assert second.startswith("RanksLost: The GPUs cannot exchange anything any more")
+
+
+def test_where_weights_are_split_a_failure_names_the_process():
+    """Both hold the same tokens, as rank 0 of 1 that share them."""
+    mesh = Mesh(tensor=2, tensor_rank=1)
+    with pytest.raises(RanksLost, match="Rank 1 of 2 could not exchange"):
+        mesh.add(torch.ones(2))  # torch.distributed was never started here
 
 
 def test_alone_is_the_kernel_itself(found):

@@ -644,20 +644,29 @@ def test_references_batches_and_a_prompt_of_ones_own(tools, flux2, monkeypatch):
     assert shapes == [((3, 128, 4, 4), 2), ((3, 128, 4, 6), 1)]
 
 
-def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux2, monkeypatch):
+# PyTorch's class, what PyTorch says on a CPU, and Python's own
+@pytest.mark.parametrize(
+    "short",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"),
+        MemoryError("no room"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_size_that_does_not_fit_becomes_a_row_and_the_others_go_on(tools, flux2, monkeypatch, short):
     real, sizes = tools.warmup.sampling.run, []
 
     def run(model, job, callback):
         sizes.append(job.latent["samples"].shape)
         if len(sizes) == 1:
-            raise tools.comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate\nmore")
+            raise short
         return real(model, job, callback)
 
     monkeypatch.setattr(tools.warmup.sampling, "run", run)
     text = warm(tools, flux2)[1]
     assert (
-        text[1]
-        == "64x64: did not run. There is not enough memory for this size (CUDA out of memory. Tried to allocate)."
+        text[1] == f"64x64: did not run. There is not enough memory for this size ({str(short).splitlines()[0]})."
         and "first step" in text[2]
     )
 

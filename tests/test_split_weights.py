@@ -7,6 +7,7 @@ running server: test_parallel_nodes.py. Not covered: NCCL and GPU memory (benchm
 
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,6 +304,20 @@ def test_formats_whose_parts_are_not_known_are_refused_by_layer(tools, tmp_path)
         assert tools.session.existing(model.model) is None
 
 
+def test_layers_that_do_not_name_their_format_are_refused_by_its_class():
+    from flux2_pack.flux2.parallel import tensor_parallel
+
+    def said(layout, **others):
+        layer = SimpleNamespace(weight=SimpleNamespace(_layout_cls=layout), **others)
+        return tensor_parallel.cannot_cut(layer, tensor_parallel.Cut(tensor_parallel.OUTPUTS, (4,)), 2)
+
+    assert "its format (SomebodysLayout) has scales for blocks of numbers" in said("SomebodysLayout")
+    assert "its format (mxfp8)" in said("SomebodysLayout", quant_format="mxfp8")
+    assert "scales for the layer's inputs" in said(
+        "TensorCoreFP8E4M3Layout", quant_format="float8_e4m3fn", pre_quant_scale=torch.ones(4)
+    )
+
+
 def test_a_rotation_that_a_part_would_end_inside_of_is_refused(tools, tmp_path):
     from flux2_pack.flux2.parallel import tensor_parallel
 
@@ -318,7 +333,11 @@ def test_a_rotation_that_a_part_would_end_inside_of_is_refused(tools, tmp_path):
 def test_other_models_and_other_settings_are_refused_in_words(tools, model, two, monkeypatch):
     from flux2_pack.flux2.parallel import tensor_parallel
 
-    assert "this is another one (Linear)" in tensor_parallel.unsupported(torch.nn.Linear(2, 2), 2)[0]
+    linear = torch.nn.Linear(2, 2)
+    assert "this is another one (Linear)" in tensor_parallel.unsupported(linear, 2)[0]
+    other = SimpleNamespace(model=SimpleNamespace(diffusion_model=linear), load_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"models of FLUX.2's shape; this one \(Linear\) lacks"):
+        split(tools, other)
     with ranks_on_cpu(2), pytest.raises(ValueError, match="split over 2 GPUs already, by another Sequence Parallel"):
         tools.parallel.parallel(two)
     monkeypatch.setenv("FLUX2_SYMMETRIC_MEMORY", "1")

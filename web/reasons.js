@@ -20,7 +20,7 @@ export function firstSentence(text) {
 
 // ComfyUI puts the input's name in front of what validate_inputs answers, and the error's class before what a node raised.
 function plain(text) {
-  return text.trim().replace(/^(?:[\w/\\-]*\.)*[\w-]*(?:Error|Refused|Failed|Lost|Replicable|Exception): (?=\S)/, "");
+  return text.trim().replace(/^(?:[\w/\\-]*\.)*[\w-]*(?:Error|Refused|Failed|Lost|Replicable|Found|Exception): (?=\S)/, "");
 }
 
 function fail(node, text, from) {

@@ -32,9 +32,12 @@ PACKAGES = (
     "flash-attn-3",
     "flash-attn-4",
     "sageattention",
+    "sageattn3",
+    "nvidia-cudnn-frontend",
     "xformers",
     "comfy-kitchen",
     "amd-aiter",
+    "flydsl",
 )
 
 

@@ -1,8 +1,8 @@
 """Which ranks there are, how they are arranged, and the collectives that everything else is made of.
 
-What other modules use of a Mesh: rank, size, ulysses(_rank), ring(_rank), tensor(_rank), device, the process groups,
-`all_to_all`, `rotate`, `gather`, `add`, `broadcast`, `abort`, `broken`, `stats`. A collective that is added goes
-through `_collective`, which counts its time and bytes, asks `abort`, and turns a failure into RanksLost.
+What other modules use of a Mesh: its fields, ulysses_rank, ring_rank, `process`, `ulysses_group_ranks`, `all_to_all`,
+`write_to_peers`, `without_symmetric_memory`, `rotate`, `gather`, `add`, `broadcast`, `end`. A collective that is added
+goes through `_collective`, which counts its time and bytes, asks `abort`, and turns a failure into RanksLost.
 
 Ranks are numbered ring by ring: rank = ring_rank * ulysses + ulysses_rank, so a Ulysses group is a run of neighbours
 (the GPUs of one host) and ring groups reach across them. Where weights are split too, each of these is a run of
@@ -158,6 +158,11 @@ class Mesh:
         self.stats = self.stats or Stats(self.device)
 
     @property
+    def process(self):
+        """This process's number among all of them: what reports and errors call its rank."""
+        return self.rank * self.tensor + self.tensor_rank
+
+    @property
     def ulysses_rank(self):
         return self.rank % self.ulysses
 
@@ -309,7 +314,7 @@ class Mesh:
             self.broken = self.broken or error
             if isinstance(error, Exception):
                 raise RanksLost(
-                    f"Rank {self.rank} of {self.size} could not exchange with the others: {error}"
+                    f"Rank {self.process} of {self.size * self.tensor} could not exchange with the others: {error}"
                 ) from error
             raise
 

@@ -23,6 +23,7 @@ import tempfile
 import torch
 
 from ..errors import first_line
+from ..tiles import next_power_of_2
 
 RENDEZVOUS = timedelta(seconds=20)
 ALIGNED = 256  # bytes
@@ -248,7 +249,7 @@ class UlyssesBuffers:
             scatter_heads[(self.batch * tokens, memory.size, number)](
                 *tensors, memory.peers, tokens, sum(lengths[: memory.rank]), sum(lengths), at,
                 *(stride for tensor in tensors for stride in tensor.stride()[:3]),
-                EACH=self.each, PADDED=power_of_two(self.each), D=self.head_dim,
+                EACH=self.each, PADDED=next_power_of_2(self.each), D=self.head_dim,
             )  # fmt: skip
 
     def received(self):
@@ -268,7 +269,7 @@ class UlyssesBuffers:
         if out is not None:
             gather_heads[(self.batch * tokens,)](
                 out, memory.peers, memory.starts(self.lengths), tokens, self.result_at, memory.rank, *out.stride()[:3],
-                SIZE=memory.size, EACH=self.each, PADDED=power_of_two(self.each), D=self.head_dim,
+                SIZE=memory.size, EACH=self.each, PADDED=next_power_of_2(self.each), D=self.head_dim,
             )  # fmt: skip
 
     def result(self, borrow=False):
@@ -284,10 +285,6 @@ def abort_word():
     """
     with torch.inference_mode(False):
         return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-
-
-def power_of_two(number):
-    return 1 << (number - 1).bit_length()
 
 
 @contextmanager

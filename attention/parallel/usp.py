@@ -95,7 +95,7 @@ def check(q, k, v, mesh, lengths, kv_lengths, mask):
     expected = (lengths[mesh.rank], kv_lengths[mesh.rank])
     if (q.shape[1], k.shape[1]) != expected:
         raise UserError(
-            f"Rank {mesh.rank} should hold {expected[0]} queries and {expected[1]} keys, and has {q.shape[1]} and "
+            f"Rank {mesh.process} should hold {expected[0]} queries and {expected[1]} keys, and has {q.shape[1]} and "
             f"{k.shape[1]}.",
             "several-gpus",
         )

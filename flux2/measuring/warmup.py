@@ -16,7 +16,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
-from ...attention.errors import first_line
+from ...attention.errors import first_line, is_out_of_memory
 from .. import attention_slot
 from . import capture, sampling
 
@@ -49,7 +49,7 @@ class WarmUpRow:
 
 
 def warm_up(model, sizes, steps, positive=None, clip=None, vae=None, batch=1, tick=lambda: None):
-    """[WarmUpRow] of what was run: the text encoder, `steps` steps of a MODEL at each bench.Size, the VAE. tick() is
+    """[WarmUpRow] of what was run: the text encoder, `steps` steps of a MODEL at each capture.Size, the VAE. tick() is
     called between, and after each step.
 
     positive: a CONDITIONING; without one clip makes it, and without that noise stands in. A size for which memory is
@@ -105,7 +105,11 @@ def sampled(model, size, positive, steps, batch, tick):
     )
     try:
         sampling.run(model, job, callback)
-    except comfy.model_management.OOM_EXCEPTION as error:
+    except Exception as error:
+        if not is_out_of_memory(
+            error
+        ):  # PyTorch's class is one of several: compilers, other ranks and the CPU have others
+            raise
         comfy.model_management.soft_empty_cache()
         row.error = f"There is not enough memory for this size ({first_line(error)})."
     return row

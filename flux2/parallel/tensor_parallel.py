@@ -8,7 +8,7 @@ compute it as they are, with fewer heads. Embedders, modulation, norms and the l
 
   reasons = unsupported(network, 2)                 # sentences, empty where the weights can be split
   parallel = TensorParallel(network, rank, 2)       # makes the network's blocks smaller, and leaves its weights alone
-  parallel.part(key, weight)                        # this process's part of a weight; see workers/weights.py
+  parallel.part(key, weight)                        # this process's part of a weight; see workers/replica.py
   with parallel.over(mesh): network(...)            # sums are taken over mesh.tensor_group
 
 Not torch's DTensor: ComfyUI's casting, patching (LoRA) and quantised tensors, which are a tensor class of their own,
@@ -103,11 +103,13 @@ def cannot_cut(layer, cut, size):
     if layout is None:
         plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and weight.ndim == 2
         return None if plain else f"its format ({type(weight).__name__}) is not one whose parts are known"
-    if layout not in FORMATS or getattr(layer, "pre_quant_scale", None) is not None:
+    if layout not in FORMATS:
         return (
-            f"its format ({layer.quant_format}) has scales for blocks of numbers. Use a bf16, fp8 or int8 file, or "
-            "weights on every GPU"
+            f"its format ({getattr(layer, 'quant_format', None) or layout}) has scales for blocks of numbers. Use a "
+            "bf16, fp8 or int8 file, or weights on every GPU"
         )
+    if getattr(layer, "pre_quant_scale", None) is not None:
+        return "its file has scales for the layer's inputs. Use a file without them, or weights on every GPU"
     group = weight._params.convrot_groupsize if getattr(weight._params, "convrot", False) else 1
     if cut.dimension == INPUTS and any(run // size % group for run in cut.runs):
         return f"its int8 numbers are rotated in groups of {group}, and a part would end inside of one"
