@@ -14,6 +14,7 @@ import re
 import urllib.request
 
 import pytest
+import torch
 
 import browser
 import make_locales
@@ -165,6 +166,8 @@ IN_PIECES = {
     "$1 s/step (1 step)",
     "an NVIDIA GPU or an AMD GPU",
     "an NVIDIA GPU or an AMD GPU or a CPU",
+    *(CALL := ("batch $1, length $2, $3 heads of $4, $5", "$1 queries x $2 keys", "key-padding mask")),
+    (AUTO := "auto on $1, batch $2, length $3, $4 heads of $5, $6: $7 ($8)"),
 }
 
 
@@ -179,8 +182,28 @@ def test_every_sentence_is_one_that_the_pack_says(sentences):
         assert [part for part in parts if len(part) > 3 and part not in code] == [], english
 
 
+def test_a_call_and_the_choice_of_auto_are_told_as_their_sentences_say():
+    from flux2_pack.attention.autotune import AutoChoice
+
+    call = masked_call()
+    for sentence, text in [
+        (CALL[0], str(call)),
+        (CALL[1], re.search("length (.+?),", str(call))[1]),
+        (CALL[2], str(call).split(", ")[-1]),
+        (AUTO, AutoChoice(str(call), "cuda:0", "sdpa", "measured", []).as_text()),
+    ]:
+        assert re.fullmatch(re.sub(r"\\\$\d", "(.+)", re.escape(sentence)), text), (sentence, text)
+
+
+def masked_call():
+    from flux2_pack.attention.call import call_of
+
+    return call_of(torch.empty(1, 24, 4, 16), *2 * [torch.empty(1, 48, 4, 16)], mask_kind="keys")
+
+
 def said_by_the_pack(model_files):
     """{what: a report as the pack makes it}."""
+    from flux2_pack.attention.autotune import AutoChoice, TimedBackend
     from flux2_pack.attention.measuring.results import Benchmark, BenchmarkRow, Comparison, ComparisonRow
     from flux2_pack.attention.measuring.statistics import Timing
     from flux2_pack.attention.run_log import Entry, Run
@@ -190,7 +213,11 @@ def said_by_the_pack(model_files):
 
     machine = statistics.machine("cpu")
     run = Run("auto", steps=20, seconds=3.6, loading_seconds=0.1)
-    run.entries["one"] = Entry("sdpa", "PyTorch", "flash", "1x24x4608x128", "the fastest", calls=120)
+    run.entries["one"] = Entry("sdpa", "PyTorch", "flash", str(masked_call()), "sdpa was chosen", calls=120)
+    fastest = "fastest of 2 exact backends, measured on this call"
+    unfit = "It takes head sizes up to 256, and this model has 512."
+    rows = [TimedBackend("sdpa", 0.443, 1e-3), TimedBackend("aiter", reason=unfit)]
+    run.tables.append(AutoChoice(str(masked_call()), "cuda:0", "sdpa", fastest, rows))
     row = ComparisonRow("sdpa-math", seen := evidence(1e-6), judge(seen, CONTROL), 60.1, 0.9999, 0.4)
     gone = ComparisonRow("flash4", reason="It needs an NVIDIA GPU, and this model runs on a CPU (x86_64).")
     reference = ComparisonRow("comfyui", seconds_per_step=0.5)
@@ -244,6 +271,14 @@ def test_reports_are_shown_in_the_language_of_the_page(comfy, shared_page, model
                 "It needs",
                 "Compared",
                 "Known by",
+                "was chosen",
+                "fastest of",
+                "queries x",
+                "padding mask",
+                "fastest:",
+                "not timed",
+                "It takes",
+                "relative error",
             ):
                 assert gone not in everything, (language, gone)
     finally:
@@ -266,6 +301,50 @@ def test_a_report_is_translated_on_its_node_and_copied_as_the_server_said_it(sha
         )
         assert "还没有看到注意力调用" in shown and "No attention call" not in shown
         assert kept == text
+    finally:
+        shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
+# --- what a backend is: one line in the dialog with the backends of this machine --------------------------------------
+
+NAME = re.compile(r"[\w-]*[A-Z\d][\w-]*")  # of a format, a library or a card: with a capital or a digit
+WORD = re.compile(r"\b[a-z]{3,}\b")
+
+
+def test_every_backend_says_what_it_is_in_every_language():
+    from flux2_pack.attention.registry import ROWS
+
+    summaries, problems = {row.summary: slug for slug, row in ROWS.items()}, []
+    for language in (ENGLISH, *LANGUAGES):
+        known = read(FOLDER / language / "main.json")["flux2Attention"]["backends"]
+        where = f"locales/{language}/main.json, flux2Attention.backends"
+        for summary, slug in summaries.items():
+            if not known.get(summary, "").strip():
+                problems.append(f"{where}: no text for what {slug} is. Add one under the key {summary!r}.")
+            elif language == ENGLISH and known[summary] != summary:
+                problems.append(f"{where}: the English text of {slug} is not its row's summary, {summary!r}.")
+            elif language != ENGLISH and WORD.search(summary) and known[summary] == summary:
+                problems.append(f"{where}: the text of {slug} is still English: {summary!r}.")
+            elif lost := [name for name in NAME.findall(summary) if name not in known[summary]]:
+                problems.append(f"{where}: the text of {slug} lacks {', '.join(lost)}: {known[summary]!r}.")
+        problems += [f"{where}: no backend is {key!r} any more." for key in known if key not in summaries]
+    assert not problems, "\n".join(problems)
+
+
+def test_the_dialog_says_what_a_backend_is_in_the_language_of_the_page(shared_page):
+    summary = "PyTorch's own choice of kernel"
+    try:
+        for language in (ENGLISH, "zh"):
+            ours = read(FOLDER / language / "main.json")["flux2Attention"]
+            shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', args[0])", language)
+            shared_page.js("await app.extensionManager.command.execute('Flux2Attention.ShowBackends')")
+            shared_page.wait_for("document.querySelectorAll('.flux2-dialog tr').length > 3")
+            lines = shared_page.js(
+                "return [...document.querySelectorAll('.flux2-dialog small')].map(line => line.textContent)"
+            )
+            assert f"{ours['backends'][summary]}; {ours['exact']}; {ours['any device']}" in lines, language
+            shared_page.js("document.querySelector('.flux2-dialog').close()")
+            shared_page.wait_for("!document.querySelector('.flux2-dialog')")
     finally:
         shared_page.js("await app.extensionManager.setting.set('Comfy.Locale', 'en')")
 

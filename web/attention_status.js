@@ -3,7 +3,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addBadge, forget, setWanted, show, stateOf } from "./badge.js";
 import { button, copy, everyNode, make, nodeAt, openPanel } from "./page.js";
-import { said, t } from "./texts.js";
+import { said, summed, t } from "./texts.js";
 
 const SELECTOR = "Flux2SelectAttention";
 const WIDTH = 380; // pixels of a new one: its badge is read whole
@@ -54,7 +54,8 @@ function verdict(reasons) {
 
 function rowOf(entry, tested, node, close) {
   const hint = entry.command ? commandLine(entry.command) : entry.install ? make("div", { textContent: said(entry.install) }) : null;
-  const about = `${entry.summary}; ${t(entry.exact ? "exact" : "approximate")}; ${entry.cards ?? entry.hardware}`;
+  const where = entry.hardware === "any" ? t("any device") : (entry.cards ?? entry.hardware);
+  const about = `${summed(entry.summary)}; ${t(entry.exact ? "exact" : "approximate")}; ${where}`;
   const take = node && entry.state === "runs here" ? button(t("use this one"), () => (choose(node, entry.backend), close())) : null;
   return make("tr", {}, make("td", {}, make("code", { textContent: entry.backend }), take),
     make("td", {}, make("div", { textContent: said(entry.reasons.join(" ")) || entry.version }), verdict(tested?.[entry.backend]), hint, make("small", { textContent: about, title: entry.hardware })));

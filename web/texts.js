@@ -18,6 +18,11 @@ export function noted(text) {
   return String(text).split("\n\n").map((part) => words[part.trim()] ?? part).join("\n\n");
 }
 
+// What a backend is, in one line: the summary of its row in attention/registry.py.
+export function summed(summary) {
+  return known[language()]?.flux2Attention?.backends?.[summary] ?? summary;
+}
+
 // --- what the server says: reports, badges, reasons. It says them in English, as they are logged and saved; "reports" in main.json has their sentences, with
 // $1, $2 ... for what varies, and a sentence that is not there stays English. Figures and names of kernels are what varies.
 
@@ -25,7 +30,7 @@ const literal = (sentence) => sentence.replace(/\$\d/g, "");
 const VALUE = "((?:(?![.!?] | · ).)+)"; // ends where a sentence or a part of the first line does
 const SENTENCES = Object.keys(known.en?.flux2Attention?.reports ?? {}).sort((a, b) => literal(b).length - literal(a).length)
   .map((sentence) => [sentence, new RegExp(`^${sentence.replace(/[.*+?^()[\]\\]/g, "\\$&").replace(/\$\d/g, VALUE)}$`)]);
-const SEPARATORS = [[" · ", " · "], [/(?<=[.!?]) (?=\S)/, " "], [": ", ": "]];
+const SEPARATORS = [[" · ", " · "], [" | ", " | "], [/(?<=[.!?]) (?=\S)/, " "], [": ", ": "]];
 
 function inWords(text, words) {
   for (const [sentence, pattern] of SENTENCES) {
@@ -39,9 +44,9 @@ function inWords(text, words) {
   return text.endsWith(".") ? `${inWords(text.slice(0, -1), words)}.` : text; // what is also a part of a sentence
 }
 
-// A text of the server in the language of the page, line by line.
+// A text of the server in the language of the page, line by line; two spaces or more stand between columns.
 export function said(text) {
   const words = known[language()]?.flux2Attention?.reports;
   if (!words || language() === "en") return text;
-  return text.split("\n").map((line) => line.replace(/\S(?:.*\S)?/, (body) => inWords(body, words))).join("\n");
+  return text.split("\n").map((line) => line.replace(/\S+(?: \S+)*/g, (body) => inWords(body, words))).join("\n");
 }
