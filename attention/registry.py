@@ -16,7 +16,7 @@ import torch
 from . import reference
 from .call import CHOOSE_ANOTHER, AttentionRefused, Hardware, call_of, dtype_name
 from .device import describe
-from .errors import UserError
+from .errors import UserError, first_line
 
 ANY = Hardware({"nvidia": (), "amd": (), "cpu": (), "apple": (), "intel": ()}, anywhere=True)  # PyTorch itself
 GPU = Hardware({"nvidia": (), "amd": ()})
@@ -309,7 +309,13 @@ def unavailable(slug, device):
     if reasons:  # a library that could not run here is not imported: some end the process on a wrong card
         return reasons
     module, error = _module(entry.module)
-    return [f"{entry.library} cannot be imported ({error})."] if error else module.ADAPTERS[slug].missing()
+    if error:
+        return [f"{entry.library} cannot be imported ({error})."]
+    try:
+        return module.ADAPTERS[slug].missing()
+    except Exception as failure:  # a name that is gone, a library that cannot load its own: a reason, and no crash
+        said = f"{type(failure).__name__}: {first_line(failure)}"
+        return [f"{entry.library} cannot be asked whether it runs here ({said})."]
 
 
 def how_to_get(slug, device):

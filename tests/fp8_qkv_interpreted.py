@@ -3,6 +3,7 @@ Triton's interpreter, cuDNN's part by cudnn_fake, against float32. Run by test_c
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -277,11 +278,16 @@ def test_the_benchmarks_peer_has_it_on_and_leaves_the_switch_alone(tools, flux2,
     assert fp8_data(tools, peers.fast(setting, "checkpoint", "cudnn-fp8")) is None
 
 
-def test_another_packs_attention_function_is_not_passed_by(tools, flux2, here, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("wrapped", [False, True], ids=["under its own name", "named as core's by functools.wraps"])
+def test_another_packs_attention_function_is_not_passed_by(tools, flux2, here, monkeypatch, wrapped):  # noqa: F811
     from comfy.ldm.flux import math
 
     original = math.optimized_attention
-    monkeypatch.setattr(math, "optimized_attention", lambda *args, **kwargs: original(*args, **kwargs) * 1.2)
+
+    def louder(*args, **kwargs):
+        return original(*args, **kwargs) * 1.2
+
+    monkeypatch.setattr(math, "optimized_attention", functools.wraps(original)(louder) if wrapped else louder)
     model = fused(tools, flux2, monkeypatch)
     for _ in range(2):
         assert distance(forward(model, inputs({})), forward(flux2, inputs({}))) < 0.05

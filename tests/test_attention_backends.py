@@ -379,6 +379,23 @@ def test_whatever_an_import_raises_becomes_a_reason(error, monkeypatch):
     assert len(reasons) == 1 and str(error) in reasons[0] and type(error).__name__ in reasons[0]
 
 
+def test_whatever_a_library_raises_when_it_is_asked_becomes_a_reason(monkeypatch):
+    """The list of all backends and a benchmark ask every one of them."""
+    from types import SimpleNamespace
+
+    def missing():
+        raise AttributeError("module 'aiter' has no attribute 'dtypes'\nmore")
+
+    module = SimpleNamespace(ADAPTERS={"aiter": SimpleNamespace(missing=missing)})
+    monkeypatch.setattr(registry, "_modules", {"aiter": (module, None)})
+    device = Device("amd", "gfx942", "AMD Instinct MI300X")
+    said = "cannot be asked whether it runs here (AttributeError: module 'aiter' has no attribute 'dtypes')."
+    (reason,) = registry.unavailable("aiter", device)
+    assert reason.endswith(said) and "more" not in reason
+    with pytest.raises(AttentionRefused, match="cannot be asked"):
+        registry.adapter("aiter", device)
+
+
 def test_a_refusal_has_hardware_library_and_hint(monkeypatch):
     with pytest.raises(AttentionRefused) as caught:
         registry.adapter("flash4", Device("amd", "gfx942", "AMD Instinct MI300X"))

@@ -511,6 +511,14 @@ def test_results_never_replace_one_another(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(files[0]))
     assert "could not be saved" in tools.kept.save({}) and "Not a directory" in tools.kept.save({})
 
+    def half(data, handle, indent):
+        handle.write("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(tools.kept.json, "dump", half)
+    assert "No space left" in tools.kept.save({}) and sorted((tmp_path / "flux2_attention").iterdir()) == files
+
 
 def test_the_benchmark_stops_when_it_is_cancelled(tools, flux2):
     tools.comfy.model_management.interrupt_current_processing()

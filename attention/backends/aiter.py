@@ -30,8 +30,7 @@ FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 
 def uses_ck():
     """False when ENABLE_CK=0 made AITER reroute its functions to Triton; builds without that switch always use
-    Composable
-    Kernel.
+    Composable Kernel.
     """
     return getattr(getattr(aiter, "core", None), "ENABLE_CK", True)
 

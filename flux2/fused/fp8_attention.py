@@ -100,8 +100,9 @@ def dispatcher_for(options):
     # not where another GPU computes some of the heads, or somebody looks at the calls: they want q, k and v in 16 bits
     if type(override) is not AttentionOverride or not {"block_type", "block_index"} <= options.keys():
         return None
-    # nor where another pack has put a function of its own in the place of core's attention
-    if flux_math.optimized_attention.__module__ != "comfy.ldm.modules.attention":
+    # nor where another pack has put a function of its own in the place of core's attention; functools.wraps copies
+    # core's __module__ to it, and not what it sees
+    if getattr(flux_math.optimized_attention, "__globals__", {}).get("__name__") != "comfy.ldm.modules.attention":
         return None
     dispatcher = override.dispatcher
     return dispatcher if dispatcher.slug_of((options["block_type"], options["block_index"])) == BACKEND else None

@@ -1,5 +1,6 @@
 """A measurement as a file in ComfyUI's output folder."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,8 +31,14 @@ def write_json(data):
     for again in itertools.count(1):
         name = os.path.join(folder, f"benchmark-{stamp}{f'-{again}' if again > 1 else ''}.json")
         try:
-            with open(os.path.join(folder_paths.get_output_directory(), name), "x", encoding="utf-8") as handle:
-                json.dump(data, handle, indent=1)
-            return name
+            handle = open(os.path.join(folder_paths.get_output_directory(), name), "x", encoding="utf-8")
         except FileExistsError:
             continue
+        try:
+            with handle:
+                json.dump(data, handle, indent=1)
+            return name
+        except OSError:  # a full disk: half of a result is no file
+            with contextlib.suppress(OSError):
+                os.remove(handle.name)
+            raise
