@@ -87,6 +87,8 @@ class Ops(comfy.ops.manual_cast):
 
 
 class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
+    patch_on_device = False
+
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, **options):
         weight = comfy.utils.get_attr(self.model, key)
         if not isinstance(weight, Packed):

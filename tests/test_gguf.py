@@ -347,6 +347,19 @@ def test_a_worker_takes_no_pack_that_rank_0_names(tools, installed, tmp_path, mo
     assert gguf.pack_folder() == own.resolve()
 
 
+@pytest.mark.parametrize(
+    "holder, name", [("Linear", "dequant_dtype"), ("Linear", "patch_dtype"), ("", "patch_on_device")]
+)
+def test_a_pack_that_keeps_its_settings_elsewhere_is_refused(from_file, installed, monkeypatch, holder, name):
+    layer = next(one for one in from_file.model.diffusion_model.modules() if hasattr(one, "dequant_dtype"))
+    place = next(kind for kind in type(layer if holder else from_file).__mro__ if name in vars(kind))
+    if not holder:
+        vars(from_file).pop(name, None)
+    monkeypatch.delattr(place, name)
+    with pytest.raises(ValueError, match="does not say where earlier ones did how it unpacks weights"):
+        marked(from_file, installed[1])
+
+
 def test_a_pack_that_differs_or_is_not_there_is_said(tools, from_file, installed, tmp_path, monkeypatch):
     how = marked(from_file, installed[1]).cached_patcher_init
     (tmp_path / "empty").mkdir()

@@ -6,6 +6,9 @@ containers the real ones are taken. Float32 on the CPU, small models, in process
 """
 
 from functools import wraps
+import importlib
+import inspect
+import re
 import types
 
 import pytest
@@ -189,6 +192,28 @@ def test_several_gpus_hand_the_choice_on(tools, flux2, newer):  # noqa: F811
     out, lse = local(q, k, v, mask=None, scale=None, need_lse=False)
     assert out.shape == q.shape and lse is None and newer.seen == [("double", 0)]
     assert patch_transfer.encode_patches(None, options) == [], "every rank asks its own blocks"
+
+
+# What is asked for with a default, because not every layer, tensor or format has it: a core that renamed one would be
+# answered by the default, in silence.
+ASKED_WITH_A_DEFAULT = {
+    "comfy.ops": "layout_type quant_format _full_precision_mm comfy_force_cast_weights input_scale pre_quant_scale _v "
+    "_orig_shape weight_function bias_function weight_comfy_model_dtype",
+    "comfy.sd": "cached_patcher_init",
+    "comfy.latent_formats": "latent_rgb_factors_reshape",
+    "comfy.ldm.flux.model": "context_in_dim num_heads double_blocks single_blocks",
+    "comfy.ldm.modules.diffusionmodules.model": "tanh_out carried ch down",
+    "comfy_api.torch_helpers.torch_compile": "torch_compile_kwargs",
+    "comfy_kitchen.tensor.base": "_qdata _layout_cls _params",
+    "comfy_kitchen.tensor.int8": "convrot convrot_groupsize transposed",
+}
+
+
+@pytest.mark.parametrize("module", ASKED_WITH_A_DEFAULT)
+def test_names_that_are_asked_for_with_a_default_are_there(tools, module):  # noqa: F811
+    code = inspect.getsource(importlib.import_module(module))
+    gone = [name for name in ASKED_WITH_A_DEFAULT[module].split() if not re.search(rf"\b{name}\b", code)]
+    assert gone == []
 
 
 def test_a_core_without_such_choices_gets_no_word_of_them(tools, flux2):  # noqa: F811

@@ -99,10 +99,13 @@ def how_loaded(patcher, path):
             + (f" and find {folder.name}." if folder else f" in a folder called {FOLDERS[0]} of custom_nodes.")
         )
     layer = next((one for one in patcher.model.diffusion_model.modules() if hasattr(one, "dequant_dtype")), None)
-    formats = [
-        str(getattr(layer, name, None) or "default").removeprefix("torch.") for name in ("dequant_dtype", "patch_dtype")
-    ]
-    return load_model, (str(path), *formats, bool(getattr(patcher, "patch_on_device", False)), digest_of(code))
+    if not (hasattr(layer, "patch_dtype") and hasattr(patcher, "patch_on_device")):
+        raise NotFound(
+            "this version of ComfyUI-GGUF does not say where earlier ones did how it unpacks weights (dequant_dtype, "
+            "patch_dtype, patch_on_device)."
+        )
+    formats = [str(one or "default").removeprefix("torch.") for one in (layer.dequant_dtype, layer.patch_dtype)]
+    return load_model, (str(path), *formats, bool(patcher.patch_on_device), digest_of(code))
 
 
 # --- any process: loading ---------------------------------------------------------------------------------------------
