@@ -225,18 +225,19 @@ Promise(done => setTimeout(done, 100));
         """Rest the mouse on a widget; returns the tooltip that appears."""
         from selenium.webdriver.common.action_chains import ActionChains
 
-        x, y = self.js(
-            """
-            for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);  // widgets get their places when \
-they are drawn
-            const node = app.graph.nodes.find(node => node.type === args[0]), {scale, offset} = app.canvas.ds;
-            const {y} = node.widgets.find(widget => widget.name === args[1]);
-            return [(node.pos[0] + 80 + offset[0]) * scale, (node.pos[1] + y + 10 + offset[1]) * \
-scale].map(Math.round);""",
-            node_type,
-            name,
-        )
         for _ in range(5):
+            # asked again each time: the view may still have been moving
+            x, y = self.js(
+                """
+                // widgets get their places when they are drawn
+                for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+                const node = app.graph.nodes.find(node => node.type === args[0]), {scale, offset} = app.canvas.ds;
+                const {y} = node.widgets.find(widget => widget.name === args[1]), [left, top] = node.pos;
+                return [(left + 80 + offset[0]) * scale, (top + y + 10 + offset[1]) * scale].map(Math.round);
+                """,
+                node_type,
+                name,
+            )
             mouse = ActionChains(self.driver)
             mouse.w3c_actions.pointer_action.move_to_location(x - 10, y)
             mouse.w3c_actions.pointer_action.move_to_location(x, y)

@@ -101,9 +101,12 @@ return [...document.querySelectorAll('[data-testid=node-inner-wrapper]')].flatMa
     }).map(({textContent}) => textContent.slice(0, 60));
 });
 """
+# Whether a message lies on ComfyUI's note of an error, which is as wide as its text up to its style's max-width.
 OVERLAP = """
-const [one, other] = args.map(selector => document.querySelector(selector).getBoundingClientRect());
-return one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
+const [one, note] = args.map(selector => document.querySelector(selector)), other = note.getBoundingClientRect();
+const {left, right, top, bottom} = one.getBoundingClientRect(), widest = parseFloat(getComputedStyle(note).maxWidth);
+return left < other.right && Math.min(other.left, other.right - widest) < right && top < other.bottom &&
+  other.top < bottom;
 """
 
 

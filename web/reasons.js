@@ -8,8 +8,8 @@ import { said, t } from "./texts.js";
 
 const MORE = /^More: (\S*docs\/troubleshooting\.md#([\w-]+)).*$/m; // the last line of a sentence that has a section
 const SECONDS = 12;
-// Messages appear where ComfyUI shows its own note of an error, with its button: this pack's go to the left of that.
-const STYLE = "@media (min-width: 900px) { .p-toast .flux2-message { position: relative; right: 370px; } }";
+// Messages appear where ComfyUI shows its own note of an error, with its button: this pack's go to the left of that. The note is 480 px wide at most.
+const STYLE = "@media (min-width: 1000px) { .p-toast .flux2-message { position: relative; right: 500px; } }";
 
 // The first sentence that says why: of a list of reasons the first one, otherwise the first line.
 export function firstSentence(text) {
