@@ -9,6 +9,7 @@ from ..flux2.workflows.rules import NotConvertible
 from .status import running_server
 
 CONVERT_ROUTE = "/flux2_attention/convert"
+DEEP = "This workflow cannot be read: it holds lists or objects inside of one another, more deeply than any graph does."
 
 
 def answer(workflow):
@@ -17,6 +18,8 @@ def answer(workflow):
         converted, report = convert(workflow)
     except NotConvertible as error:
         return {"changed": False, "text": str(error)}
+    except RecursionError:
+        return {"changed": False, "text": DEEP}
     return {"changed": True, "workflow": converted, "text": "\n".join(report)}
 
 
@@ -33,4 +36,6 @@ def add_routes():
             workflow = await request.json()
         except ValueError as error:
             return web.json_response({"error": f"This is not JSON: {error}"}, status=400)
+        except RecursionError:
+            return web.json_response({"error": DEEP}, status=400)
         return web.json_response(await asyncio.to_thread(answer, workflow))

@@ -10,6 +10,8 @@ import os
 import struct
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -211,3 +213,27 @@ def test_a_number_that_is_none_is_said_by_name(server, model_files):
     nodes_of(workflow, "Flux2SelectAttention")[0]["inputs"] |= {"edge_backend": "sdpa", "first_steps": ["switch", 0]}
     words = "the input \"second kernel: first steps\" takes a whole number from 0 to 1000. It was given 'three'."
     ends(server, workflow, words)
+
+
+DEEP = 100_000  # more lists inside of one another than Python's JSON reader follows
+GRAPHS = {
+    "deep": "[" * DEEP + "]" * DEEP,
+    "cut off": "{",
+    "null": "null",
+    "a list": "[]",
+    "a text": '"a"',
+    "a number for nodes": '{"nodes": 1, "links": {}}',
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_no_graph_that_the_page_wants_converted_is_a_raw_error(server, graph):
+    request = urllib.request.Request(f"{server.url}/flux2_attention/convert", GRAPHS[graph].encode(), method="POST")
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=SECONDS) as answer:
+            said = json.load(answer)["text"]
+    except urllib.error.HTTPError as error:
+        assert error.code == 400, error
+        said = json.load(error)["error"]
+    assert len(said) > 10, said

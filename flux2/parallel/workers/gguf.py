@@ -178,8 +178,9 @@ def known_as(path):
     the folders of extra_model_paths.yaml: the file's folder is added there.
     """
     for folder in folder_paths.get_folder_paths("diffusion_models"):
-        name = os.path.relpath(path, folder)
-        if not name.startswith("..") and folder_paths.get_full_path("diffusion_models", name) == path:
+        # not os.path.relpath, which raises for two drives of Windows
+        name = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else None
+        if name and folder_paths.get_full_path("diffusion_models", name) == path:
             return name
     folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(path), is_default=True)
     return os.path.basename(path)
