@@ -40,6 +40,7 @@ SETTINGS = {
     "Comfy.Workflow.Persist": False,
     "Comfy.Locale": "en",
     "Comfy.VueNodes.Enabled": False,
+    "Comfy.RightSidePanel.IsOpen": False,  # it covers nodes at the right
     # two clicks of a driver on a busy machine are further apart than 300 ms
     "Comfy.Pointer.DoubleClickTime": 1000,
 }
@@ -117,8 +118,9 @@ class Page:
         self.driver.get("about:blank")
 
     def come_back(self):
-        """Open the page again if it was left."""
+        """Open the page again if it was left, with its settings: other pages of this server may have changed them."""
         if self.driver.current_url == "about:blank":
+            store_settings(self.url, self.settings)
             self.driver.get(self.url)
             self.wait_for(READY, SECONDS_TO_OPEN)
 

@@ -8,8 +8,9 @@ import { said, t } from "./texts.js";
 
 const MORE = /^More: (\S*docs\/troubleshooting\.md#([\w-]+)).*$/m; // the last line of a sentence that has a section
 const SECONDS = 12;
-// Messages appear where ComfyUI shows its own note of an error, with its button: this pack's go to the left of that. The note is 480 px wide at most.
-const STYLE = "@media (min-width: 1000px) { .p-toast .flux2-message { position: relative; right: 500px; } }";
+// Messages appear where ComfyUI shows its own note of an error, with its button: this pack's go to the left of that.
+const STYLE = ".p-toast .flux2-message { position: relative; right: var(--flux2-beside, 0); }";
+const NOTE = "[data-testid=error-overlay]", MESSAGE = 440; // px that a message takes, with the margin of its column
 
 // The first sentence that says why: of a list of reasons the first one, otherwise the first line.
 export function firstSentence(text) {
@@ -29,6 +30,17 @@ function fail(node, text, from) {
   const line = backend ? `${backend} ${t("refused")}: ${sentence}` : sentence;
   show(node, { from, tokens: [], token: null, state: "failed", text: line, report, open: () => openReason(node.title, report) });
   app.extensionManager.toast?.add({ severity: "error", summary: node.title, detail: said(sentence), life: SECONDS * 1000, styleClass: "flux2-message" });
+  keepBesideTheNote();
+}
+
+// The note comes before or after the message, and moves when a panel opens at the right.
+async function keepBesideTheNote() {
+  for (let tenths = 0; tenths < SECONDS * 10; tenths++) {
+    const note = document.querySelector(NOTE)?.getBoundingClientRect();
+    const beside = note?.width ? Math.max(0, Math.min(innerWidth - note.left, innerWidth - MESSAGE)) : 0;
+    document.documentElement.style.setProperty("--flux2-beside", `${beside}px`);
+    await new Promise((done) => setTimeout(done, 100));
+  }
 }
 
 export function openReason(title, report) {
